@@ -1,0 +1,53 @@
+# Each target sets up what it needs in .venv and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+
+.PHONY: help quickstart test test-oldest check format clean
+
+help:
+	@echo "make quickstart   install, train on real text (about four minutes), show the result"
+	@echo "make test         install, run all tests"
+	@echo "make test-oldest  the same with the oldest versions supported"
+	@echo "make check        lint, format and types"
+	@echo "make format       reformat the code"
+	@echo "make clean        delete environments and caches (not runs/)"
+
+quickstart: $(VENV)/train.stamp
+	$(BIN)/charformer-train training/configs/quickstart.yaml --overwrite_output_dir
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/dev.stamp
+	$(OLDEST)/bin/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Charformer needs Python 3.10 or newer; this is %s. Try: make PYTHON=python3.12 ..." % sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train.stamp: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[train]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/train.stamp
+
+$(OLDEST)/dev.stamp: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache dist build

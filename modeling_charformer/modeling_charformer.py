@@ -1,0 +1,489 @@
+"""The character-level Transformer of Al-Rfou et al. (2018, arXiv 1808.04444), with its auxiliary losses.
+
+Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K number of targets.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .auxiliary_losses import (
+    IGNORE_INDEX,
+    LossTerm,
+    causal_lm_losses,
+    cross_entropy_sum,
+    last_target_positions,
+    mean_denominators,
+    shifted_targets,
+    weights_in_force,
+)
+from .configuration_charformer import CharformerConfig
+
+
+@dataclass
+class CharformerModelOutput(BaseModelOutputWithPast):
+    """Output of `CharformerModel`.
+
+    `layer_hidden_states` maps each requested layer number to its output `(B, S, hidden_size)`, after the final norm
+    (of a pre-norm model) as the last layer's.
+    """
+
+    layer_hidden_states: dict[int, Tensor] | None = None
+
+
+@dataclass
+class CharformerCausalLMOutput(CausalLMOutputWithPast):
+    """Output of `CharformerForCausalLM`: that of any causal language model, and the breakdown of its loss.
+
+    `loss_dict` maps the name of each term to its raw, unweighted value (float32 scalars, nats) and `loss_weights` the
+    same names to the weights in force, so that `loss == sum(loss_weights[name] * loss_dict[name])`.
+    """
+
+    loss_dict: dict[str, Tensor] | None = None
+    loss_weights: dict[str, float] | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for `attn_implementation="eager"`: it alone returns the weights, `(B, H, S, S_key)`."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class CharformerAttention(nn.Module):
+    """Causal multi-head self-attention, computed by Transformers' attention interface."""
+
+    def __init__(self, config: CharformerConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        by_head = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(by_head).transpose(1, 2)  # (B, H, S, D)
+        key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+
+class CharformerMLP(nn.Module):
+    def __init__(self, config: CharformerConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.activation_dropout)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
+
+
+class CharformerLayer(GradientCheckpointingLayer):
+    """One layer, with a learned position table of its own that is added to its input (paper, section 2)."""
+
+    def __init__(self, config: CharformerConfig, layer_idx: int):
+        super().__init__()
+        self.norm_first = config.norm_placement == "pre"
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.self_attn = CharformerAttention(config, layer_idx)
+        self.mlp = CharformerMLP(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
+        hidden_states = hidden_states + self.position_embeddings(position_ids)
+        if self.norm_first:
+            hidden_states = hidden_states + self.self_attn(self.attention_norm(hidden_states), **kwargs)[0]
+            return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        hidden_states = self.attention_norm(hidden_states + self.self_attn(hidden_states, **kwargs)[0])
+        return self.mlp_norm(hidden_states + self.mlp(hidden_states))
+
+
+class AuxiliaryHead(nn.Linear):
+    """A linear classifier that exists for the training only; `index` tells it from its siblings."""
+
+    def __init__(self, in_features: int, out_features: int, index: int):
+        self.index = index
+        super().__init__(in_features, out_features)
+
+    def reset_parameters(self) -> None:
+        """Nothing: `CharformerPreTrainedModel._init_weights` draws the weights, from a generator of their own."""
+
+
+class CharformerPreTrainedModel(PreTrainedModel):
+    config: CharformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CharformerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": CharformerLayer, "attentions": CharformerAttention}
+
+    def __init__(self, config: CharformerConfig):
+        # Values assigned to a config after it was built, as `from_pretrained(..., hidden_size=...)` does, are checked
+        # one by one there and as a whole here.
+        config.validate()
+        super().__init__(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, AuxiliaryHead):
+            # Beside the global random numbers, so that with and without auxiliary heads the rest of the model, and
+            # all that is drawn after it, is the same at the same seed.
+            generator = torch.Generator().manual_seed(torch.initial_seed() + module.index)
+            draw = torch.empty(module.weight.shape).normal_(0.0, self.config.initializer_range, generator=generator)
+            init.copy_(module.weight, draw)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """Refuses any size but the present one: the classifiers and the tokenizer are made for these symbols."""
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"a Charformer's vocabulary cannot be resized (from {self.config.vocab_size} to {new_num_tokens}):"
+                " its symbols are bytes. CharformerTokenizer takes pad, bos and eos out of the 256 values"
+            )
+        return self.get_input_embeddings()
+
+
+class CharformerModel(CharformerPreTrainedModel):
+    """The layers, from ids to the last hidden state."""
+
+    # A checkpoint of CharformerForCausalLM loads here without a report on the heads.
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\.", r"auxiliary_heads\."]
+
+    def __init__(self, config: CharformerConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([CharformerLayer(config, index) for index in range(config.num_hidden_layers)])
+        # After post-norm layers there is nothing left to normalise.
+        pre_norm = config.norm_placement == "pre"
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        layers_to_return: Iterable[int] = (),
+        **kwargs,
+    ) -> CharformerModelOutput:
+        """
+        Args:
+            input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
+            attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding; positions count text only.
+            position_ids: `(B, S)`, in the window; by default they follow from the mask and the cache.
+            layers_to_return: Numbers (1..n) of the layers whose outputs `layer_hidden_states` is to hold.
+
+        Raises:
+            ValueError: If the sequence, with what is cached, is longer than the window, or an id is outside the
+                vocabulary (found on the CPU only: elsewhere looking would stall the device).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            self._check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, past_key_values)
+
+        hidden_states = inputs_embeds
+        layer_hidden_states = {}
+        # The slice is what Transformers' early exit relies on: it lowers num_hidden_layers for a while.
+        for number, layer in enumerate(self.layers[: self.config.num_hidden_layers], start=1):
+            hidden_states = layer(
+                hidden_states,
+                position_ids=position_ids,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            if number in layers_to_return:
+                layer_hidden_states[number] = self.norm(hidden_states)
+        return CharformerModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            layer_hidden_states=layer_hidden_states or None,
+        )
+
+    def _positions_in_window(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        window, length = self.config.max_position_embeddings, inputs_embeds.shape[1]
+        if position_ids is not None:
+            self._check_range("position_ids", position_ids, window, "max_position_embeddings")
+            return position_ids
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if past + length > window:
+            raise ValueError(
+                f"the sequence is {past + length} characters long"
+                + (f" ({past} of them cached)" if past else "")
+                + f", longer than the window of max_position_embeddings={window}; shorten the text"
+            )
+        if attention_mask is not None and attention_mask.dim() == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
+
+    @staticmethod
+    def _check_range(name: str, ids: Tensor, end: int, field: str, ignore_index: int | None = None) -> None:
+        if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+            return
+        if ignore_index is not None:
+            ids = ids.masked_fill(ids == ignore_index, 0)
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= end:
+            raise ValueError(f"{name} contains {high if high >= end else low}; it must be in 0..{end - 1} ({field}={end})")
+
+
+class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
+    """A Charformer that predicts the next character and, in training, everything the auxiliary losses ask for.
+
+    `auxiliary_heads` holds one classifier for each term of `config.loss_terms()` except the main one, under the
+    term's name. All classifiers of a pre-norm model, the intermediate ones too, read the output `h_l` of their layer
+    after the model's final norm: the sums that its layers pass on grow with depth, and classifiers that read them as
+    they are train badly and hold the layers back. It costs no parameters, and is what a model that stops at layer `l`
+    computes. Post-norm layers have normed outputs.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: CharformerConfig):
+        super().__init__(config)
+        self.model = CharformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.loss_terms: tuple[LossTerm, ...] = config.loss_terms()
+        self.auxiliary_heads = nn.ModuleDict(
+            {
+                term.name: AuxiliaryHead(config.hidden_size, config.vocab_size, index)
+                for index, term in enumerate(self.loss_terms)
+                if term.name != "next_char"
+            }
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        training_progress: float | None = None,
+        target_counts: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> CharformerCausalLMOutput:
+        """
+        Args:
+            input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
+            attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding on either side.
+            position_ids: `(B, S)`; by default they follow from the mask and the cache.
+            labels: `(B, S)`, usually `input_ids` itself, since targets are shifted here; -100 is not counted.
+            logits_to_keep: Compute logits for so many last positions only (0 is all), or for these indices.
+            training_progress: Share of training done, 0 to 1, which the schedule of the intermediate losses follows;
+                `None` is 0 in training mode. In evaluation mode the loss is that of the language model alone.
+            target_counts: `(2, K)`, see `mean_denominators`; counts over the whole optimizer step.
+            num_items_in_batch: What `transformers.Trainer` passes: next characters in the whole optimizer step.
+
+        Raises:
+            ValueError: As `CharformerModel.forward`, and if `labels` are of another shape than the input, have ids
+                outside the vocabulary, or `training_progress` is outside 0..1.
+        """
+        weights: dict[str, float] = {}
+        if labels is not None:
+            self._check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
+            weights = self._weights_in_force(training_progress)
+        auxiliary_terms = [term for term in self.loss_terms if term.name != "next_char" and weights.get(term.name)]
+
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            layers_to_return={term.layer for term in auxiliary_terms},
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+
+        loss, loss_dict = None, None
+        if labels is not None:
+            loss_dict = self._main_losses(
+                logits if logits.shape[1] == labels.shape[1] else self.lm_head(hidden_states),
+                labels,
+                denominators := mean_denominators(labels, self.config.num_targets, num_items_in_batch, target_counts),
+                weights,
+            )
+            loss_dict |= causal_lm_losses(
+                {**(outputs.layer_hidden_states or {}), len(self.model.layers): hidden_states},
+                self.auxiliary_heads,
+                auxiliary_terms,
+                labels,
+                denominators,
+                last_position_only=self.config.position_loss == "last",
+            )
+            weights = {name: weights[name] for name in loss_dict}
+            loss = sum(weight * loss_dict[name] for name, weight in weights.items() if weight)
+
+        return CharformerCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            loss_dict=loss_dict,
+            loss_weights=weights if labels is not None else None,
+        )
+
+    def _weights_in_force(self, training_progress: float | None) -> dict[str, float]:
+        if not self.training:
+            return {"next_char": 1.0, "last_position": 0.0}
+        return weights_in_force(
+            self.loss_terms,
+            len(self.model.layers),
+            self.config.intermediate_schedule,
+            self.config.position_loss,
+            0.0 if training_progress is None else training_progress,
+        )
+
+    @staticmethod
+    def _main_losses(
+        logits: Tensor, labels: Tensor, denominators: Tensor, weights: dict[str, float]
+    ) -> dict[str, Tensor]:
+        """The two losses of the next-character classifier; the one that is a monitor only gets no gradient."""
+        targets = shifted_targets(labels, 1)
+        last = last_target_positions(targets)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weights["next_char"] > 0):
+            next_char = cross_entropy_sum(logits, targets)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weights["last_position"] > 0):
+            last_position = cross_entropy_sum(
+                logits.take_along_dim(last[..., None], dim=1), targets.take_along_dim(last, dim=1)
+            )
+        return {"next_char": next_char / denominators[0, 0], "last_position": last_position / denominators[1, 0]}
+
+    def _check_labels(self, labels: Tensor, inputs: Tensor) -> None:
+        if labels.shape != inputs.shape[:2]:
+            raise ValueError(
+                f"labels have the shape {tuple(labels.shape)}, the input {tuple(inputs.shape[:2])}; they must be alike"
+                " (batch, sequence): targets are shifted in the model"
+            )
+        self.model._check_range("labels", labels, self.config.vocab_size, "vocab_size", ignore_index=IGNORE_INDEX)
+
+    def without_auxiliary_heads(self) -> "CharformerForCausalLM":
+        """A new model with copies of the same weights and none of the heads that exist for training only.
+
+        Its logits are the same. It can be trained further only as a plain language model.
+        """
+        config = copy.deepcopy(self.config)
+        config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
+        model = type(self)(config).to(device=self.device, dtype=self.dtype)
+        model.load_state_dict({name: self.state_dict()[name] for name in model.state_dict()})
+        model.generation_config = copy.deepcopy(self.generation_config)
+        return model.train(self.training)
+
+    def _validate_generated_length(self, generation_config, input_ids_length: int, has_default_max_length: bool) -> None:
+        """Refuse, before any character is generated, what would not fit into the window."""
+        window = self.config.max_position_embeddings
+        if input_ids_length >= window:
+            raise ValueError(
+                f"the prompt is {input_ids_length} characters long; the window of max_position_embeddings={window}"
+                f" leaves no room for a new one. Give the last {window - 1} characters or fewer"
+            )
+        if generation_config.max_length > window:
+            raise ValueError(
+                f"prompt ({input_ids_length}) and new characters ({generation_config.max_length - input_ids_length})"
+                f" come to {generation_config.max_length}, more than the window of max_position_embeddings={window}."
+                f" Set max_new_tokens to {window - input_ids_length} or less, or shorten the prompt"
+            )
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+
+
+__all__ = ["CharformerForCausalLM", "CharformerModel", "CharformerPreTrainedModel"]

@@ -1,0 +1,70 @@
+"""Fixtures: tiny models, real-looking text, and no network."""
+
+import os
+
+
+# Before anything imports huggingface_hub: no test may reach for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import set_seed
+
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxiliary_losses
+
+
+def tiny_config(**changes) -> CharformerConfig:
+    settings = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 24,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "initializer_range": 0.1,
+    }
+    return CharformerConfig(**(settings | changes))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule that a test registers is gone after it."""
+    monkeypatch.setattr(auxiliary_losses, "_SCHEDULES", dict(auxiliary_losses._SCHEDULES))
+
+
+@pytest.fixture
+def make_model() -> Callable[..., CharformerForCausalLM]:
+    """A tiny model in training mode, the same for the same settings."""
+
+    def make(**changes) -> CharformerForCausalLM:
+        set_seed(0)
+        return CharformerForCausalLM(tiny_config(**changes)).train()
+
+    return make
+
+
+@pytest.fixture
+def make_ids() -> Callable[..., torch.Tensor]:
+    def make(batch: int = 2, length: int = 20, seed: int = 1) -> torch.Tensor:
+        return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text with structure to learn, beyond ASCII too."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = [f"Zeile {number}: Die Größe von {number * 7 % 13} wächst täglich.\n" for number in range(400)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path

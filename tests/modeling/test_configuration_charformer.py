@@ -1,0 +1,105 @@
+import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from transformers import AutoConfig
+
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, register_schedule
+from modeling_charformer.auxiliary_losses import schedule_names
+
+
+def test_defaults_are_the_papers_t12():
+    config = CharformerConfig()
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (12, 512, 2048)
+    assert (config.num_attention_heads, config.max_position_embeddings, config.vocab_size) == (2, 512, 256)
+    assert (config.hidden_act, config.attention_dropout, config.activation_dropout) == ("relu", 0.55, 0.55)
+    assert (config.num_targets, config.target_weights, config.intermediate_layers) == (2, None, "all")
+    assert (config.intermediate_weight, config.intermediate_schedule, config.position_loss) == (1.0, "paper", "all")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_attention_heads": 3}, r"num_attention_heads \(3\) does not divide hidden_size \(512\)"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be 1 or more"),
+        ({"attention_dropout": 1.0}, "attention_dropout is 1.0"),
+        ({"initializer_range": 0.0}, "initializer_range is 0.0"),
+        ({"norm_placement": "middle"}, "norm_placement is 'middle'; it must be 'pre' or 'post'"),
+        ({"num_targets": 0}, "num_targets is 0"),
+        ({"num_targets": 8, "max_position_embeddings": 8}, r"num_targets is 8.*max_position_embeddings"),
+        ({"num_targets": 3, "target_weights": [0.5]}, r"target_weights has 1 entries \(\[0.5\]\).* needs 2"),
+        ({"target_weights": [-0.5]}, "target_weights contains -0.5"),
+        ({"target_weights": [float("nan")]}, "target_weights contains nan"),
+        ({"intermediate_weight": -1.0}, "intermediate_weight contains -1.0"),
+        ({"intermediate_weight": float("inf")}, "intermediate_weight contains inf"),
+        ({"intermediate_layers": [0, 3]}, r"intermediate_layers contains \[0\].* 1 to 11"),
+        ({"intermediate_layers": [12]}, r"intermediate_layers contains \[12\].* 1 to 11"),
+        ({"intermediate_layers": [3, 3]}, "names a layer twice"),
+        ({"intermediate_layers": "some"}, "intermediate_layers is 'some'"),
+        ({"intermediate_layers": [1], "num_hidden_layers": 1}, "there are none"),
+        ({"intermediate_schedule": "papr"}, r"'papr'; known schedules: \['constant', 'cosine', 'linear', 'paper'\]"),
+        ({"position_loss": "first"}, "position_loss is 'first'; it must be 'all' or 'last'"),
+    ],
+)
+def test_wrong_value_names_field_and_what_is_accepted(settings, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        CharformerConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"hidden_size": 1.5}, {"norm_placement": None}, {"intermediate_layers": [1.5]}])
+def test_wrong_type_raises(settings):
+    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(settings))):
+        CharformerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [("num_target", "num_targets"), ("intermediate_layer", "intermediate_layers"), ("hiden_size", "hidden_size")],
+)
+def test_misspelt_field_suggests_the_right_one(misspelt, meant):
+    with pytest.raises(ValueError, match=f"no field '{misspelt}'.*meant '{meant}'"):
+        CharformerConfig(**{misspelt: 3})
+
+
+def test_unrelated_field_is_kept():
+    assert CharformerConfig(note_of_mine="x", num_labels=5).note_of_mine == "x"
+
+
+def test_value_assigned_later_is_checked_when_a_model_is_built():
+    config = CharformerConfig()
+    config.num_attention_heads = 3
+    with pytest.raises(StrictDataclassClassValidationError, match="does not divide"):
+        CharformerForCausalLM(config)
+
+
+def test_override_in_from_pretrained_is_checked(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassClassValidationError, match="intermediate_layers contains"):
+        CharformerForCausalLM.from_pretrained(tmp_path, intermediate_layers=[3])
+
+
+def test_round_trip(tmp_path):
+    config = CharformerConfig(
+        num_targets=3, target_weights=(0.5, 0.25), intermediate_layers=[2, 4], intermediate_schedule="cosine"
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, CharformerConfig)
+    assert loaded.loss_terms() == config.loss_terms()
+    assert loaded.intermediate_schedule == "cosine"
+
+
+def test_auto_map_is_complete():
+    assert set(CharformerConfig().auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_registered_schedule_is_known_and_its_name_stays_taken():
+    def halves(layer: int, num_layers: int, progress: float) -> float:
+        return 0.5
+
+    register_schedule("halves", halves)
+    register_schedule("halves", halves)  # again, as a reloaded notebook cell does
+    assert "halves" in schedule_names()
+    assert CharformerConfig(intermediate_schedule="halves").intermediate_schedule == "halves"
+    with pytest.raises(ValueError, match="'halves' is registered already"):
+        register_schedule("halves", lambda layer, num_layers, progress: 1.0)
+    with pytest.raises(ValueError, match="'paper' is registered already"):
+        register_schedule("paper", halves)

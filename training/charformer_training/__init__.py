@@ -1,0 +1,21 @@
+"""Training with auxiliary losses: a Trainer that logs every term, data as bytes, recipes.
+
+`AuxiliaryLossTrainer` works with any Transformers model; the rest is for Charformer.
+"""
+
+from .arguments import AuxiliaryLossTrainingArguments
+from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
+from .plots import plot_loss_terms
+from .trainer import AuxiliaryLossTrainer
+
+
+__all__ = [
+    "AuxiliaryLossTrainer",
+    "AuxiliaryLossTrainingArguments",
+    "ConsecutiveWindows",
+    "RandomWindows",
+    "Split",
+    "load_corpus",
+    "plot_loss_terms",
+    "split_corpus",
+]

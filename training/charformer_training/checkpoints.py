@@ -1,0 +1,102 @@
+"""Which folders hold a whole checkpoint, whether it fits the model, and writing files whole or not at all."""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+
+def _trainer_state(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def is_complete(folder: str | os.PathLike) -> bool:
+    """Whether the Trainer finished writing this checkpoint; `trainer_state.json` is what it writes last."""
+    return _trainer_state(Path(folder)) is not None
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The complete checkpoint with the highest step in a run's folder; `None` if there is none."""
+    steps = {
+        int(match[1]): path
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and is_complete(path)
+    }
+    return str(steps[max(steps)]) if steps else None
+
+
+def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:
+    """Check that training of `model` can go on from `folder`, before anything is loaded.
+
+    Raises:
+        ValueError: If the folder is missing, holds no complete checkpoint or a damaged file, or if its weights are
+            those of another model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"resume_from_checkpoint: there is no folder {folder}")
+    if not is_complete(folder):
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} is not a complete checkpoint (its trainer_state.json is missing or"
+            " damaged); resume from an earlier one"
+        )
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"resume_from_checkpoint: {path} is damaged or truncated; resume from an earlier checkpoint")
+    saved = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as weights:
+                saved |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"resume_from_checkpoint: {path} is damaged or truncated ({error}); resume from an earlier checkpoint"
+            ) from error
+    if saved:
+        _check_same_weights(folder, saved, model)
+
+
+def _check_same_weights(folder: Path, saved: dict[str, tuple[int, ...]], model: nn.Module) -> None:
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = sorted(expected.keys() - saved.keys() - tied)
+    unexpected = sorted(saved.keys() - expected.keys())
+    reshaped = sorted(name for name in saved.keys() & expected.keys() if saved[name] != expected[name])
+    differences = [
+        *(f"{name} is missing" for name in missing[:3]),
+        *(f"{name} is unknown to the model" for name in unexpected[:3]),
+        *(f"{name} has the shape {saved[name]}, not {expected[name]}" for name in reshaped[:3]),
+    ]
+    if differences:
+        total = len(missing) + len(unexpected) + len(reshaped)
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} is the checkpoint of another model ({total} weights differ):"
+            f" {'; '.join(differences)}. Training goes on only with the settings it began with; an inference-only"
+            " model cannot be resumed"
+        )
+
+
+@contextmanager
+def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """A scratch folder whose files move into `folder` when the block is through, and disappear if it fails."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / ".incomplete"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        for path in sorted(scratch.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,89 @@
+"""Running sums of loss terms, kept on the device so that nothing waits for it between two log entries."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class TrainingTerms:
+    """Sums of the loss terms over the optimizer steps since the last log entry.
+
+    A term that is present in some steps only, because its head has dropped out, is averaged over those steps.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._first_bad_step: dict[tuple[str, ...], Tensor] = {}
+        self._num_steps: dict[str, int] = {}
+        self._last_step: dict[str, int] = {}
+
+    def add(self, step: int, terms: Mapping[str, Tensor], scale: float) -> None:
+        """Add one micro-batch's share of the terms of optimizer step `step`; the shares of a step add up to its value."""
+        names = tuple(terms)
+        values = torch.stack([value.detach().float() for value in terms.values()]) * scale
+        bad_step = torch.where(values.isfinite(), float("inf"), float(step))
+        if names in self._sums:
+            self._sums[names] += values
+            self._first_bad_step[names] = torch.minimum(self._first_bad_step[names], bad_step)
+        else:
+            self._sums[names], self._first_bad_step[names] = values, bad_step
+        for name in names:
+            if self._last_step.get(name) != step:
+                self._last_step[name] = step
+                self._num_steps[name] = self._num_steps.get(name, 0) + 1
+
+    def means(self, accelerator) -> dict[str, float]:
+        """The mean of each term over its steps and over the processes, by name; all processes call this together."""
+        totals: dict[str, float] = {}
+        for names, sums in self._sums.items():
+            for name, value in zip(names, accelerator.reduce(sums, "mean").tolist(), strict=True):
+                totals[name] = totals.get(name, 0.0) + value
+        return {name: total / self._num_steps[name] for name, total in totals.items()}
+
+    def first_not_finite(self, accelerator) -> tuple[int, list[str]] | None:
+        """The first step at which a term was nan or infinite on any process, and the names of those that were."""
+        bad: dict[str, float] = {}
+        for names, steps in self._first_bad_step.items():
+            by_process = accelerator.gather(steps[None])
+            bad |= {
+                name: step
+                for name, step in zip(names, by_process.amin(dim=0).tolist(), strict=True)
+                if step < bad.get(name, float("inf"))
+            }
+        if not bad:
+            return None
+        first = min(bad.values())
+        return int(first), [name for name, step in bad.items() if step == first]
+
+
+class EvaluationTerms:
+    """Sums of the loss terms over an evaluation, each batch weighted by the number of targets it counts."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor, count: Tensor | int) -> None:
+        # Double precision: an evaluation may add up millions of characters. (Not on devices that lack it.)
+        dtype = torch.float32 if value.device.type == "mps" else torch.float64
+        count = torch.as_tensor(count, device=value.device)
+        total = torch.where(count > 0, value.detach().to(dtype) * count, 0.0)
+        entry = torch.stack([total, count.to(dtype)])
+        self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def totals(self, accelerator) -> dict[str, tuple[float, int]]:
+        """`(sum, count)` of each term over all processes, by name; all processes call this together."""
+        totals = {}
+        for name, entry in self._sums.items():
+            total, count = accelerator.reduce(entry, "sum").tolist()
+            totals[name] = (total, round(count))
+        return totals
+
+
+def group_by_layer(terms: Mapping[str, float]) -> dict[str, float]:
+    """Terms that differ in the layer's number only (`layer_1`, `layer_2`, ...), as one mean (`layers`)."""
+    groups: dict[str, list[float]] = {}
+    for name, value in terms.items():
+        groups.setdefault(re.sub(r"^layer_\d+", "layers", name), []).append(value)
+    return {name: sum(values) / len(values) for name, values in groups.items()}

@@ -1,0 +1,100 @@
+"""Pictures of a training run."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from modeling_charformer.auxiliary_losses import weights_in_force
+
+
+def drop_steps(config: PreTrainedConfig, max_steps: int) -> dict[int, int]:
+    """The first step (from 1) at which an intermediate layer has no loss any more, by layer, to 1/2000 of a run."""
+    terms, num_layers = config.loss_terms(), config.num_hidden_layers
+    steps: dict[int, int] = {}
+    for step in range(0, max_steps, max(1, max_steps // 2000)):
+        weights = weights_in_force(
+            terms, num_layers, config.intermediate_schedule, config.position_loss, step / max_steps
+        )
+        for term in terms:
+            if term.layer < num_layers and term.offset == 1 and weights[term.name] == 0:
+                steps.setdefault(term.layer, step + 1)
+    return steps
+
+
+def plot_loss_terms(
+    log_history: Sequence[Mapping[str, float]], drops: Mapping[int, int], path: str | Path, title: str
+) -> None:
+    """Draw every term of the loss against steps, unweighted, into a PNG file.
+
+    Above: the final layer, whose `next_char` is the language-model loss, with the validation loss. Below, if there
+    are any: the intermediate layers, from dark (first) to bright (last), with the steps at which they drop out marked.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+        drops: Layer to the step at which its losses drop out, see `drop_steps`.
+        path: File to write.
+        title: What the run is.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = _curves(log_history, prefix="loss_", marker="loss")
+    validation = _curves(log_history, prefix="eval_loss_next", marker="eval_loss")
+    of_layers = {name: curve for name, curve in curves.items() if name.startswith("layer")}
+    of_final = {name: curve for name, curve in curves.items() if name not in of_layers}
+
+    figure, axes = pyplot.subplots(
+        2 if of_layers else 1, 1, figsize=(9, 8.5 if of_layers else 5), sharex=True, squeeze=False, layout="constrained"
+    )
+    top = axes[0, 0]
+    for number, (name, (steps, values)) in enumerate(of_final.items()):
+        style = {"color": "0.6", "linewidth": 1, "zorder": 1} if name == "last_position" else {"color": f"C{number}"}
+        top.plot(steps, values, label=name, **style)
+    for steps, values in validation.values():
+        top.plot(steps, values, "o", color="C0", markersize=5, markeredgecolor="black", label="next_char, validation")
+    top.set_title(f"{title}\nfinal layer")
+    top.legend()
+
+    if of_layers:
+        bottom = axes[1, 0]
+        numbers = {name: int(match[1]) for name in of_layers if (match := re.match(r"layer_(\d+)", name))}
+        colors = pyplot.get_cmap("viridis")
+        deepest = max(numbers.values(), default=1)
+        labelled = len(of_layers) <= 16
+        for name, (steps, values) in of_layers.items():
+            color = colors(0.9 * (numbers.get(name, deepest) - 1) / max(1, deepest - 1))
+            line = "--" if "target" in name else "-"
+            bottom.plot(steps, values, line, color=color, linewidth=1.2, label=name if labelled else None)
+        for layer, step in drops.items():
+            bottom.axvline(step, color="0.5", linewidth=0.8, linestyle=":")
+            if len(drops) <= 16:
+                bottom.annotate(
+                    f" {layer} drops", (step, 1), xycoords=("data", "axes fraction"), va="top", rotation=90, fontsize=7
+                )
+        bottom.set_title("intermediate layers (dashed: further targets; dotted: a layer's losses drop out)")
+        if labelled:
+            bottom.legend(ncols=2, fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("loss (nats per character)")
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("step")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _curves(
+    log_history: Sequence[Mapping[str, float]], prefix: str, marker: str
+) -> dict[str, tuple[list[float], list[float]]]:
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for entry in log_history:
+        if marker in entry:
+            for name, value in entry.items():
+                if name.startswith(prefix):
+                    steps, values = curves.setdefault(name.removeprefix("loss_"), ([], []))
+                    steps.append(entry["step"])
+                    values.append(value)
+    return curves

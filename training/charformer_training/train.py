@@ -1,0 +1,364 @@
+"""`charformer-train RECIPE.yaml [--field value ...]`: train a Charformer from a recipe, end to end."""
+
+import difflib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, HfArgumentParser, default_data_collator, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging
+
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
+
+from .arguments import AuxiliaryLossTrainingArguments
+from .callbacks import LossTermProgress, SampleText, final_terms, sample_text
+from .card import write_model_card
+from .checkpoints import last_complete_checkpoint, whole_files
+from .data import ConsecutiveWindows, DataArguments, RandomWindows, Split, load_corpus, split_corpus
+from .ngrams import characters_per_byte, ngram_bits_per_byte
+from .plots import drop_steps, plot_loss_terms
+from .trainer import AuxiliaryLossTrainer
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Fields of `CharformerConfig`; one that is not given keeps that class's default (the paper's T12)."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Begin with this trained model instead of a new one (fine-tuning)."}
+    )
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of the layers."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "Width of the feed-forward layers."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of layers."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Number of attention heads."})
+    max_position_embeddings: int | None = field(default=None, metadata={"help": "The window, in characters."})
+    hidden_act: str | None = field(default=None, metadata={"help": "Activation of the feed-forward layers."})
+    attention_dropout: float | None = field(default=None, metadata={"help": "Dropout of attention weights."})
+    activation_dropout: float | None = field(default=None, metadata={"help": "Dropout after the activation."})
+    initializer_range: float | None = field(default=None, metadata={"help": "Deviation of the initial weights."})
+    norm_placement: str | None = field(default=None, metadata={"help": "Layer norms 'pre' or 'post'."})
+    num_targets: int | None = field(default=None, metadata={"help": "Characters predicted at each position."})
+    target_weights: list[float] | None = field(default=None, metadata={"help": "Weights of targets 2, 3, ..."})
+    intermediate_layers: list[str] | None = field(
+        default=None, metadata={"help": "Layers with losses of their own: 'all', 'none', or their numbers."}
+    )
+    intermediate_weight: float | None = field(default=None, metadata={"help": "Factor on these losses."})
+    intermediate_schedule: str | None = field(
+        default=None, metadata={"help": "How it changes: paper, constant, linear or cosine."}
+    )
+    position_loss: str | None = field(default=None, metadata={"help": "Positions that count: 'all' or 'last'."})
+
+    def config_fields(self) -> dict[str, Any]:
+        """The given fields, as `CharformerConfig` takes them."""
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "model_name_or_path"}
+        given = {name: value for name, value in given.items() if value is not None}
+        if "intermediate_layers" in given:
+            given["intermediate_layers"] = _layer_choice(given["intermediate_layers"])
+        return given
+
+
+@dataclass
+class RunArguments:
+    """What a run does beside training."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the model and checkpoints that output_dir already holds."}
+    )
+    resume_from_last: bool = field(
+        default=False, metadata={"help": "Go on from the last complete checkpoint of output_dir."}
+    )
+    sample_prompt: str = field(default="\n", metadata={"help": "What sample texts begin with."})
+    sample_length: int = field(default=200, metadata={"help": "Length of sample texts; 0 for none."})
+    compare_ngrams: bool = field(
+        default=False, metadata={"help": "Report a unigram and a trigram model, counted on the train split, beside."}
+    )
+
+
+Arguments = tuple[ModelArguments, DataArguments, RunArguments, AuxiliaryLossTrainingArguments]
+# What a run leaves in its folder, apart from checkpoint-* folders.
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
+
+
+def _layer_choice(value: str | Sequence[str | int]) -> str | list[int] | None:
+    words = [value] if isinstance(value, str | int) else list(value)
+    if words in (["all"], ["none"]):
+        return "all" if words == ["all"] else None
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise ValueError(f"intermediate_layers is {value!r}; it must be 'all', 'none', or layer numbers") from None
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """A recipe's fields, overridden by those of the command line.
+
+    Raises:
+        ValueError: If the recipe is not a mapping of known fields, or a value is not accepted.
+        FileNotFoundError: If there is no such recipe.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, RunArguments, AuxiliaryLossTrainingArguments),
+        prog="charformer-train",
+        description="Train a Charformer from a recipe. Fields on the command line override the recipe's.",
+        usage="charformer-train RECIPE.yaml [--field value ...]",
+    )
+    arguments = list(argv)
+    if arguments and not arguments[0].startswith("-"):
+        parser.set_defaults(**_read_recipe(Path(arguments.pop(0)), parser))
+    model, data, run, training = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if training.max_steps <= 0:
+        raise ValueError(
+            f"max_steps is {training.max_steps}; give the number of optimizer steps: windows are drawn at random, so"
+            " there are no epochs to count"
+        )
+    # The windows themselves are random; shuffling their numbers would only cost memory.
+    training.train_sampling_strategy = "sequential"
+    return model, data, run, training
+
+
+def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {str(path)!r}; training/configs holds those of this project")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold 'field: value' lines, as the recipes in training/configs do")
+    known = {action.dest for action in parser._actions}
+    for name in recipe:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; meant {close[0]!r}?" if close else "; charformer-train --help lists them"
+            raise ValueError(f"{path}: there is no field {name!r}{hint}")
+    return recipe
+
+
+def prepare_output_dir(run: RunArguments, training: AuxiliaryLossTrainingArguments) -> None:
+    """Refuse to write over another model, unless the run goes on from there or was asked to.
+
+    Sets `resume_from_checkpoint` when `resume_from_last` is asked for.
+
+    Raises:
+        FileExistsError: If the folder holds a model or checkpoints.
+        ValueError: If it holds no complete checkpoint to resume from.
+    """
+    folder = Path(training.output_dir)
+    if run.resume_from_last:
+        training.resume_from_checkpoint = last_complete_checkpoint(folder)
+        if training.resume_from_checkpoint is None:
+            raise ValueError(f"resume_from_last: {folder} holds no complete checkpoint")
+    held = [path for name in MODEL_FILES if (path := folder / name).exists()] + sorted(folder.glob("checkpoint-*"))
+    if not held or training.resume_from_checkpoint:
+        return
+    if not run.overwrite_output_dir:
+        raise FileExistsError(
+            f"output_dir {folder} already holds a model ({held[0].name}). Give another output_dir, go on from its last"
+            " checkpoint with --resume_from_last, or replace it with --overwrite_output_dir"
+        )
+    if training.process_index == 0:
+        for path in [*held, folder / "samples.jsonl"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
+    """A new model from the given fields, or the model to fine-tune with those fields changed."""
+    if arguments.model_name_or_path is not None:
+        return CharformerForCausalLM.from_pretrained(arguments.model_name_or_path, **arguments.config_fields())
+    return CharformerForCausalLM(CharformerConfig(**arguments.config_fields()))
+
+
+def build_trainer(
+    arguments: Arguments, model: CharformerForCausalLM, tokenizer: CharformerTokenizer, splits: dict[str, Split]
+) -> AuxiliaryLossTrainer:
+    """The Trainer of a run, with its windows and callbacks."""
+    _, data, run, training = arguments
+    window = model.config.max_position_embeddings
+    num_windows = (
+        training.max_steps
+        * training.gradient_accumulation_steps
+        * training.train_batch_size
+        * max(1, training.world_size)
+    )
+    seed = training.seed if training.data_seed is None else training.data_seed
+    trainer = AuxiliaryLossTrainer(
+        model=model,
+        args=training,
+        train_dataset=RandomWindows(splits["train"], window, num_windows, seed),
+        eval_dataset=ConsecutiveWindows(splits["validation"], window, data.max_eval_characters),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if not training.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossTermProgress())
+    if run.sample_length:
+        samples = Path(training.output_dir) / "samples.jsonl"
+        trainer.add_callback(SampleText(tokenizer, samples, run.sample_prompt, run.sample_length, training.seed))
+    return trainer
+
+
+def train(arguments: Arguments) -> dict[str, Any]:
+    """Run a recipe: data, model, training, evaluation, and the folder with all results. Returns the metrics."""
+    model_arguments, data, run, training = arguments
+    set_seed(training.seed)
+    model = build_model(model_arguments)  # wrong settings raise before the text is read
+    prepare_output_dir(run, training)
+    with training.main_process_first(desc="reading the corpus"):
+        corpus = load_corpus(data)
+    splits = split_corpus(corpus, data.train_share, data.validation_share)
+    if model_arguments.model_name_or_path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path)
+    else:
+        tokenizer = CharformerTokenizer()
+    trainer = build_trainer(arguments, model, tokenizer, splits)
+    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+
+    described = {name: (len(split.data), split.sha256()) for name, split in splits.items()}
+    if trainer.is_world_process_zero():
+        print(f"Corpus: {data.source}, {len(corpus):,} bytes, split by position")
+        for name, (size, checksum) in described.items():
+            print(f"  {name:<10} {size:>13,} bytes  sha256 {checksum}")
+        heads = sum(weight.numel() for weight in model.auxiliary_heads.parameters())
+        print(f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only", flush=True)
+
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    metrics = _final_evaluation(trainer)
+    if run.compare_ngrams:
+        metrics |= _compare_ngrams(splits, trainer.eval_dataset.data)
+    _save_results(arguments, trainer, tokenizer, described, metrics)
+    return metrics
+
+
+def _final_evaluation(trainer: AuxiliaryLossTrainer) -> dict[str, Any]:
+    step = trainer.state.global_step
+    done = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
+    return {"step": step, **(done[-1] if done else trainer.evaluate())}
+
+
+def _compare_ngrams(splits: dict[str, Split], text: np.ndarray) -> dict[str, float]:
+    per_byte = characters_per_byte(text)
+    return {
+        f"{name}_bpc": ngram_bits_per_byte(splits["train"].data, text, order) / per_byte
+        for name, order in (("unigram", 1), ("trigram", 3))
+    }
+
+
+def _save_results(
+    arguments: Arguments,
+    trainer: AuxiliaryLossTrainer,
+    tokenizer: CharformerTokenizer,
+    splits: dict[str, tuple[int, str]],
+    metrics: dict[str, Any],
+) -> None:
+    """Everything a run leaves in its folder; the files appear only when all of them are written."""
+    model_arguments, data, run, training = arguments
+    folder = Path(training.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True  # the Trainer switches it off, also for those who load the model
+    log_history = trainer.state.log_history
+    if not training.should_save:
+        trainer.save_model(str(folder), _internal_call=True)  # joins in where weights are gathered from all processes
+        return
+    with whole_files(folder) as scratch:
+        trainer.save_model(str(scratch), _internal_call=True)
+        trainer.state.save_to_json(str(scratch / "trainer_state.json"))
+        results = {**metrics, "data": data.source, "splits": splits}
+        (scratch / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        plot_loss_terms(
+            log_history,
+            drop_steps(model.config, training.max_steps),
+            scratch / "loss_terms.png",
+            f"{folder.name}: {data.source}",
+        )
+        write_model_card(
+            scratch / "README.md",
+            model,
+            folder.name,
+            data.source,
+            splits,
+            _recipe_summary(training),
+            metrics,
+            final_terms(log_history),
+        )
+    text = sample_text(model, tokenizer, run.sample_prompt, run.sample_length, training.seed) if run.sample_length else ""
+    print(_summary(folder, metrics, text), flush=True)
+
+
+def _recipe_summary(training: AuxiliaryLossTrainingArguments) -> dict[str, Any]:
+    processes = max(1, training.world_size)
+    return {
+        "Optimizer steps": f"{training.max_steps:,}",
+        "Windows per step": training.train_batch_size * training.gradient_accumulation_steps * processes,
+        "Optimizer": str(training.optim.value if hasattr(training.optim, "value") else training.optim),
+        "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
+        "Warm-up steps": training.get_warmup_steps(training.max_steps),
+        "Weight decay": training.weight_decay,
+        "Gradient clipping": training.max_grad_norm,
+        "Precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "f32",
+        "Seed": training.seed,
+    }
+
+
+def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
+    lines = ["", f"Validation: {metrics['eval_bpc']:.3f} bits per character"]
+    lines += [
+        f"  counted {name:<8} {metrics[key]:.3f}" + ("" if metrics["eval_bpc"] < metrics[key] else "  (not beaten)")
+        for name in ("trigram", "unigram")
+        if (key := f"{name}_bpc") in metrics
+    ]
+    if text:
+        lines += ["", "The model writes:", *(f"  | {line}" for line in text.strip("\n").splitlines())]
+    lines += [
+        "",
+        f"Every loss term in a picture: {folder / 'loss_terms.png'}",
+        f"Model card:                   {folder / 'README.md'}",
+        "",
+        "Load it with:",
+        "  import modeling_charformer; from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"  model = AutoModelForCausalLM.from_pretrained({str(folder)!r})",
+        f"  tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console program; returns its exit status."""
+    arguments = None
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        train(arguments)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {_how_to_resume(arguments)}", file=sys.stderr)
+        return 130
+    except (StrictDataclassError, FloatingPointError, OSError, ValueError) as error:
+        logger.debug("traceback", exc_info=True)
+        print(f"charformer-train: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _how_to_resume(arguments: Arguments | None) -> str:
+    if arguments is None:
+        return "Nothing had begun."
+    folder = arguments[3].output_dir
+    last = last_complete_checkpoint(folder)
+    if last is None:
+        return f"No checkpoint had been written to {folder} yet (save_steps={arguments[3].save_steps})."
+    return f"The last checkpoint is {last}; give the same command with --resume_from_last to go on from there."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

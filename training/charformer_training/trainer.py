@@ -1,0 +1,230 @@
+"""A Trainer that tells the model how far training is, and logs every term of its loss."""
+
+import inspect
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from modeling_charformer.auxiliary_losses import IGNORE_INDEX, count_targets
+
+from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint
+from .loss_terms import EvaluationTerms, TrainingTerms, group_by_layer
+
+
+logger = logging.get_logger(__name__)
+
+
+class LogWhenSaving(TrainerCallback):
+    """Logs at every step that saves, so that no sum is under way in a checkpoint and a resumed run logs the same."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end
+
+
+class AuxiliaryLossTrainer(Trainer):
+    """`transformers.Trainer` for models whose output has a `loss_dict`, as Charformer's and the DETR family's.
+
+    - Passes `training_progress` (share of training done, 0..1) and `target_counts` (how many targets each term has in
+      the whole optimizer step) to models whose `forward` takes them.
+    - Logs each term of `loss_dict`, raw and unweighted, as `loss_<name>` beside `loss`: the mean per optimizer step, the
+      same however a batch is split over accumulation steps and processes. A term that has dropped out is absent.
+    - Evaluation reports `eval_loss` and `eval_loss_<name>` as means over targets, not over batches. For a byte-level
+      model (256 symbols, a `next_char` term) also `eval_bpb`, bits per byte, and `eval_bpc`, bits per character of
+      UTF-8; the two are the same in ASCII text. Rows that are only there to fill the last batch are not counted.
+    - Stops with a `FloatingPointError` when a loss is not finite, at the next log entry and before any checkpoint is
+      written; the message names the step and the term.
+    - Checkpoints are whole: what fails while it is written is removed, and `resume_from_checkpoint` is checked first.
+
+    `args` may be plain `TrainingArguments` or `AuxiliaryLossTrainingArguments`.
+    """
+
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs):
+        if args is not None and args.ddp_find_unused_parameters is None and _takes(model, "training_progress"):
+            # Heads that drop out in the middle of training leave parameters without a gradient.
+            args.ddp_find_unused_parameters = True
+        super().__init__(model=model, args=args, **kwargs)
+        self._takes_training_progress = _takes(self.model, "training_progress")
+        self._takes_target_counts = _takes(self.model, "target_counts")
+        self._target_counts: Tensor | None = None
+        self._training_terms = TrainingTerms()
+        self._evaluation_terms = EvaluationTerms()
+        self.add_callback(LogWhenSaving())
+
+    # ---- Training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last *complete* checkpoint of `output_dir`.
+
+        Raises:
+            ValueError: If the checkpoint is missing, incomplete, damaged or that of another model.
+            FloatingPointError: If a loss turns nan or infinite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint")
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self.model)
+        self._training_terms = TrainingTerms()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._takes_target_counts and batch_samples and "labels" in batch_samples[0]:
+            num_targets = self.accelerator.unwrap_model(self.model).config.num_targets
+            counts = sum(count_targets(batch["labels"], num_targets) for batch in batch_samples).to(device)
+            if self.args.average_tokens_across_devices:
+                counts = self.accelerator.reduce(counts, "sum")
+            self._target_counts = counts
+        return batch_samples, num_items_in_batch
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        if model.training:
+            loss, outputs = super().compute_loss(
+                model, {**inputs, **self._progress_inputs()}, True, num_items_in_batch=num_items_in_batch
+            )
+            self._add_training_terms(loss, outputs, num_items_in_batch)
+        else:
+            # Alone, a batch's losses are its own means, which are weighted below. (Counts over all processes would
+            # make them shares.)
+            inputs = self._without_repeated_rows(inputs)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=None)
+            self._add_evaluation_terms(loss, outputs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _progress_inputs(self) -> dict[str, Any]:
+        inputs: dict[str, Any] = {}
+        if self._takes_training_progress:
+            inputs["training_progress"] = min(1.0, self.state.global_step / self.state.max_steps)
+        if self._takes_target_counts:
+            inputs["target_counts"] = self._target_counts
+        return inputs
+
+    def _add_training_terms(self, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None) -> None:
+        terms = _loss_dict(outputs)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # The terms were divided by the counts of the whole step; the mean over processes is taken when they are
+            # logged, as the Trainer does it with the loss.
+            scale = float(self.accelerator.num_processes) if self.args.average_tokens_across_devices else 1.0
+            loss_scale = 1.0  # the Trainer has scaled it already
+        else:
+            scale = loss_scale = 1 / self.current_gradient_accumulation_steps
+        step = self.state.global_step + 1
+        self._training_terms.add(step, {"loss": loss}, loss_scale)
+        if terms:
+            self._training_terms.add(step, terms, scale)
+
+    # ---- Evaluation ----
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On several processes the last batches are filled up with rows from the beginning: these count for nothing."""
+        labels, loader = inputs.get("labels"), self.accelerator.gradient_state
+        if self.args.world_size == 1 or not isinstance(labels, Tensor):
+            return inputs
+        if not loader.end_of_dataloader or loader.remainder <= 0:
+            return inputs
+        rows = labels.shape[0]
+        kept = min(max(loader.remainder - self.args.process_index * rows, 0), rows)
+        labels = labels.clone()
+        labels[kept:] = IGNORE_INDEX
+        return {**inputs, "labels": labels}
+
+    def _add_evaluation_terms(self, loss: Tensor, outputs: Any, inputs: dict[str, Any]) -> None:
+        labels, terms = inputs.get("labels"), _loss_dict(outputs)
+        if not isinstance(labels, Tensor):
+            positions = rows = find_batch_size(inputs) or 1
+        elif labels.dim() == 2 and self._loss_shifts_labels:
+            positions, rows = count_targets(labels, 1)[:, 0]
+        else:
+            positions = rows = labels.ne(IGNORE_INDEX).sum()
+        self._evaluation_terms.add("loss", loss, positions)
+        for name, value in terms.items():
+            self._evaluation_terms.add(f"loss_{name}", value, rows if name == "last_position" else positions)
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        if "next_char" in terms and isinstance(labels, Tensor) and getattr(config, "vocab_size", None) == 256:
+            # A character of UTF-8 is one byte that is not a continuation byte (10xxxxxx), and those that follow.
+            targets = labels[..., 1:]
+            characters = ((targets != IGNORE_INDEX) & (targets & 0xC0 != 0x80)).sum()
+            self._evaluation_terms.add("characters", torch.zeros_like(terms["next_char"]), characters)
+
+    def evaluation_loop(self, dataloader, description: str, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluation_terms = EvaluationTerms()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        totals = self._evaluation_terms.totals(self.accelerator)
+        _, characters = totals.pop("characters", (0.0, 0))
+        metrics = {name: total / count for name, (total, count) in totals.items() if count}
+        if characters:
+            nats, num_bytes = totals["loss_next_char"]
+            metrics["bpb"] = nats / math.log(2) / num_bytes
+            metrics["bpc"] = nats / math.log(2) / characters
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    # ---- Logs and checkpoints ----
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:  # an entry of the training loop
+            self._raise_if_not_finite()
+            means = self._training_terms.means(self.accelerator)
+            means.pop("loss", None)
+            if getattr(self.args, "log_loss_terms", "each") == "groups":
+                means = group_by_layer(means)
+            logs.update({f"loss_{name}": value for name, value in means.items()})
+            self._training_terms = TrainingTerms()
+        super().log(logs, *args, **kwargs)
+
+    def _raise_if_not_finite(self) -> None:
+        if (found := self._training_terms.first_not_finite(self.accelerator)) is not None:
+            step, names = found
+            last = last_complete_checkpoint(self.args.output_dir)
+            raise FloatingPointError(
+                f"the loss was not finite at step {step}: {', '.join(names)}. "
+                + (f"The last good checkpoint is {last}. " if last else "No checkpoint had been written. ")
+                + "Lower the learning rate, warm it up for longer, or clip gradients (max_grad_norm)"
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._raise_if_not_finite()
+        if any(not bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise FloatingPointError(
+                f"a weight of the model is not finite after step {self.state.global_step}, though no loss was yet;"
+                " no checkpoint is written, the previous ones stay"
+            )
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save and os.path.isdir(folder) and not is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                logger.error(f"Saving {folder} failed; what was written of it is removed, earlier checkpoints stay.")
+            raise
+
+
+def _takes(model: nn.Module | None, parameter: str) -> bool:
+    if model is None:
+        return False
+    if hasattr(model, "get_base_model"):  # a PEFT wrapper hands everything through
+        model = model.get_base_model()
+    return parameter in inspect.signature(model.forward).parameters
+
+
+def _loss_dict(outputs: Any) -> dict[str, Tensor]:
+    terms = outputs.get("loss_dict") if isinstance(outputs, Mapping) else None
+    return {name: value for name, value in (terms or {}).items() if isinstance(value, Tensor) and value.numel() == 1}
