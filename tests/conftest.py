@@ -10,25 +10,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from collections.abc import Callable
 from pathlib import Path
 
+
+ROOT = Path(__file__).parent.parent
+# For the programs that tests start.
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'training'}"
+
 import pytest
 import torch
 from transformers import set_seed
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxiliary_losses
-
-
-def tiny_config(**changes) -> CharformerConfig:
-    settings = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 24,
-        "attention_dropout": 0.0,
-        "activation_dropout": 0.0,
-        "initializer_range": 0.1,
-    }
-    return CharformerConfig(**(settings | changes))
+from tests.helpers import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +40,7 @@ def make_model() -> Callable[..., CharformerForCausalLM]:
 
     def make(**changes) -> CharformerForCausalLM:
         set_seed(0)
-        return CharformerForCausalLM(tiny_config(**changes)).train()
+        return CharformerForCausalLM(CharformerConfig(**(TINY | {"initializer_range": 0.1} | changes))).train()
 
     return make
 

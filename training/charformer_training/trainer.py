@@ -37,8 +37,9 @@ class AuxiliaryLossTrainer(Trainer):
 
     - Passes `training_progress` (share of training done, 0..1) and `target_counts` (how many targets each term has in
       the whole optimizer step) to models whose `forward` takes them.
-    - Logs each term of `loss_dict`, raw and unweighted, as `loss_<name>` beside `loss`: the mean per optimizer step, the
-      same however a batch is split over accumulation steps and processes. A term that has dropped out is absent.
+    - Logs each term of `loss_dict`, raw and unweighted, as `loss_<name>` (or by its own name, if that begins so) beside
+      `loss`: the mean per optimizer step, the same however a batch is split over accumulation steps and processes. A
+      term that has dropped out is absent.
     - Evaluation reports `eval_loss` and `eval_loss_<name>` as means over targets, not over batches. For a byte-level
       model (256 symbols, a `next_char` term) also `eval_bpb`, bits per byte, and `eval_bpc`, bits per character of
       UTF-8; the two are the same in ASCII text. Rows that are only there to fill the last batch are not counted.
@@ -156,7 +157,7 @@ class AuxiliaryLossTrainer(Trainer):
             positions = rows = labels.ne(IGNORE_INDEX).sum()
         self._evaluation_terms.add("loss", loss, positions)
         for name, value in terms.items():
-            self._evaluation_terms.add(f"loss_{name}", value, rows if name == "last_position" else positions)
+            self._evaluation_terms.add(_log_key(name), value, rows if name == "last_position" else positions)
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         if "next_char" in terms and isinstance(labels, Tensor) and getattr(config, "vocab_size", None) == 256:
             # A character of UTF-8 is one byte that is not a continuation byte (10xxxxxx), and those that follow.
@@ -186,7 +187,7 @@ class AuxiliaryLossTrainer(Trainer):
             means.pop("loss", None)
             if getattr(self.args, "log_loss_terms", "each") == "groups":
                 means = group_by_layer(means)
-            logs.update({f"loss_{name}": value for name, value in means.items()})
+            logs.update({_log_key(name): value for name, value in means.items()})
             self._training_terms = TrainingTerms()
         super().log(logs, *args, **kwargs)
 
@@ -223,6 +224,10 @@ def _takes(model: nn.Module | None, parameter: str) -> bool:
     if hasattr(model, "get_base_model"):  # a PEFT wrapper hands everything through
         model = model.get_base_model()
     return parameter in inspect.signature(model.forward).parameters
+
+
+def _log_key(term: str) -> str:
+    return term if term.startswith("loss_") else f"loss_{term}"
 
 
 def _loss_dict(outputs: Any) -> dict[str, Tensor]:

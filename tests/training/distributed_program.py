@@ -1,0 +1,49 @@
+"""Run by torchrun: trains the cases of `CASES` and writes the first process's logs. Not a test by itself."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from charformer_training import Split
+from tests.helpers import loss_logs, tiny_trainer
+
+
+# Per device: two processes make batches of eight of them.
+CASES = {
+    "plain": {"per_device_train_batch_size": 4},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "last_position": {"per_device_train_batch_size": 4, "model": {"position_loss": "last", "num_targets": 3}},
+    "checkpointed": {"per_device_train_batch_size": 4, "gradient_checkpointing": True},
+    "saved": {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3},
+}
+
+
+def run(case: str, text: Path, folder: Path) -> dict:
+    data = np.frombuffer(text.read_bytes(), np.uint8)
+    splits = {"train": Split("train", data[:10_000]), "validation": Split("validation", data[10_000:10_600])}
+    settings = {"output_dir": str(folder / case), "per_device_eval_batch_size": 4}
+    trainer = tiny_trainer(splits=splits, **(settings | CASES[case]))
+    trainer.train()
+    metrics = trainer.evaluate()
+    logs = loss_logs(trainer)
+    if case == "saved":
+        resumed = tiny_trainer(splits=splits, **(settings | CASES[case]))
+        resumed.train(resume_from_checkpoint=str(folder / case / "checkpoint-3"))
+        assert loss_logs(resumed) == logs
+    return {
+        "logs": logs,
+        "metrics": {key: value for key, value in metrics.items() if "loss" in key or key in ("eval_bpc", "eval_bpb")},
+        "processes": trainer.accelerator.num_processes,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    text, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    results = {case: run(case, text, folder) for case in CASES}
+    if torch.distributed.get_rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from accelerate import Accelerator
+
+from charformer_training.loss_terms import EvaluationTerms, TrainingTerms, group_by_layer
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def tensors(**values: float) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def test_parts_of_a_step_add_up_and_steps_are_averaged(accelerator):
+    terms = TrainingTerms()
+    for step in (1, 2):
+        for _ in range(2):
+            terms.add(step, tensors(a=float(step), b=10.0), scale=0.5)
+    assert terms.means(accelerator) == {"a": 1.5, "b": 10.0}
+
+
+def test_a_dropped_term_is_averaged_over_the_steps_it_was_in(accelerator):
+    terms = TrainingTerms()
+    terms.add(1, tensors(a=1.0, b=4.0), 1.0)
+    terms.add(2, tensors(a=2.0, b=6.0), 1.0)
+    terms.add(3, tensors(a=6.0), 1.0)
+    assert terms.means(accelerator) == {"a": 3.0, "b": 5.0}
+
+
+def test_first_value_that_is_not_finite_is_found(accelerator):
+    terms = TrainingTerms()
+    terms.add(1, tensors(a=1.0, b=1.0), 1.0)
+    assert terms.first_not_finite(accelerator) is None
+    terms.add(2, tensors(a=1.0, b=float("nan")), 1.0)
+    terms.add(3, tensors(a=float("inf"), b=float("nan")), 1.0)
+    assert terms.first_not_finite(accelerator) == (2, ["b"])
+
+
+def test_evaluation_weights_by_count_and_skips_empty_batches(accelerator):
+    terms = EvaluationTerms()
+    terms.add("a", torch.tensor(1.0), 3)
+    terms.add("a", torch.tensor(5.0), torch.tensor(1))
+    terms.add("a", torch.tensor(float("nan")), 0)
+    assert terms.totals(accelerator) == {"a": (8.0, 4)}
+
+
+def test_terms_are_grouped_over_layers():
+    terms = {"next_char": 1.0, "layer_1": 2.0, "layer_12": 4.0, "layer_1_target_2": 5.0, "target_2": 6.0}
+    assert group_by_layer(terms) == {"next_char": 1.0, "layers": 3.0, "layers_target_2": 5.0, "target_2": 6.0}
