@@ -62,7 +62,9 @@ def register_schedule(name: str, schedule: Schedule) -> None:
         ValueError: If `name` is taken already by another function.
     """
     if _SCHEDULES.get(name, schedule) is not schedule:
-        raise ValueError(f"a schedule named {name!r} is registered already; choose a name other than {schedule_names()}")
+        raise ValueError(
+            f"a schedule named {name!r} is registered already; choose a name other than {schedule_names()}"
+        )
     _SCHEDULES[name] = schedule
 
 

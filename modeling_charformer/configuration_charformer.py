@@ -95,7 +95,9 @@ class CharformerConfig(PreTrainedConfig):
             # Names the base class knows arrive here too.
             close = [] if hasattr(self, name) else difflib.get_close_matches(name, own_fields, n=1, cutoff=0.8)
             if close:
-                raise ValueError(f"CharformerConfig has no field {name!r} (given {kwargs[name]!r}); meant {close[0]!r}?")
+                raise ValueError(
+                    f"CharformerConfig has no field {name!r} (given {kwargs[name]!r}); meant {close[0]!r}?"
+                )
         # Saving one class writes its own entry only; a repository is to load with every Auto class.
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, initialization as init
+from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -203,7 +204,7 @@ class CharformerPreTrainedModel(PreTrainedModel):
                 f"a Charformer's vocabulary cannot be resized (from {self.config.vocab_size} to {new_num_tokens}):"
                 " its symbols are bytes. CharformerTokenizer takes pad, bos and eos out of the 256 values"
             )
-        return self.get_input_embeddings()
+        return self.get_input_embeddings()  # type: ignore[return-value]  # typed as any module
 
 
 class CharformerModel(CharformerPreTrainedModel):
@@ -246,11 +247,11 @@ class CharformerModel(CharformerPreTrainedModel):
             ValueError: If the sequence, with what is cached, is longer than the window, or an id is outside the
                 vocabulary (found on the CPU only: elsewhere looking would stall the device).
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
+        if input_ids is not None and inputs_embeds is None:
             self._check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)
+        elif inputs_embeds is None or input_ids is not None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -312,7 +313,9 @@ class CharformerModel(CharformerPreTrainedModel):
             ids = ids.masked_fill(ids == ignore_index, 0)
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= end:
-            raise ValueError(f"{name} contains {high if high >= end else low}; it must be in 0..{end - 1} ({field}={end})")
+            raise ValueError(
+                f"{name} contains {high if high >= end else low}; it must be in 0..{end - 1} ({field}={end})"
+            )
 
 
 class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
@@ -404,14 +407,14 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             )
             loss_dict |= causal_lm_losses(
                 {**(outputs.layer_hidden_states or {}), len(self.model.layers): hidden_states},
-                self.auxiliary_heads,
+                dict(self.auxiliary_heads.items()),
                 auxiliary_terms,
                 labels,
                 denominators,
                 last_position_only=self.config.position_loss == "last",
             )
             weights = {name: weights[name] for name in loss_dict}
-            loss = sum(weight * loss_dict[name] for name, weight in weights.items() if weight)
+            loss = torch.stack([weight * loss_dict[name] for name, weight in weights.items() if weight]).sum()
 
         return CharformerCausalLMOutput(
             loss=loss,
@@ -449,8 +452,8 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             )
         return {"next_char": next_char / denominators[0, 0], "last_position": last_position / denominators[1, 0]}
 
-    def _check_labels(self, labels: Tensor, inputs: Tensor) -> None:
-        if labels.shape != inputs.shape[:2]:
+    def _check_labels(self, labels: Tensor, inputs: Tensor | None) -> None:
+        if inputs is not None and labels.shape != inputs.shape[:2]:
             raise ValueError(
                 f"labels have the shape {tuple(labels.shape)}, the input {tuple(inputs.shape[:2])}; they must be alike"
                 " (batch, sequence): targets are shifted in the model"
@@ -464,12 +467,15 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
         """
         config = copy.deepcopy(self.config)
         config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
-        model = type(self)(config).to(device=self.device, dtype=self.dtype)
-        model.load_state_dict({name: self.state_dict()[name] for name in model.state_dict()})
+        model, weights = type(self)(config), self.state_dict()
+        model.to(self.device, self.dtype)  # type: ignore[arg-type]  # wrapped by Transformers
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
         model.generation_config = copy.deepcopy(self.generation_config)
         return model.train(self.training)
 
-    def _validate_generated_length(self, generation_config, input_ids_length: int, has_default_max_length: bool) -> None:
+    def _validate_generated_length(
+        self, generation_config, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
         """Refuse, before any character is generated, what would not fit into the window."""
         window = self.config.max_position_embeddings
         if input_ids_length >= window:
@@ -483,7 +489,9 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
                 f" come to {generation_config.max_length}, more than the window of max_position_embeddings={window}."
                 f" Set max_new_tokens to {window - input_ids_length} or less, or shorten the prompt"
             )
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        super()._validate_generated_length(  # type: ignore[misc]  # `self` is typed as a protocol
+            generation_config, input_ids_length, has_default_max_length
+        )
 
 
 __all__ = ["CharformerForCausalLM", "CharformerModel", "CharformerPreTrainedModel"]

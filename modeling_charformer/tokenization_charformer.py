@@ -61,7 +61,7 @@ class CharformerTokenizer(PreTrainedTokenizer):
     def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args, **kwargs) -> int:
         """As everywhere in Transformers, but only pad, eos and bos tokens, at the ids kept for them."""
         self._place_special_tokens(special_tokens_dict)
-        self.added_tokens_decoder = self._added_tokens_decoder  # refreshes what the base class derives from it
+        self.added_tokens_decoder = dict(self._added_tokens_decoder)  # refreshes what the base class derives from it
         for name, token in special_tokens_dict.items():
             setattr(self, name, str(token))
         return len(special_tokens_dict)
@@ -82,16 +82,16 @@ class CharformerTokenizer(PreTrainedTokenizer):
     def get_vocab(self) -> dict[str, int]:
         """Each byte under the character with its number (Latin-1), the special tokens under their own names."""
         vocab = {chr(byte): byte for byte in range(256) if byte not in self._added_tokens_decoder}
-        return vocab | {token.content: index for index, token in self._added_tokens_decoder.items()}
+        return vocab | {str(token): index for index, token in self._added_tokens_decoder.items()}
 
     @staticmethod
     def _to_bytes(text: str | bytes) -> bytes:
         return text.encode("utf-8", errors="surrogateescape") if isinstance(text, str) else text
 
-    def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
+    def _encode_plus(self, text, text_pair=None, *args, **kwargs) -> BatchEncoding:
         # The base class takes lists of ids as they are: that is several dozen times faster than its way through
         # tokens of one character each.
-        return super()._encode_plus(self._bytes_as_ids(text), self._bytes_as_ids(text_pair), **kwargs)
+        return super()._encode_plus(self._bytes_as_ids(text), self._bytes_as_ids(text_pair), *args, **kwargs)
 
     def _bytes_as_ids(self, text):
         if isinstance(text, str | bytes):
@@ -118,17 +118,19 @@ class CharformerTokenizer(PreTrainedTokenizer):
         raw = b"".join(token.encode() if token in special else token.encode("latin-1") for token in tokens)
         return raw.decode("utf-8", errors=self.errors)
 
-    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
+    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, *args, **kwargs) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         if self._added_tokens_decoder:
             if skip_special_tokens:
                 ids = [index for index in ids if index not in self._added_tokens_decoder]
             elif not self._added_tokens_decoder.keys().isdisjoint(ids):
-                return super()._decode(ids, **kwargs)
+                return super()._decode(ids, False, *args, **kwargs)
         try:
             return bytes(ids).decode("utf-8", errors=self.errors)
         except ValueError as error:
-            raise ValueError(f"ids outside 0..255 cannot be decoded; the ids of CharformerTokenizer are bytes: {error}")
+            raise ValueError(
+                f"ids outside 0..255 cannot be decoded; the ids of CharformerTokenizer are bytes: {error}"
+            ) from error
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Nothing to save: the vocabulary is the bytes."""

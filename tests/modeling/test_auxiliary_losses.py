@@ -1,6 +1,7 @@
 """Values, weights and gradients of the losses, against references written out in plain PyTorch."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,11 @@ def reference_losses(model: CharformerForCausalLM, ids, labels, attention_mask=N
         for offset in range(1, model.config.num_targets + 1):
             name = {(n, 1): "next_char"}.get((layer, offset))
             if name is None:
-                name = f"target_{offset}" if layer == n else f"layer_{layer}" + (f"_target_{offset}" if offset > 1 else "")
+                name = (
+                    f"target_{offset}"
+                    if layer == n
+                    else f"layer_{layer}" + (f"_target_{offset}" if offset > 1 else "")
+                )
             if name != "next_char" and name not in model.auxiliary_heads:
                 continue
             head = model.lm_head if name == "next_char" else model.auxiliary_heads[name]
@@ -55,7 +60,8 @@ def reference_losses(model: CharformerForCausalLM, ids, labels, attention_mask=N
 def reference_weights(config: CharformerConfig, progress: float) -> dict[str, float]:
     n = config.num_hidden_layers
     targets = [1.0] + list(config.target_weights or [0.5] * (config.num_targets - 1))
-    layers = range(1, n) if config.intermediate_layers == "all" else (config.intermediate_layers or [])
+    chosen: Any = config.intermediate_layers
+    layers = range(1, n) if chosen == "all" else (chosen or [])
     weights = {"next_char": 1.0, "last_position": 0.0}
     if config.position_loss == "last":
         weights = {"next_char": 0.0, "last_position": 1.0}
@@ -116,7 +122,7 @@ def test_losses_weights_and_gradients_match_the_reference(make_model, make_ids, 
         assert output.loss_weights[name] == pytest.approx(weights[name])
 
     model.zero_grad()
-    total = sum(weight * expected[name] for name, weight in weights.items() if weight > 0)
+    total = torch.stack([weight * expected[name] for name, weight in weights.items() if weight > 0]).sum()
     torch.testing.assert_close(output.loss, total, rtol=1e-5, atol=1e-6)
     total.backward()
     for name, parameter in model.named_parameters():

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import AutoConfig
@@ -54,13 +56,15 @@ def test_wrong_type_raises(settings):
     ("misspelt", "meant"),
     [("num_target", "num_targets"), ("intermediate_layer", "intermediate_layers"), ("hiden_size", "hidden_size")],
 )
-def test_misspelt_field_suggests_the_right_one(misspelt, meant):
+def test_misspelt_field_suggests_the_right_one(misspelt: Any, meant: str):
     with pytest.raises(ValueError, match=f"no field '{misspelt}'.*meant '{meant}'"):
-        CharformerConfig(**{misspelt: 3})
+        settings: dict[str, Any] = {misspelt: 3}
+        CharformerConfig(**settings)
 
 
 def test_unrelated_field_is_kept():
-    assert CharformerConfig(note_of_mine="x", num_labels=5).note_of_mine == "x"
+    extra: dict[str, Any] = {"note_of_mine": "x", "num_labels": 5}
+    assert CharformerConfig(**extra).note_of_mine == "x"
 
 
 def test_value_assigned_later_is_checked_when_a_model_is_built():

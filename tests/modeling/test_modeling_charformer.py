@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -238,7 +239,9 @@ def test_default_generation_length_stays_inside_the_window(make_model, make_ids)
 
 def test_generation_past_the_window_raises_before_it_begins(make_model, make_ids):
     model = make_model().eval()
-    with pytest.raises(ValueError, match=r"prompt \(20\) and new characters \(5\) come to 25.*=24.*max_new_tokens to 4"):
+    with pytest.raises(
+        ValueError, match=r"prompt \(20\) and new characters \(5\) come to 25.*=24.*max_new_tokens to 4"
+    ):
         model.generate(make_ids(1, 20), max_new_tokens=5)
     with pytest.raises(ValueError, match="prompt is 24 characters long.*last 23"):
         model.generate(make_ids(1, 24), max_new_tokens=1)
@@ -295,7 +298,7 @@ def test_heads_that_a_checkpoint_lacks_are_new_and_the_rest_is_kept(make_model, 
     plain.save_pretrained(tmp_path)
     wider = CharformerForCausalLM.from_pretrained(tmp_path, num_targets=3, intermediate_layers=[1])
     assert wider(ids).logits.equal(plain(ids).logits)
-    weights = [head.weight.detach() for head in wider.auxiliary_heads.values()]
+    weights = [weight for name, weight in wider.state_dict().items() if "auxiliary" in name and "weight" in name]
     assert all(0.05 < float(weight.std()) < 0.2 for weight in weights)
     assert not weights[0].equal(weights[1])
 
@@ -315,7 +318,9 @@ def test_without_auxiliary_heads_is_the_same_language_model(make_model, make_ids
     assert smaller(ids).logits.equal(model(ids).logits)
     assert not smaller.auxiliary_heads and len(model.auxiliary_heads) == 8
     smaller.save_pretrained(tmp_path)
-    loaded, info = CharformerForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded: Any
+    info: Any
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)  # type: ignore[misc]
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert loaded(ids).logits.equal(model(ids).logits)
     smaller.lm_head.weight.data.zero_()
@@ -337,5 +342,7 @@ def test_compiled_training_step_is_the_eager_one(make_model, make_ids):
         step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         output = step(ids, labels=ids, training_progress=0.2, use_cache=False)
         output.loss.backward()
-        results.append((output.loss_dict, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (output.loss_dict, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        )
     torch.testing.assert_close(results[0], results[1])

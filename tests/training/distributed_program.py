@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from tests.helpers import loss_logs, tiny_trainer
 
 
 # Per device: two processes make batches of eight of them.
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "plain": {"per_device_train_batch_size": 4},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "last_position": {"per_device_train_batch_size": 4, "model": {"position_loss": "last", "num_targets": 3}},
@@ -24,7 +25,7 @@ CASES = {
 def run(case: str, text: Path, folder: Path) -> dict:
     data = np.frombuffer(text.read_bytes(), np.uint8)
     splits = {"train": Split("train", data[:10_000]), "validation": Split("validation", data[10_000:10_600])}
-    settings = {"output_dir": str(folder / case), "per_device_eval_batch_size": 4}
+    settings: dict[str, Any] = {"output_dir": str(folder / case), "per_device_eval_batch_size": 4}
     trainer = tiny_trainer(splits=splits, **(settings | CASES[case]))
     trainer.train()
     metrics = trainer.evaluate()

@@ -82,8 +82,8 @@ def test_a_failed_write_leaves_nothing(cache):
     ("make", "error", "message"),
     [
         (lambda path: path / "missing.txt", FileNotFoundError, "no file or folder .*missing.txt.*text file, a folder"),
-        (lambda path: (path / "empty.txt"), ValueError, "empty.txt is empty"),
-        (lambda path: (path / "folder"), ValueError, "holds no text file"),
+        (lambda path: path / "empty.txt", ValueError, "empty.txt is empty"),
+        (lambda path: path / "folder", ValueError, "holds no text file"),
     ],
 )
 def test_a_corpus_without_text_raises(tmp_path, make, error, message):
@@ -144,17 +144,26 @@ def test_random_windows_follow_from_seed_and_index():
 def test_consecutive_windows_predict_each_byte_once(length):
     content = bytes(range(length))
     windows = ConsecutiveWindows(as_split(content), 16)
-    targets = [label for item in windows for label in item["labels"][1:].tolist() if label != -100]
+    targets = [
+        label
+        for item in map(windows.__getitem__, range(len(windows)))
+        for label in item["labels"][1:].tolist()
+        if label != -100
+    ]
     assert targets == list(content[1:])
-    assert all(len(item["input_ids"]) == len(item["labels"]) == 16 for item in windows)
+    assert all(
+        len(item["input_ids"]) == len(item["labels"]) == 16 for item in map(windows.__getitem__, range(len(windows)))
+    )
 
 
 def test_evaluation_can_be_cut_short():
     windows = ConsecutiveWindows(as_split(bytes(range(100))), 16, max_characters=40)
-    assert sum((item["labels"][1:] != -100).sum() for item in windows) == 39
+    assert sum((item["labels"][1:] != -100).sum() for item in map(windows.__getitem__, range(len(windows)))) == 39
 
 
-@pytest.mark.parametrize("make", [lambda split: RandomWindows(split, 16, 4, 0), lambda split: ConsecutiveWindows(split, 16)])
+@pytest.mark.parametrize(
+    "make", [lambda split: RandomWindows(split, 16, 4, 0), lambda split: ConsecutiveWindows(split, 16)]
+)
 def test_a_window_longer_than_the_split_raises_naming_both(make):
     with pytest.raises(ValueError, match="the validation split has 15 bytes.*max_position_embeddings=16"):
         make(as_split(bytes(15), "validation"))

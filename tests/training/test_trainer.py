@@ -91,7 +91,7 @@ class TestLogs:
             trainer.data_collator = ragged
             trainer.train()
             runs.append(loss_logs(trainer))
-        assert_same_logs(*runs)
+        assert_same_logs(runs[0], runs[1])
 
     def test_groups_are_means_over_layers(self, make_trainer):
         each, groups = make_trainer(), make_trainer(log_loss_terms="groups")
@@ -183,7 +183,7 @@ class TestOtherModels:
             runs.append(loss_logs(other))
             assert runs[-1][0]["loss"] == pytest.approx(3 * runs[-1][0]["loss_ce"], rel=1e-5)
             assert "loss_error" in runs[-1][0]
-        assert_same_logs(*runs)
+        assert_same_logs(runs[0], runs[1])
 
     def test_gpt2_logs_its_loss(self, make_trainer):
         trainer = make_trainer()
@@ -214,7 +214,9 @@ class TestEvaluation:
             nats += float(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").detach())
         characters = len(data[1:].astype(np.uint8).tobytes().decode("utf-8", errors="ignore"))
         assert characters < len(data) - 1  # the text is not ASCII alone
-        assert metrics["eval_loss"] == metrics["eval_loss_next_char"] == pytest.approx(nats / (len(data) - 1), rel=1e-6)
+        assert (
+            metrics["eval_loss"] == metrics["eval_loss_next_char"] == pytest.approx(nats / (len(data) - 1), rel=1e-6)
+        )
         assert metrics["eval_bpb"] == pytest.approx(nats / (len(data) - 1) / math.log(2), rel=1e-6)
         assert metrics["eval_bpc"] == pytest.approx(nats / characters / math.log(2), rel=1e-6)
         assert "eval_loss_last_position" in metrics and "eval_loss_target_2" not in metrics
@@ -341,6 +343,17 @@ class TestCheckpoints:
         assert loss_logs(resumed) == loss_logs(whole)
 
 
+class BreakAfterStep(TrainerCallback):
+    """Makes a weight infinite in a step whose loss was finite."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            model.lm_head.bias.data.fill_(float("inf"))
+
+
 class BreakWeight(TrainerCallback):
     """Makes a weight nan before the given step (counted from 1)."""
 
@@ -371,15 +384,15 @@ class TestLossThatIsNotFinite:
             trainer.train()
 
     def test_no_checkpoint_with_weights_that_are_not_finite(self, make_trainer):
-        class BreakAfterStep(TrainerCallback):
-            def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-                if state.global_step + 1 == 6:
-                    model.lm_head.bias.data.fill_(float("inf"))
-
-        trainer = make_trainer(save_strategy="steps", save_steps=3, callbacks=[BreakAfterStep()])
-        with pytest.raises(FloatingPointError, match="weight of the model is not finite after step 6"):
+        trainer = make_trainer(save_strategy="steps", save_steps=3, callbacks=[BreakAfterStep(6)])
+        with pytest.raises(FloatingPointError, match="not finite at step 6: lm_head.bias"):
             trainer.train()
         assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
+
+    def test_an_evaluation_stops_the_run_too(self, make_trainer):
+        trainer = make_trainer(eval_strategy="steps", eval_steps=3, callbacks=[BreakAfterStep(3)])
+        with pytest.raises(FloatingPointError, match="not finite at step 3: eval_loss, eval_loss_next_char"):
+            trainer.train()
 
 
 def test_progress_is_the_share_of_steps_done(make_trainer):

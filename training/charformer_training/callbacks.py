@@ -2,12 +2,15 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+
+from modeling_charformer import CharformerForCausalLM, CharformerTokenizer
 
 from .loss_terms import group_by_layer
 
@@ -34,10 +37,10 @@ class SampleText(TrainerCallback):
     Random numbers are drawn from a seed of their own, so that training is the same with and without samples.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, path: Path, prompt: str, length: int, seed: int):
+    def __init__(self, tokenizer: CharformerTokenizer, path: Path, prompt: str, length: int, seed: int):
         self.tokenizer, self.path, self.prompt, self.length, self.seed = tokenizer, path, prompt, length, seed
 
-    def on_evaluate(self, args, state, control, model: PreTrainedModel | None = None, **kwargs):
+    def on_evaluate(self, args, state, control, model: CharformerForCausalLM | None = None, **kwargs):
         if not state.is_world_process_zero or model is None:
             return
         text = sample_text(model, self.tokenizer, self.prompt, self.length, self.seed)
@@ -47,7 +50,7 @@ class SampleText(TrainerCallback):
 
 
 def sample_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int, seed: int
+    model: CharformerForCausalLM, tokenizer: CharformerTokenizer, prompt: str, length: int, seed: int
 ) -> str:
     """`prompt` and `length` characters (or as many as the window holds) that follow, at temperature 0.8."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -55,14 +58,14 @@ def sample_text(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _evaluating(model):
         torch.manual_seed(seed)
-        ids = model.generate(
+        ids = model.generate(  # type: ignore[misc]  # Transformers types `self` as a protocol
             **inputs, max_new_tokens=min(length, room), do_sample=True, temperature=0.8, use_cache=True
         )
-    return tokenizer.decode(ids[0])
+    return str(tokenizer.decode(ids[0]))
 
 
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel):
+def _evaluating(model: nn.Module):
     was_training = model.training
     model.eval()
     try:
@@ -71,7 +74,7 @@ def _evaluating(model: PreTrainedModel):
         model.train(was_training)
 
 
-def final_terms(log_history: list[Mapping[str, float]]) -> dict[str, tuple[int, float]]:
+def final_terms(log_history: Sequence[Mapping[str, float]]) -> dict[str, tuple[int, float]]:
     """The last logged value of each term of the training loss, as `(step, nats)` by name (without `loss_`)."""
     last: dict[str, tuple[int, float]] = {}
     for entry in log_history:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel
+
+from modeling_charformer import CharformerForCausalLM
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -13,7 +14,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 def write_model_card(
     path: Path,
-    model: PreTrainedModel,
+    model: CharformerForCausalLM,
     name: str,
     source: str,
     splits: Mapping[str, tuple[int, str]],
@@ -51,7 +52,7 @@ def write_model_card(
             )
         ],
     )
-    inference = model.num_parameters() - sum(weight.numel() for weight in model.auxiliary_heads.parameters())
+    heads = sum(weight.numel() for weight in model.auxiliary_heads.parameters())
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -62,7 +63,7 @@ def write_model_card(
         recipe=recipe,
         metrics=metrics,
         terms=terms,
-        inference_parameters=inference,
+        inference_parameters=model.num_parameters() - heads,
         training_parameters=model.num_parameters(),
     )
     path.write_text(card.content, encoding="utf-8")

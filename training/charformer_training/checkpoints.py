@@ -52,8 +52,10 @@ def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:
         )
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         if not zipfile.is_zipfile(path):
-            raise ValueError(f"resume_from_checkpoint: {path} is damaged or truncated; resume from an earlier checkpoint")
-    saved = {}
+            raise ValueError(
+                f"resume_from_checkpoint: {path} is damaged or truncated; resume from an earlier checkpoint"
+            )
+    saved: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         try:
             with safe_open(path, framework="pt") as weights:

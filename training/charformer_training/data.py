@@ -93,7 +93,7 @@ class Split:
         """Checksum of the bytes, in hexadecimal."""
         digest = hashlib.sha256()
         for start in range(0, len(self.data), 1 << 20):
-            digest.update(self.data[start : start + (1 << 20)])
+            digest.update(self.data[start : start + (1 << 20)].data)
         return digest.hexdigest()
 
 
@@ -127,9 +127,7 @@ def load_corpus(arguments: DataArguments) -> np.ndarray:
 def split_corpus(data: np.ndarray, train_share: float, validation_share: float) -> dict[str, Split]:
     """The train, validation and test splits: parts of the corpus one after the other, as those of enwik8 and text8."""
     ends = [0, int(len(data) * train_share), round(len(data) * (train_share + validation_share)), len(data)]
-    return {
-        name: Split(name, data[start:end]) for name, start, end in zip(SPLIT_NAMES, ends, ends[1:], strict=False)
-    }
+    return {name: Split(name, data[start:end]) for name, start, end in zip(SPLIT_NAMES, ends, ends[1:], strict=False)}
 
 
 class RandomWindows(Dataset):
@@ -174,7 +172,10 @@ class ConsecutiveWindows(Dataset):
         start = index * (self.window - 1)
         ids = np.asarray(self.data[start : start + self.window], dtype=np.int64)
         missing = self.window - len(ids)
-        return {"input_ids": np.pad(ids, (0, missing)), "labels": np.pad(ids, (0, missing), constant_values=IGNORE_INDEX)}
+        return {
+            "input_ids": np.pad(ids, (0, missing)),
+            "labels": np.pad(ids, (0, missing), constant_values=IGNORE_INDEX),
+        }
 
 
 def _check_window(split: Split, window: int) -> None:

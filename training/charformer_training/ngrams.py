@@ -36,7 +36,10 @@ def ngram_bits_per_byte(train: np.ndarray, text: np.ndarray, order: int) -> floa
             if length:
                 positions = np.arange(start, start + len(targets)) - length
                 usable = positions >= 0
-                context = np.where(usable, text[np.maximum(positions, 0)].astype(np.int64) << (8 * (length - 1)), 0) + context
+                context = (
+                    np.where(usable, text[np.maximum(positions, 0)].astype(np.int64) << (8 * (length - 1)), 0)
+                    + context
+                )
             seen, distinct = totals[length][context], followers[length][context]
             hits = counts[length][(context << 8) | targets]
             with np.errstate(invalid="ignore"):

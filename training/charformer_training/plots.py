@@ -48,7 +48,12 @@ def plot_loss_terms(
     of_final = {name: curve for name, curve in curves.items() if name not in of_layers}
 
     figure, axes = pyplot.subplots(
-        2 if of_layers else 1, 1, figsize=(9, 8.5 if of_layers else 5), sharex=True, squeeze=False, layout="constrained"
+        2 if of_layers else 1,
+        1,
+        figsize=(9, 8.5 if of_layers else 5),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
     top = axes[0, 0]
     for number, (name, (steps, values)) in enumerate(of_final.items()):

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, HfArgumentParser, default_data_collator, set_seed
+from transformers import HfArgumentParser, default_data_collator, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
@@ -86,6 +87,16 @@ class RunArguments:
 
 
 Arguments = tuple[ModelArguments, DataArguments, RunArguments, AuxiliaryLossTrainingArguments]
+# What fine-tuning cannot change: the weights' shapes and what they were trained to do.
+SHAPE_FIELDS = {
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "norm_placement",
+}
 # What a run leaves in its folder, apart from checkpoint-* folders.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
@@ -108,15 +119,22 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         FileNotFoundError: If there is no such recipe.
     """
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, RunArguments, AuxiliaryLossTrainingArguments),
+        [ModelArguments, DataArguments, RunArguments, AuxiliaryLossTrainingArguments],  # type: ignore[list-item]  # typed for one class
         prog="charformer-train",
         description="Train a Charformer from a recipe. Fields on the command line override the recipe's.",
         usage="charformer-train RECIPE.yaml [--field value ...]",
     )
     arguments = list(argv)
     if arguments and not arguments[0].startswith("-"):
-        parser.set_defaults(**_read_recipe(Path(arguments.pop(0)), parser))
+        recipe = _read_recipe(Path(arguments.pop(0)), parser)
+        given = {word.split("=")[0] for word in arguments}
+        for source, other in (("data_path", "dataset_name"), ("dataset_name", "data_path")):
+            if f"--{source}" in given:  # replaces the recipe's text, wherever that comes from
+                recipe.pop(other, None)
+        parser.set_defaults(**recipe)
     model, data, run, training = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if training.output_dir is None:
+        raise ValueError("output_dir is missing; give the folder for the trained model")
     if training.max_steps <= 0:
         raise ValueError(
             f"max_steps is {training.max_steps}; give the number of optimizer steps: windows are drawn at random, so"
@@ -154,7 +172,7 @@ def prepare_output_dir(run: RunArguments, training: AuxiliaryLossTrainingArgumen
         FileExistsError: If the folder holds a model or checkpoints.
         ValueError: If it holds no complete checkpoint to resume from.
     """
-    folder = Path(training.output_dir)
+    folder = Path(str(training.output_dir))
     if run.resume_from_last:
         training.resume_from_checkpoint = last_complete_checkpoint(folder)
         if training.resume_from_checkpoint is None:
@@ -173,10 +191,22 @@ def prepare_output_dir(run: RunArguments, training: AuxiliaryLossTrainingArgumen
 
 
 def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
-    """A new model from the given fields, or the model to fine-tune with those fields changed."""
-    if arguments.model_name_or_path is not None:
-        return CharformerForCausalLM.from_pretrained(arguments.model_name_or_path, **arguments.config_fields())
-    return CharformerForCausalLM(CharformerConfig(**arguments.config_fields()))
+    """A new model from the given fields, or the model to fine-tune with the given losses.
+
+    Raises:
+        ValueError: If a field of the architecture is not that of the model to fine-tune.
+    """
+    settings, name = arguments.config_fields(), arguments.model_name_or_path
+    if name is None:
+        return CharformerForCausalLM(CharformerConfig(**settings))
+    config = CharformerConfig.from_pretrained(name)
+    for field_name in SHAPE_FIELDS & settings.keys():
+        if settings[field_name] != getattr(config, field_name):
+            raise ValueError(
+                f"{field_name} is {settings[field_name]!r}, but the model to fine-tune, {name}, has"
+                f" {getattr(config, field_name)!r}; leave its architecture as it is"
+            )
+    return CharformerForCausalLM.from_pretrained(name, **settings)
 
 
 def build_trainer(
@@ -205,7 +235,7 @@ def build_trainer(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossTermProgress())
     if run.sample_length:
-        samples = Path(training.output_dir) / "samples.jsonl"
+        samples = Path(str(training.output_dir)) / "samples.jsonl"
         trainer.add_callback(SampleText(tokenizer, samples, run.sample_prompt, run.sample_length, training.seed))
     return trainer
 
@@ -219,12 +249,10 @@ def train(arguments: Arguments) -> dict[str, Any]:
     with training.main_process_first(desc="reading the corpus"):
         corpus = load_corpus(data)
     splits = split_corpus(corpus, data.train_share, data.validation_share)
-    if model_arguments.model_name_or_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path)
-    else:
-        tokenizer = CharformerTokenizer()
+    name = model_arguments.model_name_or_path
+    tokenizer = CharformerTokenizer() if name is None else CharformerTokenizer.from_pretrained(name)
     trainer = build_trainer(arguments, model, tokenizer, splits)
-    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+    Path(str(training.output_dir)).mkdir(parents=True, exist_ok=True)
 
     described = {name: (len(split.data), split.sha256()) for name, split in splits.items()}
     if trainer.is_world_process_zero():
@@ -237,7 +265,7 @@ def train(arguments: Arguments) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     metrics = _final_evaluation(trainer)
     if run.compare_ngrams:
-        metrics |= _compare_ngrams(splits, trainer.eval_dataset.data)
+        metrics |= _compare_ngrams(splits, data.max_eval_characters)
     _save_results(arguments, trainer, tokenizer, described, metrics)
     return metrics
 
@@ -248,7 +276,8 @@ def _final_evaluation(trainer: AuxiliaryLossTrainer) -> dict[str, Any]:
     return {"step": step, **(done[-1] if done else trainer.evaluate())}
 
 
-def _compare_ngrams(splits: dict[str, Split], text: np.ndarray) -> dict[str, float]:
+def _compare_ngrams(splits: dict[str, Split], max_characters: int | None) -> dict[str, float]:
+    text = splits["validation"].data[:max_characters]
     per_byte = characters_per_byte(text)
     return {
         f"{name}_bpc": ngram_bits_per_byte(splits["train"].data, text, order) / per_byte
@@ -265,7 +294,7 @@ def _save_results(
 ) -> None:
     """Everything a run leaves in its folder; the files appear only when all of them are written."""
     model_arguments, data, run, training = arguments
-    folder = Path(training.output_dir)
+    folder = Path(str(training.output_dir))
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = True  # the Trainer switches it off, also for those who load the model
     log_history = trainer.state.log_history
@@ -293,7 +322,9 @@ def _save_results(
             metrics,
             final_terms(log_history),
         )
-    text = sample_text(model, tokenizer, run.sample_prompt, run.sample_length, training.seed) if run.sample_length else ""
+    text = (
+        sample_text(model, tokenizer, run.sample_prompt, run.sample_length, training.seed) if run.sample_length else ""
+    )
     print(_summary(folder, metrics, text), flush=True)
 
 
@@ -302,8 +333,8 @@ def _recipe_summary(training: AuxiliaryLossTrainingArguments) -> dict[str, Any]:
     return {
         "Optimizer steps": f"{training.max_steps:,}",
         "Windows per step": training.train_batch_size * training.gradient_accumulation_steps * processes,
-        "Optimizer": str(training.optim.value if hasattr(training.optim, "value") else training.optim),
-        "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
+        "Optimizer": f"{OptimizerNames(training.optim).value} {training.optim_args or ''}".strip(),
+        "Learning rate": f"{training.learning_rate:g}, {SchedulerType(training.lr_scheduler_type).value}",
         "Warm-up steps": training.get_warmup_steps(training.max_steps),
         "Weight decay": training.weight_decay,
         "Gradient clipping": training.max_grad_norm,
@@ -345,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (StrictDataclassError, FloatingPointError, OSError, ValueError) as error:
         logger.debug("traceback", exc_info=True)
-        print(f"charformer-train: error: {error}", file=sys.stderr)
+        print(f"\ncharformer-train: error: {error}", file=sys.stderr)  # a progress bar may hold the line
         return 1
     return 0
 
@@ -353,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _how_to_resume(arguments: Arguments | None) -> str:
     if arguments is None:
         return "Nothing had begun."
-    folder = arguments[3].output_dir
+    folder = str(arguments[3].output_dir)
     last = last_complete_checkpoint(folder)
     if last is None:
         return f"No checkpoint had been written to {folder} yet (save_steps={arguments[3].save_steps})."

@@ -43,8 +43,8 @@ class AuxiliaryLossTrainer(Trainer):
     - Evaluation reports `eval_loss` and `eval_loss_<name>` as means over targets, not over batches. For a byte-level
       model (256 symbols, a `next_char` term) also `eval_bpb`, bits per byte, and `eval_bpc`, bits per character of
       UTF-8; the two are the same in ASCII text. Rows that are only there to fill the last batch are not counted.
-    - Stops with a `FloatingPointError` when a loss is not finite, at the next log entry and before any checkpoint is
-      written; the message names the step and the term.
+    - Stops with a `FloatingPointError` when a loss is not finite, at the next log entry, in an evaluation and before any
+      checkpoint is written (then also when a weight is not); the message names the step and the term.
     - Checkpoints are whole: what fails while it is written is removed, and `resume_from_checkpoint` is checked first.
 
     `args` may be plain `TrainingArguments` or `AuxiliaryLossTrainingArguments`.
@@ -64,7 +64,7 @@ class AuxiliaryLossTrainer(Trainer):
 
     # ---- Training ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last *complete* checkpoint of `output_dir`.
 
         Raises:
@@ -72,19 +72,21 @@ class AuxiliaryLossTrainer(Trainer):
             FloatingPointError: If a loss turns nan or infinite.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self._get_output_dir(None))
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint")
-        if resume_from_checkpoint:
+        if resume_from_checkpoint and self.model is not None:
             check_checkpoint(resume_from_checkpoint, self.model)
         self._training_terms = TrainingTerms()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._takes_target_counts and batch_samples and "labels" in batch_samples[0]:
             num_targets = self.accelerator.unwrap_model(self.model).config.num_targets
-            counts = sum(count_targets(batch["labels"], num_targets) for batch in batch_samples).to(device)
+            counts = (
+                torch.stack([count_targets(batch["labels"], num_targets) for batch in batch_samples]).sum(0).to(device)
+            )
             if self.args.average_tokens_across_devices:
                 counts = self.accelerator.reduce(counts, "sum")
             self._target_counts = counts
@@ -165,9 +167,16 @@ class AuxiliaryLossTrainer(Trainer):
             characters = ((targets != IGNORE_INDEX) & (targets & 0xC0 != 0x80)).sum()
             self._evaluation_terms.add("characters", torch.zeros_like(terms["next_char"]), characters)
 
-    def evaluation_loop(self, dataloader, description: str, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self,
+        dataloader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ):
         self._evaluation_terms = EvaluationTerms()
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         totals = self._evaluation_terms.totals(self.accelerator)
         _, characters = totals.pop("characters", (0.0, 0))
         metrics = {name: total / count for name, (total, count) in totals.items() if count}
@@ -175,8 +184,10 @@ class AuxiliaryLossTrainer(Trainer):
             nats, num_bytes = totals["loss_next_char"]
             metrics["bpb"] = nats / math.log(2) / num_bytes
             metrics["bpc"] = nats / math.log(2) / characters
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
+        if self.is_in_train and (names := [name for name, value in metrics.items() if not math.isfinite(value)]):
+            raise self._not_finite_error(self.state.global_step, [f"{metric_key_prefix}_{name}" for name in names])
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
 
     # ---- Logs and checkpoints ----
 
@@ -193,21 +204,21 @@ class AuxiliaryLossTrainer(Trainer):
 
     def _raise_if_not_finite(self) -> None:
         if (found := self._training_terms.first_not_finite(self.accelerator)) is not None:
-            step, names = found
-            last = last_complete_checkpoint(self.args.output_dir)
-            raise FloatingPointError(
-                f"the loss was not finite at step {step}: {', '.join(names)}. "
-                + (f"The last good checkpoint is {last}. " if last else "No checkpoint had been written. ")
-                + "Lower the learning rate, warm it up for longer, or clip gradients (max_grad_norm)"
-            )
+            raise self._not_finite_error(*found)
+
+    def _not_finite_error(self, step: int, names: list[str]) -> FloatingPointError:
+        last = last_complete_checkpoint(self._get_output_dir(None))
+        return FloatingPointError(
+            f"not finite at step {step}: {', '.join(names)}. "
+            + (f"The last good checkpoint is {last}. " if last else "No checkpoint had been written. ")
+            + "Lower the learning rate, warm it up for longer, or clip gradients (max_grad_norm)"
+        )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._raise_if_not_finite()
-        if any(not bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise FloatingPointError(
-                f"a weight of the model is not finite after step {self.state.global_step}, though no loss was yet;"
-                " no checkpoint is written, the previous ones stay"
-            )
+        broken = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+        if broken:  # a step can break the weights while its own loss still was finite
+            raise self._not_finite_error(self.state.global_step, broken)
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
             super()._save_checkpoint(model, trial)
@@ -221,8 +232,8 @@ class AuxiliaryLossTrainer(Trainer):
 def _takes(model: nn.Module | None, parameter: str) -> bool:
     if model is None:
         return False
-    if hasattr(model, "get_base_model"):  # a PEFT wrapper hands everything through
-        model = model.get_base_model()
+    base = getattr(model, "get_base_model", None)  # of a PEFT wrapper, which hands everything through
+    model = base() if callable(base) else model
     return parameter in inspect.signature(model.forward).parameters
 
 

@@ -1,0 +1,42 @@
+"""Every example runs as its first lines say."""
+
+import subprocess
+import sys
+
+import pytest
+
+from modeling_charformer import CharformerTokenizer
+from tests.conftest import ROOT
+
+
+def run(name: str, *arguments: object) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_no_example_is_left_out():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
+        "generate.py",
+        "own_training_loop.py",
+        "train_with_trainer.py",
+    }
+
+
+def test_generate(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    CharformerTokenizer().save_pretrained(tmp_path)
+    assert run("generate.py", tmp_path, "def ").startswith("def ")
+
+
+def test_own_training_loop():
+    lines = run("own_training_loop.py").splitlines()
+    assert "1 * layer_1" in lines[0] and "layer_1" not in lines[-2]
+    assert float(lines[-1].split()[2]) < 2.5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_train_with_trainer(text_file, tmp_path):
+    shown = run("train_with_trainer.py", text_file, tmp_path / "run")
+    assert "eval_bpc" in shown and (tmp_path / "run" / "model.safetensors").exists()

@@ -1,0 +1,324 @@
+"""charformer-train as its user meets it: recipes, results, wrong inputs, interruptions."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from charformer_training import data as data_module
+from charformer_training.data import load_corpus
+from charformer_training.train import main, parse_arguments
+from modeling_charformer import CharformerForCausalLM
+
+
+CONFIGS = Path(__file__).parents[2] / "training" / "configs"
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+QUICKSTART = str(CONFIGS / "quickstart.yaml")
+# What makes any recipe a matter of seconds.
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "logging_steps": 1,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "warmup_steps": 0,
+    "num_attention_heads": 2,
+    "report_to": "none",
+    "max_eval_characters": 300,
+    "sample_length": 10,
+    "use_cpu": "true",
+    "bf16": "false",
+    "dataloader_pin_memory": "false",
+    "dataloader_num_workers": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(data_module, "HF_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def command(text_file: Path, tmp_path: Path):
+    """Arguments of a small run of the quickstart recipe on the test's own text."""
+
+    def make(recipe: str = QUICKSTART, **changes) -> list[str]:
+        settings = SMALL | {"data_path": str(text_file), "output_dir": str(tmp_path / "run")} | changes
+        return [recipe, *(word for name, value in settings.items() for word in (f"--{name}", *str(value).split()))]
+
+    return make
+
+
+def training_entries(folder: Path) -> list[dict]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+@pytest.mark.filterwarnings("ignore:The hidden_size")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs(command, tmp_path, recipe, capsys):
+    layers = yaml.safe_load((CONFIGS / recipe).read_text())["num_hidden_layers"]
+    assert main(command(str(CONFIGS / recipe))) == 0, capsys.readouterr().err
+    folder = tmp_path / "run"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.num_hidden_layers == layers and model.config.use_cache
+    assert len(training_entries(folder)) == 4
+
+
+def test_a_run_leaves_a_folder_that_explains_and_loads_itself(command, tmp_path, capsys):
+    assert main([*command(sample_prompt="Zeile"), "--compare_ngrams"]) == 0
+    folder, shown = tmp_path / "run", capsys.readouterr().out
+    assert not (folder / ".incomplete").exists()
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model) is CharformerForCausalLM
+    ids = model.generate(**tokenizer("Zeile", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    assert tokenizer.decode(ids[0]).startswith("Zeile")
+
+    picture = (folder / "loss_terms.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 0 < metrics["trigram_bpc"] < metrics["unigram_bpc"] and metrics["eval_bpc"] > metrics["eval_bpb"]
+    assert list(metrics["splits"]) == ["train", "validation", "test"]
+
+    card = (folder / "README.md").read_text()
+    for fact in (
+        f"{metrics['eval_bpc']:.4f}",
+        metrics["splits"]["validation"][1],
+        "loss_terms.png",
+        "| layer_1_target_2 |",
+        "pipeline_tag: text-generation",
+        "trust_remote_code=True",
+    ):
+        assert fact in card
+    assert "More information needed" not in card and "{{" not in card and "{%" not in card
+
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [2, 4]
+    assert all(sample["text"].startswith("Zeile") for sample in samples)
+
+    for line in (
+        "Validation:",
+        "counted trigram",
+        "The model writes:",
+        "loss_terms.png",
+        "import modeling_charformer",
+    ):
+        assert line in shown
+    assert metrics["splits"]["train"][1] in shown  # the checksum
+
+
+def test_the_shown_lines_load_the_model(command, tmp_path, capsys):
+    assert main(command()) == 0
+    lines = capsys.readouterr().out.split("Load it with:")[1]
+    program = (
+        "\n".join(line.strip() for line in lines.splitlines()) + "\nprint(type(model).__name__, tokenizer.vocab_size)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout.split() == ["CharformerForCausalLM", "256"]
+
+
+def test_fine_tuning_begins_with_the_given_model(command, tmp_path):
+    assert main(command()) == 0
+    first = str(tmp_path / "run")
+    settings = {"output_dir": str(tmp_path / "tuned"), "model_name_or_path": first}
+    assert main(command(**settings, learning_rate=0.0, intermediate_layers="none")) == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (first, tmp_path / "tuned"))
+    assert after.config.loss_terms()[1:] == (("target_2", 4, 2, 0.5),)
+    for name, weight in after.state_dict().items():
+        assert weight.equal(before.state_dict()[name])
+
+
+def test_fine_tuning_keeps_the_architecture(command, tmp_path, capsys):
+    assert main(command()) == 0
+    assert main(command(model_name_or_path=tmp_path / "run", output_dir=tmp_path / "tuned", hidden_size=32)) == 1
+    assert "hidden_size is 32, but the model to fine-tune" in capsys.readouterr().err
+
+
+def test_a_dataset_replaces_the_recipes_text(text_file, tmp_path):
+    Dataset.from_dict({"text": ["one text", "another"]}).to_parquet(tmp_path / "part.parquet")
+    _, data, _, _ = parse_arguments([QUICKSTART, "--dataset_name", str(tmp_path)])
+    assert data.data_path is None and load_corpus(data).tobytes() == b"one text\nanother"
+    _, data, _, _ = parse_arguments([QUICKSTART, f"--data_path={text_file}"])
+    assert data.data_path == str(text_file) and data.dataset_name is None
+
+
+def test_command_line_overrides_the_recipe(command):
+    model, data, run, training = parse_arguments(
+        [
+            *command(learning_rate="3e-4"),
+            "--intermediate_layers",
+            "1",
+            "2",
+            "--target_weights",
+            "0.25",
+            "--num_targets",
+            "2",
+        ]
+    )
+    assert training.learning_rate == 3e-4 and training.max_steps == 4
+    fields = model.config_fields()
+    assert fields["intermediate_layers"] == [1, 2] and fields["target_weights"] == [0.25]
+    assert fields["intermediate_weight"] == yaml.safe_load(Path(QUICKSTART).read_text())["intermediate_weight"]
+
+
+@pytest.mark.parametrize(("words", "layers"), [(["all"], "all"), (["none"], None), (["3", "1"], [3, 1])])
+def test_layers_on_the_command_line(command, words, layers):
+    arguments = parse_arguments([*command(), "--intermediate_layers", *words])
+    assert arguments[0].config_fields()["intermediate_layers"] == layers
+
+
+@pytest.mark.parametrize("file", ["none.yaml", "exponent.yaml"])
+def test_yaml_values_are_what_they_look_like(tmp_path, text_file, file):
+    recipe = tmp_path / file
+    recipe.write_text(
+        f"data_path: {text_file}\nmax_steps: 5\nlearning_rate: 1e-3\nintermediate_layers: none\nuse_cpu: true\n"
+    )
+    model, _, _, training = parse_arguments([str(recipe)])
+    assert training.learning_rate == 0.001 and model.config_fields() == {"intermediate_layers": None}
+
+
+class TestWrongInput:
+    """Each is refused with a message that says what is wrong, before any work is done."""
+
+    def refused(self, capsys, arguments: list[str]) -> str:
+        assert main(arguments) == 1
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        (line,) = [line for line in captured.err.splitlines() if line.startswith("charformer-train: error: ")]
+        return captured.err[captured.err.index(line) :]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_attention_heads": 3}, "num_attention_heads (3) does not divide hidden_size (16)"),
+            ({"intermediate_layers": "9"}, "intermediate_layers contains [9]"),
+            ({"intermediate_layers": "1 x"}, "intermediate_layers is ['1', 'x']"),
+            ({"intermediate_schedule": "papr"}, "known schedules: ['constant', 'cosine', 'linear', 'paper']"),
+            ({"intermediate_weight": "nan"}, "intermediate_weight contains nan"),
+            ({"target_weights": "-1"}, "target_weights contains -1"),
+            ({"max_steps": -1}, "max_steps is -1"),
+            ({"max_position_embeddings": 5000}, "max_position_embeddings=5000"),
+            ({"data_path": "missing.txt"}, "no file or folder 'missing.txt'"),
+            ({"train_share": 0.99}, "come to more than 1"),
+            ({"log_loss_terms": "each"}, None),
+        ],
+        ids=str,
+    )
+    def test_value(self, command, tmp_path, capsys, changes, message):
+        if message is None:
+            assert main(command(**changes)) == 0
+            return
+        assert message in self.refused(capsys, command(**changes))
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+    def test_empty_file_and_folder_without_text(self, command, tmp_path, capsys):
+        (tmp_path / "empty.txt").touch()
+        (tmp_path / "folder").mkdir()
+        assert "empty.txt is empty" in self.refused(capsys, command(data_path=tmp_path / "empty.txt"))
+        assert "holds no text file" in self.refused(capsys, command(data_path=tmp_path / "folder"))
+
+    def test_text_shorter_than_a_window_names_split_and_window(self, command, tmp_path, capsys):
+        (tmp_path / "short.txt").write_text("A short text. " * 10)
+        message = self.refused(capsys, command(data_path=tmp_path / "short.txt"))
+        assert "the validation split has 7 bytes" in message and "max_position_embeddings=32" in message
+
+    def test_recipe(self, tmp_path, capsys):
+        assert "no recipe 'missing.yaml'" in self.refused(capsys, ["missing.yaml"])
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("num_target: 3\n")
+        assert "no field 'num_target'; meant 'num_targets'?" in self.refused(capsys, [str(recipe)])
+        recipe.write_text("a: [\n")
+        assert "not valid YAML" in self.refused(capsys, [str(recipe)])
+        recipe.write_text("just text\n")
+        assert "'field: value' lines" in self.refused(capsys, [str(recipe)])
+
+    def test_unknown_field_on_the_command_line(self, command, capsys):
+        assert "--num_target_x" in self.refused(capsys, [*command(), "--num_target_x", "3"])
+
+    def test_folder_with_another_model(self, command, tmp_path, capsys):
+        assert main(command()) == 0
+        weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+        message = self.refused(capsys, command(seed=5))
+        assert "already holds a model" in message and "--overwrite_output_dir" in message
+        assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        assert main([*command(seed=5, max_steps=2), "--overwrite_output_dir"]) == 0
+        assert (tmp_path / "run" / "model.safetensors").read_bytes() != weights
+        assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+        assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+    def test_resuming_without_or_from_a_foreign_checkpoint(self, command, tmp_path, capsys):
+        assert "holds no complete checkpoint" in self.refused(capsys, [*command(), "--resume_from_last"])
+        assert main(command()) == 0
+        message = self.refused(capsys, [*command(hidden_size=32), "--resume_from_last"])
+        assert "checkpoint of another model" in message
+        broken = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
+        broken.write_bytes(broken.read_bytes()[:1000])
+        assert "damaged or truncated" in self.refused(capsys, [*command(), "--resume_from_last"])
+
+    def test_a_loss_that_is_not_finite(self, command, capsys):
+        message = self.refused(capsys, command(learning_rate="1e30", max_steps=30, max_grad_norm=0))
+        assert "not finite" in message and "step" in message
+
+
+def test_resumed_run_equals_the_uninterrupted_one(command, tmp_path):
+    assert main(command()) == 0
+    whole = tmp_path / "run"
+    interrupted = tmp_path / "interrupted"
+    shutil.copytree(whole / "checkpoint-2", interrupted / "checkpoint-2")
+    assert main([*command(output_dir=str(interrupted)), "--resume_from_last"]) == 0
+    assert training_entries(interrupted) == training_entries(whole)
+    assert (interrupted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_ctrl_c_leaves_whole_checkpoints_and_says_how_to_go_on(command, tmp_path):
+    arguments = command(max_steps=100_000, save_steps=20, logging_steps=20, eval_steps=100_000, save_total_limit=2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "charformer_training.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    folder = tmp_path / "run"
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted. The last checkpoint is" in errors and "--resume_from_last" in errors
+    assert not (folder / "model.safetensors").exists()
+    for checkpoint in folder.glob("checkpoint-*"):
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    assert main([*command(max_steps=3, eval_steps=100_000, save_steps=20), "--overwrite_output_dir"]) == 0
+
+
+def test_disk_full_at_the_end_leaves_no_half_model(command, tmp_path, monkeypatch, capsys):
+    from charformer_training import train as train_module
+
+    def disk_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_module, "write_model_card", disk_full)
+    assert main(command()) == 1
+    assert "No space left" in capsys.readouterr().err
+    folder = tmp_path / "run"
+    assert not (folder / "model.safetensors").exists() and not (folder / ".incomplete").exists()
+    assert (folder / "checkpoint-4" / "model.safetensors").exists()
