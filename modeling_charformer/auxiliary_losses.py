@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 IGNORE_INDEX = -100
@@ -195,6 +196,10 @@ def mean_denominators(
     return counts.clamp(min=1)
 
 
+def _head_loss_sum(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    return cross_entropy_sum(head(hidden), targets)
+
+
 def causal_lm_losses(
     hidden_states: Mapping[int, Tensor],
     heads: Mapping[str, Callable[[Tensor], Tensor]],
@@ -205,9 +210,12 @@ def causal_lm_losses(
 ) -> dict[str, Tensor]:
     """The raw, unweighted value in nats of each of `terms`, as float32 scalars by name.
 
+    Each head runs once more in the backward pass instead of keeping its logits until then: two dozen of them would
+    take more memory than the head's arithmetic, a few percent of a step, takes time.
+
     Args:
         hidden_states: Layer number to `h_l` `(B, S, hidden_size)`, for each layer that `terms` name.
-        heads: Term name to the classifier of that term, `(..., hidden_size)` to `(..., V)`.
+        heads: Term name to the classifier of that term, `(..., hidden_size)` to `(..., V)`; deterministic.
         terms: The terms to compute.
         labels: `(B, S)`; the character at position `t` is the target of position `t - offset`.
         denominators: `(2, K)`, see `mean_denominators`.
@@ -219,6 +227,8 @@ def causal_lm_losses(
         if last_position_only:
             last = last_target_positions(targets)
             hidden, targets = hidden.take_along_dim(last[..., None], dim=1), targets.take_along_dim(last, dim=1)
-        total = cross_entropy_sum(heads[term.name](hidden), targets)
+        total = checkpoint(
+            _head_loss_sum, hidden, targets, heads[term.name], use_reentrant=False, preserve_rng_state=False
+        )
         losses[term.name] = total / denominators[int(last_position_only), term.offset - 1]
     return losses

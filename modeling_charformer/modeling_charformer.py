@@ -6,6 +6,7 @@ Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K 
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,7 @@ from .configuration_charformer import CharformerConfig
 class CharformerModelOutput(BaseModelOutputWithPast):
     """Output of `CharformerModel`.
 
-    `layer_hidden_states` maps each requested layer number to its output `(B, S, hidden_size)`, after the final norm
-    (of a pre-norm model) as the last layer's.
+    `layer_hidden_states` maps each requested layer number to its output `(B, S, hidden_size)`, before the final norm.
     """
 
     layer_hidden_states: dict[int, Tensor] | None = None
@@ -276,7 +276,7 @@ class CharformerModel(CharformerPreTrainedModel):
                 **kwargs,
             )
             if number in layers_to_return:
-                layer_hidden_states[number] = self.norm(hidden_states)
+                layer_hidden_states[number] = hidden_states
         return CharformerModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
@@ -407,7 +407,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             )
             loss_dict |= causal_lm_losses(
                 {**(outputs.layer_hidden_states or {}), len(self.model.layers): hidden_states},
-                dict(self.auxiliary_heads.items()),
+                {term.name: partial(self._classify, term) for term in auxiliary_terms},
                 auxiliary_terms,
                 labels,
                 denominators,
@@ -425,6 +425,12 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             loss_dict=loss_dict,
             loss_weights=weights if labels is not None else None,
         )
+
+    def _classify(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
+        """Logits of an auxiliary term's classifier, from the output of its layer (the last one's after the norm)."""
+        if term.layer < len(self.model.layers):
+            hidden_states = self.model.norm(hidden_states)
+        return self.auxiliary_heads[term.name](hidden_states)
 
     def _weights_in_force(self, training_progress: float | None) -> dict[str, float]:
         if not self.training:

@@ -78,7 +78,14 @@ def plot_loss_terms(
             bottom.axvline(step, color="0.5", linewidth=0.8, linestyle=":")
             if len(drops) <= 16:
                 bottom.annotate(
-                    f" {layer} drops", (step, 1), xycoords=("data", "axes fraction"), va="top", rotation=90, fontsize=7
+                    f"layer {layer} drops out",
+                    (step, 0.98),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(2, 0),
+                    textcoords="offset points",
+                    va="top",
+                    rotation=90,
+                    fontsize=7,
                 )
         bottom.set_title("intermediate layers (dashed: further targets; dotted: a layer's losses drop out)")
         if labelled:
