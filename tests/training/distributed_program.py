@@ -42,7 +42,6 @@ def run(case: str, text: Path, folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     text, folder = Path(sys.argv[1]), Path(sys.argv[2])
     results = {case: run(case, text, folder) for case in CASES}
     if torch.distributed.get_rank() == 0:
