@@ -12,15 +12,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, count_targets
 
-from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint
+from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint, saving_failed
 from .loss_terms import EvaluationTerms, TrainingTerms, group_by_layer
-
-
-logger = logging.get_logger(__name__)
 
 
 class LogWhenSaving(TrainerCallback):
@@ -216,16 +212,20 @@ class AuxiliaryLossTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._raise_if_not_finite()
-        broken = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+        weights = self.accelerator.unwrap_model(model).named_parameters()
+        broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
         if broken:  # a step can break the weights while its own loss still was finite
             raise self._not_finite_error(self.state.global_step, broken)
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
             super()._save_checkpoint(model, trial)
-        except BaseException:
-            if self.args.should_save and os.path.isdir(folder) and not is_complete(folder):
+        except BaseException as error:
+            if is_complete(folder):
+                raise  # what failed came after it
+            if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-                logger.error(f"Saving {folder} failed; what was written of it is removed, earlier checkpoints stay.")
+            if isinstance(error, Exception):  # of many kinds: each library words a full disk in its own way
+                raise OSError(saving_failed(folder, error)) from error
             raise
 
 
