@@ -1,10 +1,15 @@
 """Running sums of loss terms, kept on the device so that nothing waits for it between two log entries."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
+
+
+T = TypeVar("T")
 
 
 class TrainingTerms:
@@ -34,27 +39,25 @@ class TrainingTerms:
                 self._last_step[name] = step
                 self._num_steps[name] = self._num_steps.get(name, 0) + 1
 
-    def means(self, accelerator) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """The mean of each term over its steps and over the processes, by name; all processes call this together."""
         totals: dict[str, float] = {}
         for names, sums in self._sums.items():
-            for name, value in zip(names, accelerator.reduce(sums, "mean").tolist(), strict=True):
+            for name, value in zip(names, sums.tolist(), strict=True):
                 totals[name] = totals.get(name, 0.0) + value
-        return {name: total / self._num_steps[name] for name, total in totals.items()}
+        own = {name: total / self._num_steps[name] for name, total in totals.items()}
+        return {name: sum(values) / len(values) for name, values in _by_name(gather_object([own])).items()}
 
-    def first_not_finite(self, accelerator) -> tuple[int, list[str]] | None:
+    def first_not_finite(self) -> tuple[int, list[str]] | None:
         """The first step at which a term was nan or infinite on any process, and the names of those that were."""
-        bad: dict[str, float] = {}
+        own: dict[str, float] = {}
         for names, steps in self._first_bad_step.items():
-            by_process = accelerator.gather(steps[None])
-            bad |= {
-                name: step
-                for name, step in zip(names, by_process.amin(dim=0).tolist(), strict=True)
-                if step < bad.get(name, float("inf"))
-            }
-        if not bad:
+            for name, step in zip(names, steps.tolist(), strict=True):
+                own[name] = min(step, own.get(name, float("inf")))
+        bad = {name: min(steps) for name, steps in _by_name(gather_object([own])).items()}
+        first = min(bad.values(), default=float("inf"))
+        if first == float("inf"):
             return None
-        first = min(bad.values())
         return int(first), [name for name, step in bad.items() if step == first]
 
 
@@ -72,13 +75,25 @@ class EvaluationTerms:
         entry = torch.stack([total, count.to(dtype)])
         self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
-    def totals(self, accelerator) -> dict[str, tuple[float, int]]:
-        """`(sum, count)` of each term over all processes, by name; all processes call this together."""
-        totals = {}
-        for name, entry in self._sums.items():
-            total, count = accelerator.reduce(entry, "sum").tolist()
-            totals[name] = (total, round(count))
-        return totals
+    def totals(self) -> dict[str, tuple[float, int]]:
+        """`(sum, count)` of each term over all processes, by name; all processes call this together.
+
+        A process that had no batch at all has no terms to add.
+        """
+        own = {name: tuple(entry.tolist()) for name, entry in self._sums.items()}
+        return {
+            name: (sum(total for total, _ in parts), round(sum(count for _, count in parts)))
+            for name, parts in _by_name(gather_object([own])).items()
+        }
+
+
+def _by_name(processes: Iterable[Mapping[str, T]]) -> dict[str, list[T]]:
+    """The values of each name over the processes that have it."""
+    values: dict[str, list[T]] = {}
+    for own in processes:
+        for name, value in own.items():
+            values.setdefault(name, []).append(value)
+    return values
 
 
 def group_by_layer(terms: Mapping[str, float]) -> dict[str, float]:

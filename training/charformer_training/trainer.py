@@ -173,7 +173,7 @@ class AuxiliaryLossTrainer(Trainer):
     ):
         self._evaluation_terms = EvaluationTerms()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        totals = self._evaluation_terms.totals(self.accelerator)
+        totals = self._evaluation_terms.totals()
         _, characters = totals.pop("characters", (0.0, 0))
         metrics = {name: total / count for name, (total, count) in totals.items() if count}
         if characters:
@@ -190,7 +190,7 @@ class AuxiliaryLossTrainer(Trainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # an entry of the training loop
             self._raise_if_not_finite()
-            means = self._training_terms.means(self.accelerator)
+            means = self._training_terms.means()
             means.pop("loss", None)
             if getattr(self.args, "log_loss_terms", "each") == "groups":
                 means = group_by_layer(means)
@@ -199,7 +199,7 @@ class AuxiliaryLossTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _raise_if_not_finite(self) -> None:
-        if (found := self._training_terms.first_not_finite(self.accelerator)) is not None:
+        if (found := self._training_terms.first_not_finite()) is not None:
             raise self._not_finite_error(*found)
 
     def _not_finite_error(self, step: int, names: list[str]) -> FloatingPointError:
