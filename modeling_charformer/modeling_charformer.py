@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -478,6 +479,20 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
         model.generation_config = copy.deepcopy(self.generation_config)
         return model.train(self.training)
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """Drafts of assisted generation, cut off at the end of the window, which prompt look-up would pass."""
+        generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]  # as below
+        draft, window = generator.get_candidates, self.config.max_position_embeddings
+
+        def draft_inside_window(input_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+            candidates, logits = draft(input_ids, *args, **kwargs)
+            if logits is not None:
+                logits = logits[:, : max(0, window - input_ids.shape[1])]
+            return candidates[:, :window], logits
+
+        generator.get_candidates = draft_inside_window
+        return generator
 
     def _validate_generated_length(
         self, generation_config, input_ids_length: int, has_default_max_length: bool

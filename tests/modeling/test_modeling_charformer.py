@@ -221,6 +221,15 @@ def test_assisted_generation_is_exact(make_model, make_ids):
     assert model.generate(ids, max_new_tokens=10, do_sample=False, assistant_model=assistant).equal(expected)
 
 
+def test_drafts_stop_at_the_end_of_the_window(make_model):
+    model = make_model().eval()
+    for number in range(8):
+        ids = torch.randint(97, 99, (1, 6), generator=torch.Generator().manual_seed(number))
+        expected = model.generate(ids, max_new_tokens=18, do_sample=False)
+        drafted = model.generate(ids, max_new_tokens=18, do_sample=False, prompt_lookup_num_tokens=10)
+        assert drafted.equal(expected) and expected.shape == (1, 24)
+
+
 def test_streaming_and_pipeline(make_model, capsys):
     model, tokenizer = make_model().eval(), CharformerTokenizer()
     inputs = tokenizer("ab", return_tensors="pt")

@@ -395,6 +395,14 @@ class TestLossThatIsNotFinite:
             trainer.train()
 
 
+def test_settings_that_would_replace_the_losses_are_refused(make_trainer, monkeypatch):
+    with pytest.raises(ValueError, match="label_smoothing_factor is 0.1; it would replace the model's own losses"):
+        make_trainer(label_smoothing_factor=0.1)
+    monkeypatch.setattr(AuxiliaryLossTrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="sees 2 GPUs.*torchrun"):
+        make_trainer()
+
+
 def test_progress_is_the_share_of_steps_done(make_trainer):
     seen = []
     trainer = make_trainer(max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=4)

@@ -160,6 +160,8 @@ def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; meant {close[0]!r}?" if close else "; charformer-train --help lists them"
             raise ValueError(f"{path}: there is no field {name!r}{hint}")
+    if "intermediate_layers" in recipe and recipe["intermediate_layers"] is None:
+        recipe["intermediate_layers"] = "none"  # as CharformerConfig means it, not as a field that is left out
     return recipe
 
 

@@ -51,12 +51,27 @@ class AuxiliaryLossTrainer(Trainer):
             # Heads that drop out in the middle of training leave parameters without a gradient.
             args.ddp_find_unused_parameters = True
         super().__init__(model=model, args=args, **kwargs)
+        if _takes(self.model, "target_counts"):
+            self._check_own_losses()
         self._takes_training_progress = _takes(self.model, "training_progress")
         self._takes_target_counts = _takes(self.model, "target_counts")
         self._target_counts: Tensor | None = None
         self._training_terms = TrainingTerms()
         self._evaluation_terms = EvaluationTerms()
         self.add_callback(LogWhenSaving())
+
+    def _check_own_losses(self) -> None:
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.args.label_smoothing_factor}; it would replace the model's own losses,"
+                " auxiliary ones and all, by one of the Trainer's. It must be 0"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"this process sees {self.args.n_gpu} GPUs, which Transformers would use by torch's DataParallel: that"
+                " cannot split what the losses need. Start one process for each GPU with torchrun or accelerate launch,"
+                " or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
 
     # ---- Training ----
 
