@@ -5,6 +5,7 @@ import math
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .auxiliary_losses import LossTerm, loss_terms, schedule_names
 
@@ -123,6 +124,8 @@ class CharformerConfig(PreTrainedConfig):
         for name in ("initializer_range", "layer_norm_eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number above 0")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; Transformers knows {sorted(ACT2FN)}")
         if self.norm_placement not in ("pre", "post"):
             raise ValueError(f"norm_placement is {self.norm_placement!r}; it must be 'pre' or 'post'")
 

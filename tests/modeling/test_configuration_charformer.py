@@ -24,6 +24,7 @@ def test_defaults_are_the_papers_t12():
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be 1 or more"),
         ({"attention_dropout": 1.0}, "attention_dropout is 1.0"),
         ({"initializer_range": 0.0}, "initializer_range is 0.0"),
+        ({"hidden_act": "rleu"}, "hidden_act is 'rleu'; Transformers knows .*'relu'"),
         ({"norm_placement": "middle"}, "norm_placement is 'middle'; it must be 'pre' or 'post'"),
         ({"num_targets": 0}, "num_targets is 0"),
         ({"num_targets": 8, "max_position_embeddings": 8}, r"num_targets is 8.*max_position_embeddings"),

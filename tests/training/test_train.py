@@ -262,6 +262,21 @@ class TestWrongInput:
         assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
         assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
+    def test_overwriting_deletes_nothing_before_the_new_run_can_begin(self, command, tmp_path, capsys):
+        assert main(command()) == 0
+        weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+        for changes in ({"data_path": "missing.txt"}, {"max_position_embeddings": 5000}, {"sample_prompt": "x" * 99}):
+            self.refused(capsys, [*command(**changes), "--overwrite_output_dir"])
+        assert "already holds a model" in self.refused(
+            capsys, command(resume_from_checkpoint=self.copy_of(tmp_path / "run" / "checkpoint-2", tmp_path))
+        )
+        assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+        assert (tmp_path / "run" / "checkpoint-4").is_dir()
+
+    @staticmethod
+    def copy_of(checkpoint: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name))
+
     def test_resuming_without_or_from_a_foreign_checkpoint(self, command, tmp_path, capsys):
         assert "holds no complete checkpoint" in self.refused(capsys, [*command(), "--resume_from_last"])
         assert main(command()) == 0
@@ -274,6 +289,15 @@ class TestWrongInput:
     def test_a_loss_that_is_not_finite(self, command, capsys):
         message = self.refused(capsys, command(learning_rate="1e30", max_steps=30, max_grad_norm=0))
         assert "not finite" in message and "step" in message
+
+
+def test_the_best_model_is_the_one_reported(command, tmp_path):
+    best = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "eval_steps": 1, "save_steps": 1}
+    chosen = {"load_best_model_at_end": "true", "metric_for_best_model": "eval_bpc", "greater_is_better": "false"}
+    assert main(command(**best, **chosen, max_grad_norm=0, max_steps=6)) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert metrics["eval_bpc"] == pytest.approx(min(entry["eval_bpc"] for entry in history if "eval_bpc" in entry))
 
 
 def test_resumed_run_equals_the_uninterrupted_one(command, tmp_path):

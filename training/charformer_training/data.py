@@ -97,11 +97,12 @@ class Split:
         return digest.hexdigest()
 
 
-def load_corpus(arguments: DataArguments) -> np.ndarray:
+def load_corpus(arguments: DataArguments, write: bool = True) -> np.ndarray:
     """The bytes of the corpus, `(num_bytes,)` uint8, memory-mapped.
 
     A single file is mapped as it is. Files of a folder and rows of a dataset are first written one after the other
-    into one file of the cache (in the folder that HF_HOME names), folders once as long as they stay as they are.
+    into one file of the cache (in the folder that HF_HOME names), folders once as long as they stay as they are. Of
+    several processes only one does so, first: the others call this with `write=False`.
 
     Raises:
         FileNotFoundError: If `data_path` does not exist.
@@ -109,7 +110,8 @@ def load_corpus(arguments: DataArguments) -> np.ndarray:
     """
     separator = arguments.document_separator.encode()
     if arguments.dataset_name is not None:
-        return _map(_write_corpus(_dataset_texts(arguments), separator, _cache_key("dataset", arguments.source)))
+        key = _cache_key("dataset", arguments.source, arguments.text_column, separator.hex())
+        return _map(_write_corpus(_dataset_texts(arguments), separator, key) if write else _cache_path(key))
     if arguments.data_path == STANDARD_LIBRARY:
         return _load_files(_standard_library_files(), separator, arguments.source)
     path = Path(arguments.data_path or "").expanduser()

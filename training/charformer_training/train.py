@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -165,10 +166,11 @@ def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
     return recipe
 
 
-def prepare_output_dir(run: RunArguments, training: AuxiliaryLossTrainingArguments) -> None:
+def check_output_dir(run: RunArguments, training: AuxiliaryLossTrainingArguments) -> list[Path]:
     """Refuse to write over another model, unless the run goes on from there or was asked to.
 
-    Sets `resume_from_checkpoint` when `resume_from_last` is asked for.
+    Sets `resume_from_checkpoint` when `resume_from_last` is asked for. Returns what a run that was asked to overwrite
+    is to delete, once nothing else can be wrong.
 
     Raises:
         FileExistsError: If the folder holds a model or checkpoints.
@@ -180,16 +182,15 @@ def prepare_output_dir(run: RunArguments, training: AuxiliaryLossTrainingArgumen
         if training.resume_from_checkpoint is None:
             raise ValueError(f"resume_from_last: {folder} holds no complete checkpoint")
     held = [path for name in MODEL_FILES if (path := folder / name).exists()] + sorted(folder.glob("checkpoint-*"))
-    if not held or training.resume_from_checkpoint:
-        return
+    resumed = training.resume_from_checkpoint
+    if not held or (resumed and Path(resumed).resolve().parent == folder.resolve()):
+        return []
     if not run.overwrite_output_dir:
         raise FileExistsError(
             f"output_dir {folder} already holds a model ({held[0].name}). Give another output_dir, go on from its last"
             " checkpoint with --resume_from_last, or replace it with --overwrite_output_dir"
         )
-    if training.process_index == 0:
-        for path in [*held, folder / "samples.jsonl"]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return [*held, folder / "samples.jsonl"]
 
 
 def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
@@ -232,11 +233,16 @@ def build_trainer(
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
-    trainer.remove_callback(PrinterCallback)
     if not training.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossTermProgress())
     if run.sample_length:
+        length = len(run.sample_prompt.encode())
+        if not 1 <= length < window:
+            raise ValueError(
+                f"sample_prompt has {length} bytes; it needs 1 to {window - 1}, fewer than max_position_embeddings={window}"
+            )
         samples = Path(str(training.output_dir)) / "samples.jsonl"
         trainer.add_callback(SampleText(tokenizer, samples, run.sample_prompt, run.sample_length, training.seed))
     return trainer
@@ -247,9 +253,9 @@ def train(arguments: Arguments) -> dict[str, Any]:
     model_arguments, data, run, training = arguments
     set_seed(training.seed)
     model = build_model(model_arguments)  # wrong settings raise before the text is read
-    prepare_output_dir(run, training)
+    replaced = check_output_dir(run, training)
     with training.main_process_first(desc="reading the corpus"):
-        corpus = load_corpus(data)
+        corpus = load_corpus(data, write=training.local_process_index == 0)
     splits = split_corpus(corpus, data.train_share, data.validation_share)
     name = model_arguments.model_name_or_path
     tokenizer = CharformerTokenizer() if name is None else CharformerTokenizer.from_pretrained(name)
@@ -264,8 +270,13 @@ def train(arguments: Arguments) -> dict[str, Any]:
         heads = sum(weight.numel() for weight in model.auxiliary_heads.parameters())
         print(f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only", flush=True)
 
+    if trainer.is_world_process_zero():
+        for path in replaced:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     metrics = _final_evaluation(trainer)
+    if not math.isfinite(metrics["eval_loss"]):
+        raise FloatingPointError("the trained model's validation loss is not finite; the model is not saved")
     if run.compare_ngrams:
         metrics |= _compare_ngrams(splits, data.max_eval_characters)
     _save_results(arguments, trainer, tokenizer, described, metrics)
@@ -274,6 +285,8 @@ def train(arguments: Arguments) -> dict[str, Any]:
 
 def _final_evaluation(trainer: AuxiliaryLossTrainer) -> dict[str, Any]:
     step = trainer.state.global_step
+    if trainer.args.load_best_model_at_end:  # the weights are not those of the last step
+        return {"step": trainer.state.best_global_step, **trainer.evaluate()}
     done = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
     return {"step": step, **(done[-1] if done else trainer.evaluate())}
 

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class AuxiliaryLossTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if _takes(self.model, "target_counts"):
             self._check_own_losses()
+        terms = getattr(self.model, "loss_terms", None)
+        if self.args.torch_compile and terms is not None:
+            # Each layer that drops out makes a new graph; past its limit torch would silently run eagerly.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, 8 + len(terms))
         self._takes_training_progress = _takes(self.model, "training_progress")
         self._takes_target_counts = _takes(self.model, "target_counts")
         self._target_counts: Tensor | None = None
@@ -89,7 +95,9 @@ class AuxiliaryLossTrainer(Trainer):
         if resume_from_checkpoint and self.model is not None:
             check_checkpoint(resume_from_checkpoint, self.model)
         self._training_terms = TrainingTerms()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._raise_if_not_finite()  # in the steps since the last log entry
+        return output
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -232,6 +240,8 @@ class AuxiliaryLossTrainer(Trainer):
         if broken:  # a step can break the weights while its own loss still was finite
             raise self._not_finite_error(self.state.global_step, broken)
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:  # an older one of that name is complete no more
+            Path(folder, "trainer_state.json").unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
         except BaseException as error:
