@@ -97,6 +97,8 @@ def test_logits_to_keep(make_model, make_ids):
     every = model(ids).logits
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, every[:, -3:])
     torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, every[:, [0, 5]])
+    order = torch.arange(19, -1, -1)
+    torch.testing.assert_close(model(ids, labels=ids, logits_to_keep=order).loss, model(ids, labels=ids).loss)
     kept = model(ids, labels=ids, logits_to_keep=1)
     assert kept.logits.shape == (2, 1, 256)
     torch.testing.assert_close(kept.loss, model(ids, labels=ids).loss)
