@@ -79,7 +79,9 @@ class DataArguments:
             return f"Python {sysconfig.get_python_version()} standard library sources"
         if self.data_path is not None:
             return Path(self.data_path).name
-        return "/".join(part for part in (self.dataset_name, self.dataset_config, self.dataset_split) if part)
+        name = self.dataset_name or ""
+        name = Path(name).name if Path(name).exists() else name  # a local folder's place is nobody else's business
+        return "/".join(part for part in (name, self.dataset_config, self.dataset_split) if part)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def load_corpus(arguments: DataArguments, write: bool = True) -> np.ndarray:
     """
     separator = arguments.document_separator.encode()
     if arguments.dataset_name is not None:
-        key = _cache_key("dataset", arguments.source, arguments.text_column, separator.hex())
+        key = _cache_key(
+            "dataset", str(arguments.dataset_name), arguments.source, arguments.text_column, separator.hex()
+        )
         return _map(_write_corpus(_dataset_texts(arguments), separator, key) if write else _cache_path(key))
     if arguments.data_path == STANDARD_LIBRARY:
         return _load_files(_standard_library_files(), separator, arguments.source)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, default_data_collator, set_seed
@@ -277,8 +278,10 @@ def train(arguments: Arguments) -> dict[str, Any]:
     metrics = _final_evaluation(trainer)
     if not math.isfinite(metrics["eval_loss"]):
         raise FloatingPointError("the trained model's validation loss is not finite; the model is not saved")
+    evaluated = splits["validation"].data[: data.max_eval_characters]
+    metrics["eval_bytes"] = len(evaluated)
     if run.compare_ngrams:
-        metrics |= _compare_ngrams(splits, data.max_eval_characters)
+        metrics |= _compare_ngrams(splits["train"].data, evaluated)
     _save_results(arguments, trainer, tokenizer, described, metrics)
     return metrics
 
@@ -291,11 +294,10 @@ def _final_evaluation(trainer: AuxiliaryLossTrainer) -> dict[str, Any]:
     return {"step": step, **(done[-1] if done else trainer.evaluate())}
 
 
-def _compare_ngrams(splits: dict[str, Split], max_characters: int | None) -> dict[str, float]:
-    text = splits["validation"].data[:max_characters]
+def _compare_ngrams(train: np.ndarray, text: np.ndarray) -> dict[str, float]:
     per_byte = characters_per_byte(text)
     return {
-        f"{name}_bpc": ngram_bits_per_byte(splits["train"].data, text, order) / per_byte
+        f"{name}_bpc": ngram_bits_per_byte(train, text, order) / per_byte
         for name, order in (("unigram", 1), ("trigram", 3))
     }
 
@@ -359,7 +361,10 @@ def _recipe_summary(training: AuxiliaryLossTrainingArguments) -> dict[str, Any]:
 
 
 def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
-    lines = ["", f"Validation: {metrics['eval_bpc']:.3f} bits per character"]
+    lines = [
+        "",
+        f"Validation: {metrics['eval_bpc']:.3f} bits per character (first {metrics['eval_bytes']:,} bytes of the split)",
+    ]
     lines += [
         f"  counted {name:<8} {metrics[key]:.3f}" + ("" if metrics["eval_bpc"] < metrics[key] else "  (not beaten)")
         for name in ("trigram", "unigram")
