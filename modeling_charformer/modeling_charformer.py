@@ -396,13 +396,13 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        every = isinstance(kept, slice) and logits_to_keep == 0
         logits = self.lm_head(hidden_states[:, kept])
 
         loss, loss_dict = None, None
         if labels is not None:
             loss_dict = self._main_losses(
-                logits if every else self.lm_head(hidden_states),
+                # An index tensor may reorder the positions, so only "all of them" can be reused.
+                logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else self.lm_head(hidden_states),
                 labels,
                 denominators := mean_denominators(labels, self.config.num_targets, num_items_in_batch, target_counts),
                 weights,

@@ -263,15 +263,14 @@ def train(arguments: Arguments) -> dict[str, Any]:
     trainer = build_trainer(arguments, model, tokenizer, splits)
     Path(str(training.output_dir)).mkdir(parents=True, exist_ok=True)
 
-    described = {name: (len(split.data), split.sha256()) for name, split in splits.items()}
+    described = {}
     if trainer.is_world_process_zero():
+        described = {name: (len(split.data), split.sha256()) for name, split in splits.items()}
         print(f"Corpus: {data.source}, {len(corpus):,} bytes, split by position")
         for name, (size, checksum) in described.items():
             print(f"  {name:<10} {size:>13,} bytes  sha256 {checksum}")
         heads = sum(weight.numel() for weight in model.auxiliary_heads.parameters())
         print(f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only", flush=True)
-
-    if trainer.is_world_process_zero():
         for path in replaced:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
