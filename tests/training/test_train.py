@@ -249,6 +249,7 @@ class TestWrongInput:
 
     def test_unknown_field_on_the_command_line(self, command, capsys):
         assert "--num_target_x" in self.refused(capsys, [*command(), "--num_target_x", "3"])
+        assert "--num_target" in self.refused(capsys, [*command(), "--num_target", "3"])
 
     def test_folder_with_another_model(self, command, tmp_path, capsys):
         assert main(command()) == 0

@@ -125,6 +125,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         prog="charformer-train",
         description="Train a Charformer from a recipe. Fields on the command line override the recipe's.",
         usage="charformer-train RECIPE.yaml [--field value ...]",
+        allow_abbrev=False,  # a misspelt field must not pass for the beginning of another
     )
     arguments = list(argv)
     if arguments and not arguments[0].startswith("-"):
