@@ -15,11 +15,6 @@ AutoConfig.register("charformer", CharformerConfig)
 AutoModel.register(CharformerConfig, CharformerModel)
 AutoModelForCausalLM.register(CharformerConfig, CharformerForCausalLM)
 AutoTokenizer.register(CharformerConfig, slow_tokenizer_class=CharformerTokenizer)
-# What is saved takes the code along, so that it also loads where this package is not installed.
-CharformerConfig.register_for_auto_class()
-CharformerModel.register_for_auto_class("AutoModel")
-CharformerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-CharformerTokenizer.register_for_auto_class("AutoTokenizer")
 
 __version__ = "0.1.0"
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .auxiliary_losses import LossTerm, loss_terms, schedule_names
+from .hub import CharformerPushToHubMixin
 
 
 AUTO_MAP = {
@@ -18,7 +19,7 @@ AUTO_MAP = {
 
 
 @strict
-class CharformerConfig(PreTrainedConfig):
+class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     r"""Settings of a Charformer; the defaults are the 12-layer model (T12) of Al-Rfou et al. (2018, arXiv 1808.04444).
 
     A field that is close to a known one but misspelt raises; a field with an unrelated name is kept as an attribute,
@@ -183,5 +184,8 @@ class CharformerConfig(PreTrainedConfig):
             self.intermediate_weight,
         )
 
+
+# What is saved takes its code along, and so does what is loaded with that code and saved again.
+CharformerConfig.register_for_auto_class()
 
 __all__ = ["CharformerConfig"]

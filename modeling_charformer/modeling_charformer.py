@@ -35,6 +35,7 @@ from .auxiliary_losses import (
     weights_in_force,
 )
 from .configuration_charformer import CharformerConfig
+from .hub import CharformerPushToHubMixin
 
 
 @dataclass
@@ -169,7 +170,7 @@ class AuxiliaryHead(nn.Linear):
         """Nothing: `CharformerPreTrainedModel._init_weights` draws the weights, from a generator of their own."""
 
 
-class CharformerPreTrainedModel(PreTrainedModel):
+class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
     config: CharformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -197,6 +198,18 @@ class CharformerPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    def _card_facts(self) -> str:
+        config, parameters = self.config, self.num_parameters()
+        heads = sum(weight.numel() for name, weight in self.named_parameters() if name.startswith("auxiliary_heads."))
+        facts = {
+            "Layers, width, attention heads": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}",
+            "Window, bytes": f"{config.max_position_embeddings:,}",
+            "Parameters for inference": f"{parameters - heads:,}",
+            "Parameters of the auxiliary classifiers, for training only": f"{heads:,}",
+        }
+        rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+        return f"| | |\n| --- | --- |\n{rows}"
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """Refuses any size but the present one: the classifiers and the tokenizer are made for these symbols."""
@@ -515,5 +528,9 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             generation_config, input_ids_length, has_default_max_length
         )
 
+
+# Saved models take their code along.
+CharformerModel.register_for_auto_class("AutoModel")
+CharformerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = ["CharformerForCausalLM", "CharformerModel", "CharformerPreTrainedModel"]

@@ -5,12 +5,14 @@ from typing import Any
 
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 
+from .hub import CharformerPushToHubMixin
+
 
 # Byte values that no valid UTF-8 text contains.
 SPECIAL_TOKEN_IDS = {"pad_token": 0xFF, "eos_token": 0xFE, "bos_token": 0xFD}
 
 
-class CharformerTokenizer(PreTrainedTokenizer):
+class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
     r"""Text to the ids 0..255 of its UTF-8 bytes and back; `bytes` are taken as they are.
 
     `bytes(ids)` gives back exactly the bytes that went in, whatever they were. `decode` gives text.
@@ -136,5 +138,7 @@ class CharformerTokenizer(PreTrainedTokenizer):
         """Nothing to save: the vocabulary is the bytes."""
         return ()
 
+
+CharformerTokenizer.register_for_auto_class()  # its code goes along when it is saved
 
 __all__ = ["CharformerTokenizer"]

@@ -1,5 +1,6 @@
 """What several tests, and the programs they start, build alike."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import default_data_collator, set_seed
@@ -13,6 +14,30 @@ from charformer_training import (
 )
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
+
+CONFIGS = Path(__file__).parents[1] / "training" / "configs"
+QUICKSTART = str(CONFIGS / "quickstart.yaml")
+# What makes any recipe a matter of seconds.
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "logging_steps": 1,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "warmup_steps": 0,
+    "num_attention_heads": 2,
+    "report_to": "none",
+    "max_eval_characters": 300,
+    "sample_length": 10,
+    "use_cpu": "true",
+    "bf16": "false",
+    "dataloader_pin_memory": "false",
+    "dataloader_num_workers": 0,
+}
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -53,6 +78,12 @@ def tiny_trainer(
         data_collator=default_data_collator,
         callbacks=callbacks,
     )
+
+
+def small_command(recipe: str = QUICKSTART, **settings: Any) -> list[str]:
+    """Arguments of charformer-train for a recipe made small, with other settings in their place."""
+    settings = SMALL | settings
+    return [recipe, *(word for name, value in settings.items() for word in (f"--{name}", *str(value).split()))]
 
 
 def loss_logs(trainer: AuxiliaryLossTrainer) -> list[dict[str, float]]:

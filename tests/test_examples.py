@@ -17,9 +17,12 @@ def run(name: str, *arguments: object) -> str:
 
 
 def test_no_example_is_left_out():
+    # Those of the Hub are run beside its other tests.
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
         "generate.py",
+        "load_from_hub.py",
         "own_training_loop.py",
+        "push_to_hub.py",
         "train_with_trainer.py",
     }
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,13 +38,14 @@ print(json.dumps({
 """
 
 
-def run_without_package(folder, tmp_path, trust: str) -> subprocess.CompletedProcess:
+def run_without_package(program: str, folder: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a program, with `folder` and `arguments` for its own, where the package cannot be imported."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     # -S leaves out site-packages' .pth files, through which an editable installation puts the package on the path.
     packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
     return subprocess.run(
-        [sys.executable, "-S", "-c", PROGRAM, str(folder), trust],
+        [sys.executable, "-S", "-c", program, str(folder), *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -63,7 +65,7 @@ def saved(make_model, tmp_path):
 
 def test_saved_model_loads_with_its_own_code(saved, tmp_path):
     model, folder = saved
-    result = run_without_package(folder, tmp_path, "trust")
+    result = run_without_package(PROGRAM, folder, tmp_path, "trust")
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout)
     assert found["class"].startswith("transformers_modules.")
@@ -77,7 +79,7 @@ def test_saved_model_loads_with_its_own_code(saved, tmp_path):
 
 
 def test_without_trust_it_is_refused_clearly(saved, tmp_path):
-    result = run_without_package(saved[1], tmp_path, "no")
+    result = run_without_package(PROGRAM, saved[1], tmp_path, "no")
     assert result.returncode != 0 and "trust_remote_code" in result.stderr
 
 
@@ -87,6 +89,7 @@ def test_saved_folder_has_all_code_and_a_complete_auto_map(saved):
     assert names == {
         "auxiliary_losses.py",
         "configuration_charformer.py",
+        "hub.py",
         "modeling_charformer.py",
         "tokenization_charformer.py",
     }

@@ -114,7 +114,7 @@ def test_splits_follow_one_another_and_have_checksums():
     splits = split_corpus(corpus, 0.9, 0.05)
     assert [len(split.data) for split in splits.values()] == [180, 10, 10]
     assert np.concatenate([split.data for split in splits.values()]).tolist() == corpus.tolist()
-    assert splits["test"].sha256() == hashlib.sha256(corpus[190:].tobytes()).hexdigest()
+    assert splits["test"].sha256 == hashlib.sha256(corpus[190:].tobytes()).hexdigest()
     # nanoGPT's split of tiny Shakespeare, and those of enwik8 and text8
     assert [len(split.data) for split in split_corpus(np.zeros(1_115_394, np.uint8), 0.9, 0.1).values()] == [
         1_003_854,
@@ -184,7 +184,7 @@ def private_megabytes():
 
 before = private_megabytes()
 splits = split_corpus(load_corpus(DataArguments(data_path={str(path)!r})), 0.9, 0.05)
-splits["validation"].sha256()
+splits["validation"].sha256
 windows = RandomWindows(splits["train"], 512, 10**7, 0)
 for index in range(2000):
     windows[index]

@@ -18,32 +18,10 @@ from charformer_training import data as data_module
 from charformer_training.data import load_corpus
 from charformer_training.train import main, parse_arguments
 from modeling_charformer import CharformerForCausalLM
+from tests.helpers import CONFIGS, QUICKSTART, small_command
 
 
-CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
-QUICKSTART = str(CONFIGS / "quickstart.yaml")
-# What makes any recipe a matter of seconds.
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "max_position_embeddings": 32,
-    "max_steps": 4,
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 8,
-    "logging_steps": 1,
-    "eval_steps": 2,
-    "save_steps": 2,
-    "warmup_steps": 0,
-    "num_attention_heads": 2,
-    "report_to": "none",
-    "max_eval_characters": 300,
-    "sample_length": 10,
-    "use_cpu": "true",
-    "bf16": "false",
-    "dataloader_pin_memory": "false",
-    "dataloader_num_workers": 0,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +34,7 @@ def command(text_file: Path, tmp_path: Path):
     """Arguments of a small run of the quickstart recipe on the test's own text."""
 
     def make(recipe: str = QUICKSTART, **changes) -> list[str]:
-        settings = SMALL | {"data_path": str(text_file), "output_dir": str(tmp_path / "run")} | changes
-        return [recipe, *(word for name, value in settings.items() for word in (f"--{name}", *str(value).split()))]
+        return small_command(recipe, **({"data_path": text_file, "output_dir": tmp_path / "run"} | changes))
 
     return make
 
@@ -347,7 +324,7 @@ def test_disk_full_at_the_end_leaves_no_half_model(command, tmp_path, monkeypatc
     def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_module, "write_model_card", disk_full)
+    monkeypatch.setattr(train_module.AuxiliaryLossTrainer, "write_card", disk_full)
     assert main(command()) == 1
     assert "No space left" in capsys.readouterr().err
     folder = tmp_path / "run"

@@ -10,6 +10,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -86,11 +87,17 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a corpus: its bytes, `(num_bytes,)` uint8, usually memory-mapped."""
+    """A part of a corpus: its bytes, `(num_bytes,)` uint8, usually memory-mapped.
+
+    `start` is the place of its first byte in the corpus, `source` says in words what that is.
+    """
 
     name: str
     data: np.ndarray
+    source: str = ""
+    start: int = 0
 
+    @cached_property
     def sha256(self) -> str:
         """Checksum of the bytes, in hexadecimal."""
         digest = hashlib.sha256()
@@ -130,10 +137,13 @@ def load_corpus(arguments: DataArguments, write: bool = True) -> np.ndarray:
     return _map(path)
 
 
-def split_corpus(data: np.ndarray, train_share: float, validation_share: float) -> dict[str, Split]:
+def split_corpus(data: np.ndarray, train_share: float, validation_share: float, source: str = "") -> dict[str, Split]:
     """The train, validation and test splits: parts of the corpus one after the other, as those of enwik8 and text8."""
     ends = [0, int(len(data) * train_share), round(len(data) * (train_share + validation_share)), len(data)]
-    return {name: Split(name, data[start:end]) for name, start, end in zip(SPLIT_NAMES, ends, ends[1:], strict=False)}
+    return {
+        name: Split(name, data[start:end], source, start)
+        for name, start, end in zip(SPLIT_NAMES, ends, ends[1:], strict=False)
+    }
 
 
 class RandomWindows(Dataset):
@@ -147,15 +157,15 @@ class RandomWindows(Dataset):
 
     def __init__(self, split: Split, window: int, num_windows: int, seed: int):
         _check_window(split, window)
-        self.data, self.window, self.num_windows, self.seed = split.data, window, num_windows, seed
+        self.split, self.window, self.num_windows, self.seed = split, window, num_windows, seed
 
     def __len__(self) -> int:
         return self.num_windows
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        last = len(self.data) - self.window
+        last = len(self.split.data) - self.window
         offset = int(np.random.default_rng((self.seed, index)).integers(last, endpoint=True))
-        ids = np.asarray(self.data[offset : offset + self.window], dtype=np.int64)
+        ids = np.asarray(self.split.data[offset : offset + self.window], dtype=np.int64)
         return {"input_ids": ids, "labels": ids}
 
 
@@ -167,7 +177,7 @@ class ConsecutiveWindows(Dataset):
 
     def __init__(self, split: Split, window: int, max_characters: int | None = None):
         _check_window(split, window)
-        self.data, self.window = split.data[:max_characters], window
+        self.split, self.data, self.window = split, split.data[:max_characters], window
 
     def __len__(self) -> int:
         return -(-(len(self.data) - 1) // (self.window - 1))

@@ -9,6 +9,9 @@ from transformers import PreTrainedConfig
 from modeling_charformer.auxiliary_losses import weights_in_force
 
 
+PICTURE = "loss_terms.png"
+
+
 def drop_steps(config: PreTrainedConfig, max_steps: int) -> dict[int, int]:
     """The first step (from 1) at which an intermediate layer has no loss any more, by layer, to 1/2000 of a run."""
     terms, num_layers = config.loss_terms(), config.num_hidden_layers
@@ -42,8 +45,10 @@ def plot_loss_terms(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves = _curves(log_history, prefix="loss_", marker="loss")
-    validation = _curves(log_history, prefix="eval_loss_next", marker="eval_loss")
+    # A model without terms of its own has its loss alone.
+    curves = _curves(log_history, "loss_", marker="loss") or _curves(log_history, "loss", marker="loss")
+    validation = _curves(log_history, "eval_loss", marker="eval_loss").get("eval_loss")
+    main = "next_char" if "next_char" in curves else "loss"
     of_layers = {name: curve for name, curve in curves.items() if name.startswith("layer")}
     of_final = {name: curve for name, curve in curves.items() if name not in of_layers}
 
@@ -59,10 +64,11 @@ def plot_loss_terms(
     for number, (name, (steps, values)) in enumerate(of_final.items()):
         style = {"color": "0.6", "linewidth": 1, "zorder": 1} if name == "last_position" else {"color": f"C{number}"}
         top.plot(steps, values, label=name, **style)
-    for steps, values in validation.values():
-        top.plot(steps, values, "o", color="C0", markersize=5, markeredgecolor="black", label="next_char, validation")
+    if validation:
+        top.plot(*validation, "o", color="C0", markersize=5, markeredgecolor="black", label=f"{main}, validation")
     top.set_title(f"{title}\nfinal layer")
-    top.legend()
+    if top.has_data():
+        top.legend()
 
     if of_layers:
         bottom = axes[1, 0]
@@ -99,7 +105,7 @@ def plot_loss_terms(
 
 
 def _curves(
-    log_history: Sequence[Mapping[str, float]], prefix: str, marker: str
+    log_history: Sequence[Mapping[str, float]], prefix: str, *, marker: str
 ) -> dict[str, tuple[list[float], list[float]]]:
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for entry in log_history:

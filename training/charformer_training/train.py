@@ -15,19 +15,16 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, default_data_collator, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 
 from .arguments import AuxiliaryLossTrainingArguments
-from .callbacks import LossTermProgress, SampleText, final_terms, sample_text
-from .card import write_model_card
+from .callbacks import LossTermProgress, SampleText, sample_text
 from .checkpoints import last_complete_checkpoint, whole_files
 from .data import ConsecutiveWindows, DataArguments, RandomWindows, Split, load_corpus, split_corpus
 from .ngrams import characters_per_byte, ngram_bits_per_byte
-from .plots import drop_steps, plot_loss_terms
+from .plots import PICTURE
 from .trainer import AuxiliaryLossTrainer
 
 
@@ -258,18 +255,16 @@ def train(arguments: Arguments) -> dict[str, Any]:
     replaced = check_output_dir(run, training)
     with training.main_process_first(desc="reading the corpus"):
         corpus = load_corpus(data, write=training.local_process_index == 0)
-    splits = split_corpus(corpus, data.train_share, data.validation_share)
+    splits = split_corpus(corpus, data.train_share, data.validation_share, data.source)
     name = model_arguments.model_name_or_path
     tokenizer = CharformerTokenizer() if name is None else CharformerTokenizer.from_pretrained(name)
     trainer = build_trainer(arguments, model, tokenizer, splits)
     Path(str(training.output_dir)).mkdir(parents=True, exist_ok=True)
 
-    described = {}
     if trainer.is_world_process_zero():
-        described = {name: (len(split.data), split.sha256()) for name, split in splits.items()}
         print(f"Corpus: {data.source}, {len(corpus):,} bytes, split by position")
-        for name, (size, checksum) in described.items():
-            print(f"  {name:<10} {size:>13,} bytes  sha256 {checksum}")
+        for name, split in splits.items():
+            print(f"  {name:<10} {len(split.data):>13,} bytes  sha256 {split.sha256}")
         heads = sum(weight.numel() for weight in model.auxiliary_heads.parameters())
         print(f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only", flush=True)
         for path in replaced:
@@ -282,7 +277,11 @@ def train(arguments: Arguments) -> dict[str, Any]:
     metrics["eval_bytes"] = len(evaluated)
     if run.compare_ngrams:
         metrics |= _compare_ngrams(splits["train"].data, evaluated)
-    _save_results(arguments, trainer, tokenizer, described, metrics)
+    _save_results(arguments, trainer, tokenizer, splits, metrics)
+    if training.push_to_hub:
+        commit = trainer.push_to_hub()
+        if commit is not None:
+            print(f"\nOn the Hub: {commit.commit_url}", flush=True)
     return metrics
 
 
@@ -306,58 +305,28 @@ def _save_results(
     arguments: Arguments,
     trainer: AuxiliaryLossTrainer,
     tokenizer: CharformerTokenizer,
-    splits: dict[str, tuple[int, str]],
+    splits: dict[str, Split],
     metrics: dict[str, Any],
 ) -> None:
     """Everything a run leaves in its folder; the files appear only when all of them are written."""
-    model_arguments, data, run, training = arguments
+    _, data, run, training = arguments
     folder = Path(str(training.output_dir))
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = True  # the Trainer switches it off, also for those who load the model
-    log_history = trainer.state.log_history
     if not training.should_save:
         trainer.save_model(str(folder), _internal_call=True)  # joins in where weights are gathered from all processes
         return
     with whole_files(folder) as scratch:
         trainer.save_model(str(scratch), _internal_call=True)
         trainer.state.save_to_json(str(scratch / "trainer_state.json"))
-        results = {**metrics, "data": data.source, "splits": splits}
+        described = {name: (len(split.data), split.sha256) for name, split in splits.items()}
+        results = {**metrics, "data": data.source, "splits": described}
         (scratch / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        plot_loss_terms(
-            log_history,
-            drop_steps(model.config, training.max_steps),
-            scratch / "loss_terms.png",
-            f"{folder.name}: {data.source}",
-        )
-        write_model_card(
-            scratch / "README.md",
-            model,
-            folder.name,
-            data.source,
-            splits,
-            _recipe_summary(training),
-            metrics,
-            final_terms(log_history),
-        )
+        trainer.write_card(scratch)
     text = (
         sample_text(model, tokenizer, run.sample_prompt, run.sample_length, training.seed) if run.sample_length else ""
     )
     print(_summary(folder, metrics, text), flush=True)
-
-
-def _recipe_summary(training: AuxiliaryLossTrainingArguments) -> dict[str, Any]:
-    processes = max(1, training.world_size)
-    return {
-        "Optimizer steps": f"{training.max_steps:,}",
-        "Windows per step": training.train_batch_size * training.gradient_accumulation_steps * processes,
-        "Optimizer": f"{OptimizerNames(training.optim).value} {training.optim_args or ''}".strip(),
-        "Learning rate": f"{training.learning_rate:g}, {SchedulerType(training.lr_scheduler_type).value}",
-        "Warm-up steps": training.get_warmup_steps(training.max_steps),
-        "Weight decay": training.weight_decay,
-        "Gradient clipping": training.max_grad_norm,
-        "Precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "f32",
-        "Seed": training.seed,
-    }
 
 
 def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
@@ -374,7 +343,7 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
         lines += ["", "The model writes:", *(f"  | {line}" for line in text.strip("\n").splitlines())]
     lines += [
         "",
-        f"Every loss term in a picture: {folder / 'loss_terms.png'}",
+        f"Every loss term in a picture: {folder / PICTURE}",
         f"Model card:                   {folder / 'README.md'}",
         "",
         "Load it with:",

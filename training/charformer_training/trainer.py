@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, count_targets
 
 from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint, saving_failed
+from .hub import PushingTrainer
 from .loss_terms import EvaluationTerms, TrainingTerms, group_by_layer
 
 
@@ -29,7 +30,7 @@ class LogWhenSaving(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class AuxiliaryLossTrainer(Trainer):
+class AuxiliaryLossTrainer(PushingTrainer):
     """`transformers.Trainer` for models whose output has a `loss_dict`, as Charformer's and the DETR family's.
 
     - Passes `training_progress` (share of training done, 0..1) and `target_counts` (how many targets each term has in
@@ -43,6 +44,7 @@ class AuxiliaryLossTrainer(Trainer):
     - Stops with a `FloatingPointError` when a loss is not finite, at the next log entry, in an evaluation and before any
       checkpoint is written (then also when a weight is not); the message names the step and the term.
     - Checkpoints are whole: what fails while it is written is removed, and `resume_from_checkpoint` is checked first.
+    - Pushes to the Hub are whole too, see `PushingTrainer`.
 
     `args` may be plain `TrainingArguments` or `AuxiliaryLossTrainingArguments`.
     """

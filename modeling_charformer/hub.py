@@ -1,0 +1,79 @@
+"""What Charformer adds to `push_to_hub`: a model card that says what is known, in place of a form to be filled in."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+TAGS = ["charformer", "character-level", "byte-level", "auxiliary-losses"]
+
+CARD = """
+# {name}
+
+A character-level language model in the architecture of
+[Al-Rfou et al. (2018)](https://arxiv.org/abs/1808.04444), with the code of the `charformer` package. Its characters are the
+bytes of UTF-8.
+
+{facts}
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+
+Where the `charformer` package is installed, `import modeling_charformer` takes the place of `trust_remote_code=True`, and no
+code of this repository is run.
+
+## Limits
+
+The model knows nothing but the text it was trained on, cannot see further back than its window, and nothing in it checks
+that what it writes is true, safe or original.
+
+## Citation
+
+```bibtex
+@inproceedings{{alrfou2019character,
+  title     = {{Character-Level Language Modeling with Deeper Self-Attention}},
+  author    = {{Al-Rfou, Rami and Choe, Dokook and Constant, Noah and Guo, Mandy and Jones, Llion}},
+  booktitle = {{Proceedings of the AAAI Conference on Artificial Intelligence}},
+  year      = {{2019}},
+}}
+```
+"""
+
+
+def is_unfilled_form(card: ModelCard) -> bool:
+    """Whether `card` is the form with nothing but holes that Transformers makes for a repository without a card."""
+    form = set(ModelCard.from_template(ModelCardData()).text.splitlines())
+    return all(
+        line in form or line.startswith("This is the model card of a 🤗 transformers model")
+        for line in card.text.splitlines()
+    )
+
+
+class CharformerPushToHubMixin:
+    """`push_to_hub` and `save_pretrained(push_to_hub=True)` that leave a card without holes, and a person's card alone."""
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        path = Path(working_dir, "README.md")
+        if path.exists() and is_unfilled_form(form := ModelCard.load(path)):
+            self._write_card(path, repo_id, list(form.data.tags or []))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
+    def _write_card(self, path: Path, repo_id: str, tags: list[str]) -> None:
+        data = ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            license="apache-2.0",
+            tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
+        )
+        text = CARD.format(name=repo_id.split("/")[-1], repo_id=repo_id, facts=self._card_facts())
+        ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(path)
+
+    def _card_facts(self) -> str:
+        """What is known of the object that is pushed, as a paragraph or table of Markdown that ends its line."""
+        return ""

@@ -1,0 +1,80 @@
+"""Fixtures: a Hub on this machine, and programs that talk to it with the real client from processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hub.loopback import LoopbackHub
+
+
+PROGRAMS = Path(__file__).parent
+WRITE_TOKEN = "hf_write"
+PUSH_EXAMPLE, LOAD_EXAMPLE = "../../examples/push_to_hub.py", "../../examples/load_from_hub.py"
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def start(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen]:
+    """Starts a program of this folder in an empty folder, with an empty cache; those of strangers without the package."""
+
+    def start(program: str, *arguments: object, token: str | None = WRITE_TOKEN, **changes: str) -> subprocess.Popen:
+        package = program not in ("remote_program.py", LOAD_EXAMPLE)
+        folder = tmp_path_factory.mktemp("client")
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGING_FACE_", "TRANSFORMERS_"))
+        }
+        environment |= hub.environment(folder / "hf", token) | changes
+        command = [sys.executable, str(PROGRAMS / program), *map(str, arguments)]
+        if not package:
+            # -S leaves out site-packages' .pth files, through which an editable installation puts the package on the
+            # .
+            command[1:1] = ["-S"]
+            environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def run(start: Callable[..., subprocess.Popen]) -> Callable[..., Any]:
+    """Runs a program to its end and returns what it printed last."""
+
+    def run(program: str, *arguments: object, **options: Any) -> Any:
+        return result(start(program, *arguments, **options))
+
+    return run
+
+
+def result(process: subprocess.Popen) -> Any:
+    """What a program printed last, which must have ended well."""
+    shown, errors = process.communicate()
+    assert process.returncode == 0, errors[-5000:]
+    return json.loads(shown.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def fail(start: Callable[..., subprocess.Popen]) -> Callable[..., str]:
+    """Runs a program that must fail, and returns what it said."""
+
+    def fail(program: str, *arguments: object, **options: Any) -> str:
+        process = start(program, *arguments, **options)
+        _, errors = process.communicate()
+        assert process.returncode != 0
+        return errors
+
+    return fail

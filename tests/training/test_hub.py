@@ -1,0 +1,135 @@
+"""Cards and what is staged for a push, without a Hub."""
+
+import logging
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments
+from charformer_training.card import merged_card, trainer_card
+from charformer_training.hub import _stage_checkpoint
+from modeling_charformer.hub import is_unfilled_form
+
+
+@pytest.fixture
+def trained(make_trainer):
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.evaluate()
+    return trainer
+
+
+@pytest.fixture
+def card(trained):
+    return lambda: trainer_card(trained, "mine")
+
+
+def without_holes(card: ModelCard) -> bool:
+    text = card.content
+    return not re.search(r"more information needed|unknown|undefined|\{\{|\{%|None\b", text, re.IGNORECASE)
+
+
+def test_card_says_what_the_run_knows(trained, card):
+    text = card().content
+    assert without_holes(card())
+    for split in (trained.train_dataset.split, trained.eval_dataset.split):
+        assert split.sha256 in text
+    for name in ("next_char", "target_2", "layer_1", "layer_2_target_2"):
+        assert re.search(rf"^\| {name} \| \d+ \| \d\.\d{{4}} \|$", text, re.MULTILINE)
+    bpc = next(entry["eval_bpc"] for entry in trained.state.log_history if "eval_bpc" in entry)
+    assert f"| Bits per character, validation | **{bpc:.4f}** |" in text
+    data = card().data.to_dict()
+    assert data["pipeline_tag"] == "text-generation" and data["library_name"] == "transformers"
+    assert data["license"] == "apache-2.0" and "charformer" in data["tags"]
+    metric = data["model-index"][0]["results"][0]["metrics"][0]
+    assert metric["type"] == "bits_per_character" and metric["value"] == round(bpc, 4)
+    inference = trained.model.without_auxiliary_heads().num_parameters()
+    assert f"| Parameters for inference | {inference:,} |" in text
+
+
+def test_card_before_any_evaluation(make_trainer):
+    assert without_holes(trainer_card(make_trainer(), "untrained"))
+
+
+def test_card_of_another_model(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=1, n_positions=16))
+    args = AuxiliaryLossTrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+    trainer = AuxiliaryLossTrainer(model, args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card(tags="mine", dataset="numbers", language="en", license="mit", model_name="counting")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert without_holes(card) and "# counting" in card.text and "numbers" in card.text and "`eval_loss`" in card.text
+    assert "4 rows for training" in card.text and "A character-level language model" not in card.text
+    data = card.data.to_dict()
+    assert data["license"] == "mit" and data["language"] == "en" and "mine" in data["tags"]
+    assert data["pipeline_tag"] == "text-generation"
+    assert (tmp_path / "loss_terms.png").exists()
+
+
+class TestMerging:
+    def test_nothing_there(self, card):
+        assert merged_card(card(), None).content == card().content
+
+    def test_unfilled_form_is_replaced(self, card):
+        form = ModelCard.from_template(ModelCardData(tags=["poems"]), model_description="")
+        assert is_unfilled_form(form)
+        merged = merged_card(card(), form)
+        assert merged.text == card().text and "poems" in merged.data["tags"]
+
+    def test_text_around_the_block_is_kept(self, card):
+        old = card()
+        old.text = "# Before\n" + old.text.replace("\n", "\r\n") + "After\n"
+        new = card()
+        new.text = new.text.replace("mine", "renewed")
+        merged = merged_card(new, old)
+        assert merged.text.startswith("# Before") and merged.text.endswith("After\n")
+        assert "renewed" in merged.text and "# mine" not in merged.text
+        assert merged_card(card(), merged).text.count("charformer: begin") == 1
+
+    def test_an_edited_block_is_kept_whole(self, card, caplog):
+        old = card()
+        old.text = old.text.replace("mine", "MY MODEL")
+        with caplog.at_level(logging.WARNING):
+            merged = merged_card(card(), old)
+        assert merged.text == old.text and "edited by hand" in caplog.text
+
+    def test_a_card_of_ones_own_is_kept(self, card):
+        own = ModelCard("---\nlicense: cc0-1.0\ntags:\n- poems\n---\n# My poems\n")
+        merged = merged_card(card(), own)
+        assert merged.text.strip() == "# My poems"
+        assert merged.data["license"] == "cc0-1.0" and {"poems", "charformer"} <= set(merged.data["tags"])
+        assert merged.data.to_dict()["model-index"]
+
+
+class TestStage:
+    def test_a_checkpoint_becomes_a_repository(self, trained, tmp_path):
+        checkpoint = tmp_path / "run" / "checkpoint-2"
+        _stage_checkpoint(checkpoint, tmp_path / "stage", "last-checkpoint")
+        names = {path.name for path in (tmp_path / "stage").iterdir()}
+        assert {"config.json", "model.safetensors", "modeling_charformer.py", "last-checkpoint"} <= names
+        assert not names & {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
+        assert (tmp_path / "stage" / "last-checkpoint" / "optimizer.pt").exists()
+
+    def test_no_pickle_of_the_arguments_is_written(self, trained, tmp_path):
+        trained.save_model()
+        assert not list(tmp_path.rglob("*.bin"))
+
+    def test_pickles_are_refused(self, trained, tmp_path):
+        trained.save_model()
+        (tmp_path / "run" / "pytorch_model.bin").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"holds pytorch_model\.bin"):
+            trained.push_to_hub()
+
+
+def test_training_resumes_only_from_the_full_model(trained, make_trainer, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    trained.model.without_auxiliary_heads().save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="an inference-only model cannot be resumed"):
+        make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))

@@ -1,0 +1,269 @@
+"""Pushing a run to the Hub: whole repositories at every commit, no secrets, and failures that are told."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent import futures
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+
+from .card import is_charformer, merged_card, trainer_card
+from .plots import PICTURE, drop_steps, plot_loss_terms
+
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+STAGE_PREFIX = "_push-"  # the Trainer's own pushes leave out what begins with an underscore
+# What a checkpoint holds beside the model. Pickles are of no use to those who load it, and they can run code.
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+RESUME_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py")
+
+
+class PushingTrainer(Trainer):
+    """`transformers.Trainer` whose pushes to the Hub can be relied on.
+
+    - Every commit with weights has the code, configuration and tokenizer that load them. A checkpoint is pushed as one
+      commit, from links to its files, so that training can delete it meanwhile.
+    - `training_args.bin`, a pickle of the arguments with token and paths, is neither written nor pushed.
+    - A repository that cannot be written to is reported when the Trainer is built, a failed background push at the next
+      save and when training ends; a later push makes up for it.
+    - The card says what is known of the run, and keeps what a person wrote into it.
+    """
+
+    hub_model_id: str | None = None  # type: ignore[assignment]  # None is all that Trainer declares
+
+    def __init__(self, *args, **kwargs):
+        self._pushes: list[Future] = []
+        super().__init__(*args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository if need be, and make sure that it can be written to.
+
+        Raises:
+            OSError: If it cannot, with the reason.
+            ValueError: If the output folder holds pickles, which would be pushed.
+        """
+        if not self.is_world_process_zero():
+            return
+        self._refuse_pickles()
+        output_dir = Path(str(self.args.output_dir))
+        for left in output_dir.glob(f"{STAGE_PREFIX}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        name = self.args.hub_model_id or output_dir.absolute().name
+        try:
+            super().init_hf_repo(token, private)
+            HfApi().auth_check(str(self.hub_model_id), token=token or self.args.hub_token, write=True)
+        except Exception as error:  # each layer below has exceptions of its own
+            raise OSError(push_failed(name, error)) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """As `Trainer.push_to_hub`.
+
+        Raises:
+            ValueError: If the output folder holds pickled weights.
+            OSError: If the push fails, with the reason; what is in the output folder stays as it is.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self._refuse_pickles()
+        try:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        except Exception as error:  # as above
+            raise OSError(
+                f"{push_failed(str(self.hub_model_id), error)}. The model is in {self.args.output_dir}"
+            ) from error
+
+    def _refuse_pickles(self) -> None:
+        folder = Path(str(self.args.output_dir))
+        if pickles := [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]:
+            raise ValueError(
+                f"output_dir {folder} holds {', '.join(pickles)}, which would be pushed: pickles can run code when they"
+                " are loaded. Move them elsewhere; weights are saved as safetensors"
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self._report_failed_pushes()
+        if self._pushes and not self.args.hub_always_push:
+            return  # the next push has it all
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        subfolder = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
+        }.get(HubStrategy(self.args.hub_strategy))
+        stage = Path(str(self.args.output_dir), f"{STAGE_PREFIX}{self.state.global_step}")
+        try:
+            _stage_checkpoint(Path(checkpoint_folder), stage, subfolder)
+            trainer_card(self, str(self.hub_model_id).split("/")[-1]).save(stage / CARD)
+            self._draw_loss_terms(stage)
+        except OSError as error:  # such as a full disk: the checkpoint itself is whole
+            shutil.rmtree(stage, ignore_errors=True)
+            self._report(error)
+            return
+        done = f"step {self.state.global_step}"
+        if self.args.save_strategy == SaveStrategy.EPOCH:
+            done = f"epoch {int(self.state.epoch or 0)}"
+        job = HfApi().run_as_future(
+            _push_stage,
+            stage,
+            repo_id=str(self.hub_model_id),
+            commit_message=f"Training in progress, {done}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+        )
+        self._pushes.append(job)
+
+    def _finish_current_push(self) -> None:
+        futures.wait(self._pushes)
+        self._report_failed_pushes()
+
+    def _report_failed_pushes(self) -> None:
+        """Say which background pushes have failed since this was last called; those under way are left alone."""
+        done = [job for job in self._pushes if job.done()]
+        self._pushes = [job for job in self._pushes if job not in done]
+        for job in done:
+            if (error := job.exception()) is not None:
+                self._report(error)
+
+    def _report(self, error: BaseException) -> None:
+        logger.error(
+            "%s. Training and its checkpoints are not affected; the next push brings all that is missing",
+            push_failed(str(self.hub_model_id), error),
+        )
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md`, and the picture of the loss terms that it shows, into the output folder.
+
+        The arguments are those of `Trainer.create_model_card`; what they say goes into the card. The card that the
+        repository has already, or else the output folder, keeps what a person wrote into it.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        source = ", ".join(part for part in (_joined(dataset or dataset_tags), _joined(dataset_args)) if part)
+        card = trainer_card(
+            self,
+            model_name or folder.absolute().name,
+            license=license or "apache-2.0",
+            tags=[tags] if isinstance(tags, str) else tags or [],
+            finetuned_from=finetuned_from,
+            task=tasks if isinstance(tasks, str) or tasks is None else tasks[0],
+            source=source or None,
+        )
+        for key, value in (("language", language), ("datasets", dataset_tags)):
+            if value:
+                card.data[key] = value
+        self.write_card(folder, card)
+
+    def write_card(self, folder: Path, card: ModelCard | None = None) -> None:
+        """Write the card of the run so far (or `card`), merged into the one that is there, and its picture into `folder`."""
+        output_dir = Path(str(self.args.output_dir))
+        name = (self.hub_model_id or output_dir.absolute().name).split("/")[-1]
+        old = None
+        if self.hub_model_id is not None:
+            old = _card_on_hub(self.hub_model_id, self.args.hub_token, self.args.hub_revision)
+        if old is None and (output_dir / CARD).exists():
+            old = ModelCard.load(output_dir / CARD, ignore_metadata_errors=True)
+        merged_card(card or trainer_card(self, name), old).save(folder / CARD)
+        self._draw_loss_terms(folder)
+
+    def _draw_loss_terms(self, folder: Path) -> None:
+        config = self.accelerator.unwrap_model(self.model).config
+        drops = drop_steps(config, self.state.max_steps) if is_charformer(config) else {}
+        title = Path(str(self.args.output_dir)).absolute().name
+        plot_loss_terms(self.state.log_history, drops, folder / PICTURE, title)
+
+
+def _joined(names: str | Sequence[str] | None) -> str:
+    return names if isinstance(names, str) else ", ".join(names or ())
+
+
+def _stage_checkpoint(checkpoint: Path, stage: Path, subfolder: str | None) -> None:
+    """Make `stage` a repository: the checkpoint's model, and if asked for, all of it in a subfolder to resume from.
+
+    Files are linked, not copied, where the file system can: what is being pushed outlives the checkpoint's deletion.
+    """
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.suffix not in PICKLES and path.name not in RESUME_FILES:
+            _link(path, stage / path.name)
+    if subfolder is not None:
+        for path in checkpoint.rglob("*"):
+            if path.is_file():
+                _link(path, stage / subfolder / path.relative_to(checkpoint))
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def _push_stage(stage: Path, repo_id: str, **upload: Any) -> Any:
+    """Push a staged repository as one commit; runs in the background."""
+    try:
+        new = ModelCard.load(stage / CARD)
+        merged_card(new, _card_on_hub(repo_id, upload["token"], upload["revision"])).save(stage / CARD)
+        return HfApi().upload_folder(repo_id=repo_id, folder_path=stage, **upload)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _card_on_hub(repo_id: str, token: str | None, revision: str | None) -> ModelCard | None:
+    try:
+        path = HfApi().hf_hub_download(repo_id, CARD, token=token, revision=revision)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return None
+    return ModelCard.load(path, ignore_metadata_errors=True)
+
+
+def push_failed(repo_id: str, error: BaseException) -> str:
+    """What to tell the user of a push that failed: the reason in the client's words, and what helps."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    hints = {
+        401: "Log in with `hf auth login`, or set HF_TOKEN to a valid token",
+        403: "The token must have the right to write to this repository",
+        404: "The repository, or the right to see it, is missing",
+    }
+    if status is None:
+        hint = "" if isinstance(error, ValueError) else "Is the Hub within reach?"
+    else:
+        hint = hints.get(status, "Push again later" if status >= 500 else "")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"pushing to {repo_id!r} failed: {reason.rstrip('.')}" + (f". {hint}" if hint else "")
