@@ -1,19 +1,33 @@
 """Charformer: the character-level Transformer of Al-Rfou et al. (2018) for Hugging Face Transformers.
 
-Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and `AutoTokenizer` know the model.
+Importing this package makes `AutoConfig`, `AutoModel...` and `AutoTokenizer` know the models.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
-from .auxiliary_losses import register_schedule
+from .auxiliary_losses import Moment, register_schedule, rotating_schedule, schedule_names
 from .configuration_charformer import CharformerConfig
-from .modeling_charformer import CharformerForCausalLM, CharformerModel
+from .modeling_charformer import (
+    CharformerForCausalLM,
+    CharformerForSequenceClassification,
+    CharformerForTokenClassification,
+    CharformerModel,
+)
 from .tokenization_charformer import CharformerTokenizer
 
 
 AutoConfig.register("charformer", CharformerConfig)
 AutoModel.register(CharformerConfig, CharformerModel)
 AutoModelForCausalLM.register(CharformerConfig, CharformerForCausalLM)
+AutoModelForSequenceClassification.register(CharformerConfig, CharformerForSequenceClassification)
+AutoModelForTokenClassification.register(CharformerConfig, CharformerForTokenClassification)
 AutoTokenizer.register(CharformerConfig, slow_tokenizer_class=CharformerTokenizer)
 
 __version__ = "0.1.0"
@@ -21,8 +35,13 @@ __version__ = "0.1.0"
 __all__ = [
     "CharformerConfig",
     "CharformerForCausalLM",
+    "CharformerForSequenceClassification",
+    "CharformerForTokenClassification",
     "CharformerModel",
     "CharformerTokenizer",
+    "Moment",
     "__version__",
     "register_schedule",
+    "rotating_schedule",
+    "schedule_names",
 ]

@@ -12,38 +12,85 @@ Shapes: B batch, S sequence, V vocabulary, K number of targets.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
 IGNORE_INDEX = -100
 
-Schedule = Callable[[int, int, float], float]
-"""`(layer, num_layers, progress)` to the factor, 0 or more, on the weight of that intermediate layer's losses."""
+
+class Moment(NamedTuple):
+    """What a schedule is asked about: a term of the loss, and how far training is."""
+
+    layer: int
+    """The layer (1..num_layers) that the term's classifier reads."""
+    offset: int
+    """How many steps ahead its target is (1..num_targets)."""
+    num_layers: int
+    num_targets: int
+    layers: tuple[int, ...]
+    """The intermediate layers that carry losses."""
+    progress: float
+    """Share of training done, 0 to 1."""
+    step: int
+    """Optimizer steps done."""
 
 
-def paper_schedule(layer: int, num_layers: int, progress: float) -> float:
+Schedule = Callable[[Moment], float]
+"""To the factor, 0 or more, on the weight of a term."""
+
+
+def paper_schedule(at: Moment) -> float:
     """1 until `layer / (2 * num_layers)` of training is done, then 0: the first layer drops out first (paper, section 3)."""
-    return 1.0 if progress * 2 * num_layers < layer else 0.0
+    return 1.0 if at.progress * 2 * at.num_layers < at.layer else 0.0
 
 
-def constant_schedule(layer: int, num_layers: int, progress: float) -> float:
+def constant_schedule(at: Moment) -> float:
     """1 throughout."""
     return 1.0
 
 
-def linear_schedule(layer: int, num_layers: int, progress: float) -> float:
+def linear_schedule(at: Moment) -> float:
     """From 1 down a straight line to 0 at the point where the paper's schedule drops the layer."""
-    return max(0.0, 1.0 - progress * 2 * num_layers / layer)
+    return max(0.0, 1.0 - at.progress * 2 * at.num_layers / at.layer)
 
 
-def cosine_schedule(layer: int, num_layers: int, progress: float) -> float:
+def cosine_schedule(at: Moment) -> float:
     """From 1 down half a cosine to 0 at the point where the paper's schedule drops the layer."""
-    return (1.0 + math.cos(math.pi * min(1.0, progress * 2 * num_layers / layer))) / 2
+    return (1.0 + math.cos(math.pi * min(1.0, at.progress * 2 * at.num_layers / at.layer))) / 2
+
+
+def forward_schedule(at: Moment) -> float:
+    """Targets come in one after the other: the `k`-th when `(k - 1) / (2 * num_targets)` of training is done, to stay.
+
+    The forward curriculum of Aynetdinov and Akbik (2025, arXiv 2505.22757).
+    """
+    return 1.0 if at.progress * 2 * at.num_targets >= at.offset - 1 else 0.0
+
+
+def random_schedule(at: Moment) -> float:
+    """1 for one of the intermediate layers, drawn anew at each step from the step's number alone, and 0 for the others."""
+    # Random enough, and plain arithmetic of small numbers, which torch.compile follows.
+    draw = (at.step * 7919 + 104_729) % 65_537
+    draw = (draw * draw + 12_345) % 65_521
+    return 1.0 if at.layers[draw % len(at.layers)] == at.layer else 0.0
+
+
+def rotating_schedule(interval: int) -> Schedule:
+    """1 for each `interval`-th of the intermediate layers, another set at each step; LayerSkip's rotational curriculum.
+
+    Elhoushi et al. (2024, arXiv 2404.16710), section 4.1.2.
+    """
+
+    def rotate(at: Moment) -> float:
+        return 1.0 if (at.layers.index(at.layer) - at.step) % interval == 0 else 0.0
+
+    return rotate
 
 
 _SCHEDULES: dict[str, Schedule] = {
@@ -51,11 +98,16 @@ _SCHEDULES: dict[str, Schedule] = {
     "constant": constant_schedule,
     "linear": linear_schedule,
     "cosine": cosine_schedule,
+    "forward": forward_schedule,
+    "random": random_schedule,
+    "rotate_2": rotating_schedule(2),
+    "rotate_4": rotating_schedule(4),
+    "rotate_8": rotating_schedule(8),
 }
 
 
 def register_schedule(name: str, schedule: Schedule) -> None:
-    """Make `schedule` available as `intermediate_schedule=name`.
+    """Make `schedule` available as `intermediate_schedule=name` and `target_schedule=name`.
 
     A process that loads a model saved with such a name registers it first.
 
@@ -70,90 +122,208 @@ def register_schedule(name: str, schedule: Schedule) -> None:
 
 
 def schedule_names() -> list[str]:
-    """The accepted values of `intermediate_schedule`."""
+    """The accepted values of `intermediate_schedule` and `target_schedule`."""
     return sorted(_SCHEDULES)
 
 
+def scheduled(schedule: str, at: Moment) -> float:
+    """The factor of the schedule of that name.
+
+    Raises:
+        ValueError: If it is not known, or returns a value that is negative or not finite.
+    """
+    if schedule not in _SCHEDULES:
+        raise ValueError(_unknown_schedule("schedule", schedule))
+    factor = _SCHEDULES[schedule](at)
+    if not (math.isfinite(factor) and factor >= 0.0):
+        raise ValueError(
+            f"schedule {schedule!r} returned {factor} for layer {at.layer} of {at.num_layers} and target {at.offset} at"
+            f" training_progress {at.progress}; a schedule returns a finite number that is 0 or more"
+        )
+    return factor
+
+
+def _unknown_schedule(field: str, name: str) -> str:
+    return (
+        f"{field} is {name!r}; known schedules: {schedule_names()}. A schedule of your own is made known with"
+        " modeling_charformer.register_schedule(name, function)"
+    )
+
+
 class LossTerm(NamedTuple):
-    """One auxiliary or main loss: the classifier of `layer` (1..n) predicting `offset` (1..K) characters ahead."""
+    """One term of the loss: the classifier of `layer` (1..n) predicting `offset` (1..K) steps ahead."""
 
     name: str
     layer: int
     offset: int
     weight: float
-    """At full strength, before the schedule."""
+    """At full strength, before the schedules."""
+    is_main: bool
+    """Whether it is the loss of the model without any auxiliary ones."""
 
 
-def term_name(layer: int, offset: int, num_layers: int) -> str:
-    """`next_char`, `target_2`, ... for the final layer; `layer_3`, `layer_3_target_2`, ... for the others."""
+def term_name(layer: int, offset: int, num_layers: int, main: str = "next_char") -> str:
+    """`main`, `target_2`, ... for the final layer; `layer_3`, `layer_3_target_2`, ... for the others."""
     if layer == num_layers:
-        return "next_char" if offset == 1 else f"target_{offset}"
+        return main if offset == 1 else f"target_{offset}"
     return f"layer_{layer}" if offset == 1 else f"layer_{layer}_target_{offset}"
 
 
-def loss_terms(
-    num_layers: int,
-    num_targets: int,
-    target_weights: Sequence[float] | None,
-    intermediate_layers: Sequence[int] | str | None,
-    intermediate_weight: float,
-) -> tuple[LossTerm, ...]:
-    """All terms of the loss, the main one first, then the further targets, then layer by layer.
+@dataclass(frozen=True)
+class AuxiliaryLossSettings:
+    """Which losses a model is trained with, and what each weighs when. The defaults are the paper's.
 
     Args:
-        num_layers: Number of layers `n`.
-        num_targets: Number of characters predicted at each position, `K`.
+        num_layers: Number of layers `n` of the model.
+        num_targets: Number of symbols predicted at each position, `K`; 1 is only the next.
         target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
-        intermediate_layers: `"all"`, the layers (of 1..n-1) that carry losses, or `None`.
-        intermediate_weight: Factor on all losses of intermediate layers.
+        target_schedule: How the weights of targets 2..K change in training, by its name in `schedule_names()`.
+        intermediate_layers: Layers with losses of their own: `"all"`, numbers of 1..n-1, or `None`.
+        intermediate_weight: Factor on the losses of all intermediate layers.
+        intermediate_schedule: How that factor changes in training.
+        position_loss: `"all"`: each position counts alike; `"last"`: only the last one.
+        loss_weights: Weights of terms by name, in place of those that follow from the fields above; before schedules.
+        loss_weighting: `"fixed"`: as above; `"uncertainty"`: besides, each term is weighed by what training learns of
+            its homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115).
+        main: Name of the main term.
+
+    Raises:
+        ValueError: If a value is not accepted; the message names the field, the value and what is accepted.
     """
-    weights = [1.0, *(target_weights if target_weights is not None else [0.5] * (num_targets - 1))]
-    if intermediate_layers == "all":
-        layers: Sequence[int] = range(1, num_layers)
-    else:
-        layers = sorted(int(layer) for layer in intermediate_layers or ())
-    return tuple(
-        LossTerm(
-            name=term_name(layer, offset, num_layers),
-            layer=layer,
-            offset=offset,
-            weight=weights[offset - 1] * (1.0 if layer == num_layers else intermediate_weight),
-        )
-        for layer in (num_layers, *layers)
-        for offset in range(1, num_targets + 1)
+
+    num_layers: int
+    num_targets: int = 2
+    target_weights: Sequence[float] | None = None
+    target_schedule: str = "constant"
+    intermediate_layers: Sequence[int] | str | None = "all"
+    intermediate_weight: float = 1.0
+    intermediate_schedule: str = "paper"
+    position_loss: str = "all"
+    loss_weights: Mapping[str, float] | None = None
+    loss_weighting: str = "fixed"
+    main: str = "next_char"
+
+    def __post_init__(self):
+        if self.num_targets < 1:
+            raise ValueError(f"num_targets is {self.num_targets}; it must be 1 or more")
+        if self.target_weights is not None:
+            if len(self.target_weights) != self.num_targets - 1:
+                raise ValueError(
+                    f"target_weights has {len(self.target_weights)} entries ({list(self.target_weights)}); with"
+                    f" num_targets={self.num_targets} it needs {self.num_targets - 1}: one for each target from 2 on"
+                )
+            for weight in self.target_weights:
+                _check_weight("target_weights contains", weight)
+        _check_weight("intermediate_weight is", self.intermediate_weight)
+        self._check_intermediate_layers()
+        for field in ("target_schedule", "intermediate_schedule"):
+            if getattr(self, field) not in _SCHEDULES:
+                raise ValueError(_unknown_schedule(field, getattr(self, field)))
+        if self.position_loss not in ("all", "last"):
+            raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
+        if self.loss_weighting not in ("fixed", "uncertainty"):
+            raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
+        names = [term.name for term in self.terms]
+        for name, weight in (self.loss_weights or {}).items():
+            if name not in names:
+                raise ValueError(f"loss_weights names {name!r}; the terms of this model are {names}")
+            _check_weight(f"loss_weights[{name!r}] is", weight)
+
+    def _check_intermediate_layers(self) -> None:
+        layers, last = self.intermediate_layers, self.num_layers - 1
+        if layers is None or layers == "all":
+            return
+        if isinstance(layers, str):
+            raise ValueError(f"intermediate_layers is {layers!r}; it must be 'all', a list of layer numbers, or None")
+        wrong = [layer for layer in layers if not 1 <= layer <= last]
+        if wrong:
+            raise ValueError(
+                f"intermediate_layers contains {wrong}; with num_hidden_layers={self.num_layers} the intermediate"
+                f" layers are 1 to {last}" + (" (there are none)" if last == 0 else "")
+            )
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"intermediate_layers names a layer twice: {list(layers)}")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The intermediate layers that carry losses."""
+        if self.intermediate_layers == "all":
+            return tuple(range(1, self.num_layers))
+        return tuple(sorted(int(layer) for layer in self.intermediate_layers or ()))
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """All terms of the loss, the main one first, then the further targets, then layer by layer."""
+        of_targets = [
+            1.0,
+            *(self.target_weights if self.target_weights is not None else [0.5] * (self.num_targets - 1)),
+        ]
+        terms = []
+        for layer in (self.num_layers, *self.layers):
+            for offset in range(1, self.num_targets + 1):
+                name = term_name(layer, offset, self.num_layers, self.main)
+                weight = of_targets[offset - 1] * (1.0 if layer == self.num_layers else self.intermediate_weight)
+                weight = (self.loss_weights or {}).get(name, weight)
+                terms.append(LossTerm(name, layer, offset, weight, name == self.main))
+        return tuple(terms)
+
+    def weights_in_force(self, progress: float | None, step: int | None = None) -> dict[str, float]:
+        """The weight of each term by name when the share `progress` of training, and `step` steps, are done.
+
+        With `position_loss="last"` the main loss is that of the last position alone, so `last_position` takes over the
+        weight of the main term; otherwise it is a monitor with weight 0.
+
+        Raises:
+            ValueError: If `progress` is outside 0..1 or a schedule returns a value that is negative or not finite.
+        """
+        progress = 0.0 if progress is None else progress
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"training_progress is {progress}; it is the share of training done, from 0 to 1")
+        weights, layers = {}, self.layers
+        for term in self.terms:
+            at = Moment(term.layer, term.offset, self.num_layers, self.num_targets, layers, progress, step or 0)
+            factor = 1.0 if term.offset == 1 else scheduled(self.target_schedule, at)
+            if term.layer < self.num_layers:
+                factor *= scheduled(self.intermediate_schedule, at)
+            weights[term.name] = term.weight * factor
+        weights["last_position"] = 0.0
+        if self.position_loss == "last":
+            weights["last_position"], weights[self.main] = weights[self.main], 0.0
+        return weights
+
+
+def classifier_settings(
+    num_layers: int,
+    layers: Sequence[int] | str | None = "thirds",
+    weight: float = 0.3,
+    schedule: str = "constant",
+    **more: Any,
+) -> AuxiliaryLossSettings:
+    """The losses of a classifier of sequences or tokens with auxiliary classifiers, as Inception's.
+
+    Szegedy et al. (2015, arXiv 1409.4842), section 5: two classifiers, after about one and two thirds of the network,
+    weighted 0.3, which exist in training only. The main term is called `classification`.
+    """
+    if layers == "thirds":
+        layers = sorted({round(num_layers / 3), round(2 * num_layers / 3)} & set(range(1, num_layers)))
+    return AuxiliaryLossSettings(
+        num_layers,
+        num_targets=1,
+        intermediate_layers=layers,
+        intermediate_weight=weight,
+        intermediate_schedule=schedule,
+        main="classification",
+        **more,
     )
 
 
-def weights_in_force(
-    terms: Sequence[LossTerm], num_layers: int, schedule: str, position_loss: str, progress: float
-) -> dict[str, float]:
-    """The weight of each term by name when the share `progress` of training is done, and that of `last_position`.
-
-    With `position_loss="last"` the main loss is that of the last position alone, so `last_position` takes over the
-    weight of `next_char`; otherwise it is a monitor with weight 0.
-
-    Raises:
-        ValueError: If `progress` is outside 0..1 or the schedule returns a value that is negative or not finite.
-    """
-    if not 0.0 <= progress <= 1.0:
-        raise ValueError(f"training_progress is {progress}; it is the share of training done, from 0 to 1")
-    weights = {}
-    for term in terms:
-        factor = 1.0 if term.layer == num_layers else _SCHEDULES[schedule](term.layer, num_layers, progress)
-        if not (math.isfinite(factor) and factor >= 0.0):
-            raise ValueError(
-                f"intermediate_schedule {schedule!r} returned {factor} for layer {term.layer} of {num_layers} at"
-                f" training_progress {progress}; a schedule returns a finite number that is 0 or more"
-            )
-        weights[term.name] = term.weight * factor
-    weights["last_position"] = 0.0
-    if position_loss == "last":
-        weights["last_position"], weights["next_char"] = weights["next_char"], 0.0
-    return weights
+def _check_weight(field: str, weight: float) -> None:
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{field} {weight}; a weight is a finite number that is 0 or more")
 
 
 def shifted_targets(labels: Tensor, offset: int) -> Tensor:
-    """`labels` `(B, S)` moved so that position `t` holds the character `offset` steps ahead; -100 where there is none."""
+    """`labels` `(B, S)` moved so that position `t` holds the symbol `offset` steps ahead; -100 where there is none."""
     return F.pad(labels, (0, offset), value=IGNORE_INDEX)[..., offset:]
 
 
@@ -196,8 +366,35 @@ def mean_denominators(
     return counts.clamp(min=1)
 
 
+# Logits of one piece of a classifier's work: 64 MB in float32. Smaller pieces would not save anything that matters,
+# larger ones would show in the peak of a model with a large vocabulary.
+MAX_LOGITS = 2**24
+
+
 def _head_loss_sum(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     return cross_entropy_sum(head(hidden), targets)
+
+
+def chunked_cross_entropy_sum(
+    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int
+) -> Tensor:
+    """`cross_entropy_sum(head(hidden), targets)` without all logits in memory at once, in either pass.
+
+    The head runs piece by piece, and once more in the backward pass instead of keeping its logits until then.
+
+    Args:
+        hidden: `(B, S, hidden_size)`.
+        targets: `(B, S)`.
+        head: `(..., hidden_size)` to `(..., V)`; deterministic.
+        vocab_size: `V`.
+    """
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    rows = max(1, MAX_LOGITS // vocab_size)
+    sums = [
+        checkpoint(_head_loss_sum, piece, piece_targets, head, use_reentrant=False, preserve_rng_state=False)
+        for piece, piece_targets in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.stack(sums).sum()
 
 
 def causal_lm_losses(
@@ -206,19 +403,18 @@ def causal_lm_losses(
     terms: Sequence[LossTerm],
     labels: Tensor,
     denominators: Tensor,
+    vocab_size: int,
     last_position_only: bool = False,
 ) -> dict[str, Tensor]:
     """The raw, unweighted value in nats of each of `terms`, as float32 scalars by name.
-
-    Each head runs once more in the backward pass instead of keeping its logits until then: two dozen of them would
-    take more memory than the head's arithmetic, a few percent of a step, takes time.
 
     Args:
         hidden_states: Layer number to `h_l` `(B, S, hidden_size)`, for each layer that `terms` name.
         heads: Term name to the classifier of that term, `(..., hidden_size)` to `(..., V)`; deterministic.
         terms: The terms to compute.
-        labels: `(B, S)`; the character at position `t` is the target of position `t - offset`.
+        labels: `(B, S)`; the symbol at position `t` is the target of position `t - offset`.
         denominators: `(2, K)`, see `mean_denominators`.
+        vocab_size: `V`.
         last_position_only: Count only the last position of each row that has a target, and run the heads on it alone.
     """
     losses = {}
@@ -227,8 +423,87 @@ def causal_lm_losses(
         if last_position_only:
             last = last_target_positions(targets)
             hidden, targets = hidden.take_along_dim(last[..., None], dim=1), targets.take_along_dim(last, dim=1)
-        total = checkpoint(
-            _head_loss_sum, hidden, targets, heads[term.name], use_reentrant=False, preserve_rng_state=False
-        )
+        total = chunked_cross_entropy_sum(hidden, targets, heads[term.name], vocab_size)
         losses[term.name] = total / denominators[int(last_position_only), term.offset - 1]
     return losses
+
+
+def last_position_loss(logits: Tensor, labels: Tensor, denominators: Tensor) -> Tensor:
+    """Mean cross-entropy of the last position of each row that has a next symbol, of logits `(B, S, V)`."""
+    targets = shifted_targets(labels, 1)
+    last = last_target_positions(targets)
+    total = cross_entropy_sum(logits.take_along_dim(last[..., None], dim=1), targets.take_along_dim(last, dim=1))
+    return total / denominators[1, 0]
+
+
+def classification_loss(
+    logits: Tensor, labels: Tensor, problem_type: str, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """The loss of a classifier of sequences or of tokens, as Transformers defines it, a float32 scalar.
+
+    The sum over the labels is divided by `num_items_in_batch`, those of the whole optimizer step, or by their number
+    here.
+
+    Args:
+        logits: `(..., num_labels)`.
+        labels: `(...)` class numbers, -100 for none; or `(..., num_labels)` numbers.
+        problem_type: `"single_label_classification"` (cross-entropy), `"multi_label_classification"` (binary
+            cross-entropy of each label) or `"regression"` (squared error).
+    """
+    logits = logits.float()
+    count = labels.ne(IGNORE_INDEX).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    if problem_type == "regression":
+        return F.mse_loss(logits.reshape(labels.shape), labels.float(), reduction="sum") / count
+    if problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum") / count
+    return cross_entropy_sum(logits, labels) / count
+
+
+def sequence_problem_type(given: str | None, num_labels: int, labels: Tensor) -> str:
+    """What kind of labels those of whole sequences are, by Transformers' rules, where the configuration does not say."""
+    if given is not None:
+        return given
+    if num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+class UncertaintyWeighting(nn.Module):
+    """A learned weight for each term of a loss: `exp(-s) * loss + s / 2` with `s` the logarithm of its variance.
+
+    Kendall, Gal and Cipolla (2018, arXiv 1705.07115), section 3.2. All begin with the weights they are given.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
+
+    def forward(self, weights: Mapping[str, float], present: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
+        """The weights with what is learned, and the sum of `weight * s / 2` over the terms that are present and count."""
+        learned: dict[str, Any] = {name: weights[name] for name in present}
+        regularizer = []
+        for name in present:
+            if weights[name]:
+                log_variance = self.log_variances[name]
+                learned[name] = weights[name] * torch.exp(-log_variance)
+                regularizer.append(weights[name] * log_variance / 2)
+        return learned, torch.stack(regularizer).sum()
+
+
+def weighted_loss(
+    loss_dict: dict[str, Tensor], weights: Mapping[str, float], weighting: UncertaintyWeighting | None
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+    """The sum of the terms by their weights; with it the terms and the weights that it is the sum of.
+
+    Learned weighting adds the term `uncertainty`, without which all weights would go to 0.
+    """
+    present: dict[str, Any] = {name: weights[name] for name in loss_dict}
+    if weighting is not None:
+        present, loss_dict = dict(present), dict(loss_dict)
+        present, loss_dict["uncertainty"] = weighting(present, list(loss_dict))
+        present["uncertainty"] = 1.0
+    loss = torch.stack(
+        [weight * loss_dict[name] for name, weight in present.items() if isinstance(weight, Tensor) or weight]
+    ).sum()
+    detached = {name: weight.detach() if isinstance(weight, Tensor) else weight for name, weight in present.items()}
+    return loss, loss_dict, detached

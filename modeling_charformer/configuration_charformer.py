@@ -2,12 +2,13 @@
 
 import difflib
 import math
+from dataclasses import replace
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .auxiliary_losses import LossTerm, loss_terms, schedule_names
+from .auxiliary_losses import AuxiliaryLossSettings, classifier_settings
 from .hub import CharformerPushToHubMixin
 
 
@@ -15,6 +16,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_charformer.CharformerConfig",
     "AutoModel": "modeling_charformer.CharformerModel",
     "AutoModelForCausalLM": "modeling_charformer.CharformerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_charformer.CharformerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_charformer.CharformerForTokenClassification",
 }
 
 
@@ -47,12 +50,21 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id: Special symbols; none by default, since all 256 bytes are text.
         num_targets: Number of characters predicted at each position, `K`; 1 is only the next.
         target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
+        target_schedule: How they change in training: `"constant"`, `"forward"` (targets come in one after the other),
+            or another of `modeling_charformer.schedule_names()`.
         intermediate_layers: Layers with losses of their own: `"all"`, a list of numbers in 1..n-1, or `None`.
         intermediate_weight: Factor on the losses of all intermediate layers; the paper's is 1.
-        intermediate_schedule: How that factor changes with the share of training done: `"paper"` (layer `l` of `n`
-            drops out when `l / (2n)` is done), `"constant"`, `"linear"`, `"cosine"`, or a name given to
-            `register_schedule`.
+        intermediate_schedule: How that factor changes in training: `"paper"` (layer `l` of `n` drops out when `l / (2n)`
+            of it is done), `"constant"`, `"linear"`, `"cosine"`, `"random"` (one layer a step), `"rotate_2"`,
+            `"rotate_4"`, `"rotate_8"` (every second, fourth or eighth layer, in rotation), or a name given to `register_schedule`.
         position_loss: `"all"`: each position of the window counts alike; `"last"`: only the last one.
+        loss_weights: Weights of terms by name (`{"target_2": 0.4, "layer_1": 0.8}`), in place of those that follow from
+            the fields above.
+        loss_weighting: `"fixed"`, or `"uncertainty"`: each term is weighed by what training learns of its uncertainty.
+        classifier_layers: Layers of a sequence or token classifier that have an auxiliary classifier in training:
+            `"thirds"` (after one and two thirds of the layers, as in Inception), `"all"`, a list of numbers, or `None`.
+        classifier_weight: Weight of the losses of these.
+        classifier_schedule: How it changes in training; see `intermediate_schedule`.
     """
 
     model_type = "charformer"
@@ -86,10 +98,17 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
 
     num_targets: int = 2
     target_weights: list[float | int] | tuple[float | int, ...] | None = None
+    target_schedule: str = "constant"
     intermediate_layers: str | list[int] | tuple[int, ...] | None = "all"
     intermediate_weight: float | int = 1.0
     intermediate_schedule: str = "paper"
     position_loss: str = "all"
+    loss_weights: dict[str, float | int] | None = None
+    loss_weighting: str = "fixed"
+
+    classifier_layers: str | list[int] | tuple[int, ...] | None = "thirds"
+    classifier_weight: float | int = 0.3
+    classifier_schedule: str = "constant"
 
     def __post_init__(self, **kwargs):
         own_fields = CharformerConfig.__annotations__
@@ -131,58 +150,53 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             raise ValueError(f"norm_placement is {self.norm_placement!r}; it must be 'pre' or 'post'")
 
     def validate_auxiliary_losses(self):
-        if self.num_targets < 1 or self.num_targets >= self.max_position_embeddings:
+        if self.num_targets >= self.max_position_embeddings:
             raise ValueError(
                 f"num_targets is {self.num_targets}; it must be 1 or more and below max_position_embeddings"
                 f" ({self.max_position_embeddings})"
             )
-        if self.target_weights is not None:
-            if len(self.target_weights) != self.num_targets - 1:
-                raise ValueError(
-                    f"target_weights has {len(self.target_weights)} entries ({list(self.target_weights)}); with"
-                    f" num_targets={self.num_targets} it needs {self.num_targets - 1}: one for each target from 2 on"
-                )
-            for weight in self.target_weights:
-                self._check_weight("target_weights", weight)
-        self._check_weight("intermediate_weight", self.intermediate_weight)
-        self._check_intermediate_layers()
-        if self.intermediate_schedule not in schedule_names():
-            raise ValueError(
-                f"intermediate_schedule is {self.intermediate_schedule!r}; known schedules: {schedule_names()}."
-                " A schedule of your own is made known with modeling_charformer.register_schedule(name, function)"
-            )
-        if self.position_loss not in ("all", "last"):
-            raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
-
-    @staticmethod
-    def _check_weight(name: str, weight: float) -> None:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"{name} contains {weight}; a weight is a finite number that is 0 or more")
-
-    def _check_intermediate_layers(self) -> None:
-        layers, last = self.intermediate_layers, self.num_hidden_layers - 1
-        if layers is None or layers == "all":
-            return
-        if isinstance(layers, str):
-            raise ValueError(f"intermediate_layers is {layers!r}; it must be 'all', a list of layer numbers, or None")
-        wrong = [layer for layer in layers if not 1 <= layer <= last]
+        names = [
+            *dict.fromkeys(term.name for term in (*self.loss_settings().terms, *self.classifier_settings().terms))
+        ]
+        wrong = [name for name in self.loss_weights or {} if name not in names]
         if wrong:
-            raise ValueError(
-                f"intermediate_layers contains {wrong}; with num_hidden_layers={self.num_hidden_layers} the intermediate"
-                f" layers are 1 to {last}" + (" (there are none)" if last == 0 else "")
-            )
-        if len(set(layers)) != len(layers):
-            raise ValueError(f"intermediate_layers names a layer twice: {list(layers)}")
+            raise ValueError(f"loss_weights names {wrong}; the terms of these settings are {names}")
 
-    def loss_terms(self) -> tuple[LossTerm, ...]:
-        """All terms of the training loss that these settings ask for, the main one (`next_char`) first."""
-        return loss_terms(
-            self.num_hidden_layers,
-            self.num_targets,
-            self.target_weights,
-            self.intermediate_layers,
-            self.intermediate_weight,
+    def loss_settings(self) -> AuxiliaryLossSettings:
+        """The losses that a language model with this configuration is trained with."""
+        return self._with_own_weights(
+            AuxiliaryLossSettings(
+                self.num_hidden_layers,
+                num_targets=self.num_targets,
+                target_weights=self.target_weights,
+                target_schedule=self.target_schedule,
+                intermediate_layers=self.intermediate_layers,
+                intermediate_weight=self.intermediate_weight,
+                intermediate_schedule=self.intermediate_schedule,
+                position_loss=self.position_loss,
+                loss_weighting=self.loss_weighting,
+            )
         )
+
+    def classifier_settings(self) -> AuxiliaryLossSettings:
+        """The losses that a sequence or token classifier with this configuration is trained with."""
+        try:
+            settings = classifier_settings(
+                self.num_hidden_layers,
+                self.classifier_layers,
+                self.classifier_weight,
+                self.classifier_schedule,
+                loss_weighting=self.loss_weighting,
+            )
+        except ValueError as error:  # names the fields as those of a language model
+            raise ValueError(str(error).replace("intermediate_", "classifier_")) from error
+        return self._with_own_weights(settings)
+
+    def _with_own_weights(self, settings: AuxiliaryLossSettings) -> AuxiliaryLossSettings:
+        """`settings` with those of `loss_weights` that name a term of its own: a classifier may begin as a language model."""
+        names = {term.name for term in settings.terms}
+        own = {name: weight for name, weight in (self.loss_weights or {}).items() if name in names}
+        return replace(settings, loss_weights=own or None)
 
 
 # What is saved takes its code along, and so does what is loaded with that code and saved again.

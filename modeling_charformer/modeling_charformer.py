@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -26,13 +26,17 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .auxiliary_losses import (
     IGNORE_INDEX,
+    AuxiliaryLossSettings,
     LossTerm,
+    UncertaintyWeighting,
     causal_lm_losses,
+    classification_loss,
     cross_entropy_sum,
-    last_target_positions,
+    last_position_loss,
     mean_denominators,
+    sequence_problem_type,
     shifted_targets,
-    weights_in_force,
+    weighted_loss,
 )
 from .configuration_charformer import CharformerConfig
 from .hub import CharformerPushToHubMixin
@@ -53,11 +57,20 @@ class CharformerCausalLMOutput(CausalLMOutputWithPast):
     """Output of `CharformerForCausalLM`: that of any causal language model, and the breakdown of its loss.
 
     `loss_dict` maps the name of each term to its raw, unweighted value (float32 scalars, nats) and `loss_weights` the
-    same names to the weights in force, so that `loss == sum(loss_weights[name] * loss_dict[name])`.
+    same names to the weights in force, so that `loss == sum(loss_weights[name] * loss_dict[name])`. Learned weights are
+    tensors.
     """
 
     loss_dict: dict[str, Tensor] | None = None
-    loss_weights: dict[str, float] | None = None
+    loss_weights: dict[str, Any] | None = None
+
+
+@dataclass
+class CharformerClassifierOutput(SequenceClassifierOutput):
+    """Output of the classifiers: that of any of Transformers', and the breakdown of the loss as above."""
+
+    loss_dict: dict[str, Tensor] | None = None
+    loss_weights: dict[str, Any] | None = None
 
 
 def eager_attention_forward(
@@ -170,8 +183,15 @@ class AuxiliaryHead(nn.Linear):
         """Nothing: `CharformerPreTrainedModel._init_weights` draws the weights, from a generator of their own."""
 
 
+Model = TypeVar("Model", bound="CharformerPreTrainedModel")
+
+# Beginnings of the names of weights that exist for training only.
+TRAINING_ONLY = ("auxiliary_heads.", "auxiliary_classifiers.", "loss_uncertainty.")
+
+
 class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
     config: CharformerConfig
+    loss_settings: AuxiliaryLossSettings
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CharformerLayer"]
@@ -181,6 +201,12 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": CharformerLayer, "attentions": CharformerAttention}
+    # A model loads from another kind's checkpoint without a report on what only that one has.
+    _keys_to_ignore_on_load_unexpected = [
+        r"^lm_head\.",
+        r"^score\.",
+        *(f"^{name}".replace(".", r"\.") for name in TRAINING_ONLY),
+    ]
 
     def __init__(self, config: CharformerConfig):
         # Values assigned to a config after it was built, as `from_pretrained(..., hidden_size=...)` does, are checked
@@ -196,12 +222,36 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
             draw = torch.empty(module.weight.shape).normal_(0.0, self.config.initializer_range, generator=generator)
             init.copy_(module.weight, draw)
             init.zeros_(module.bias)
+        elif isinstance(module, UncertaintyWeighting):
+            for log_variance in module.log_variances.values():
+                init.zeros_(log_variance)
         else:
             super()._init_weights(module)
 
+    def _uncertainty_weighting(self) -> UncertaintyWeighting | None:
+        """Learned weights of the terms of `loss_settings`, if they are asked for."""
+        if self.loss_settings.loss_weighting == "fixed":
+            return None
+        return UncertaintyWeighting([*(term.name for term in self.loss_settings.terms), "last_position"])
+
+    def without_auxiliary_heads(self: Model) -> Model:
+        """A new model with copies of the same weights and none of those that exist for training only.
+
+        Its logits are the same. It can be trained further only without auxiliary losses.
+        """
+        config = copy.deepcopy(self.config)
+        config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
+        config.classifier_layers, config.loss_weights, config.loss_weighting = None, None, "fixed"
+        model, weights = type(self)(config), self.state_dict()
+        model.to(self.device, self.dtype)  # type: ignore[arg-type]  # wrapped by Transformers
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+        if self.can_generate():
+            model.generation_config = copy.deepcopy(self.generation_config)
+        return model.train(self.training)
+
     def _card_facts(self) -> str:
         config, parameters = self.config, self.num_parameters()
-        heads = sum(weight.numel() for name, weight in self.named_parameters() if name.startswith("auxiliary_heads."))
+        heads = sum(weight.numel() for name, weight in self.named_parameters() if name.startswith(TRAINING_ONLY))
         facts = {
             "Layers, width, attention heads": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}",
             "Window, bytes": f"{config.max_position_embeddings:,}",
@@ -223,9 +273,6 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
 
 class CharformerModel(CharformerPreTrainedModel):
     """The layers, from ids to the last hidden state."""
-
-    # A checkpoint of CharformerForCausalLM loads here without a report on the heads.
-    _keys_to_ignore_on_load_unexpected = [r"lm_head\.", r"auxiliary_heads\."]
 
     def __init__(self, config: CharformerConfig):
         super().__init__(config)
@@ -349,14 +396,15 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = CharformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.loss_terms: tuple[LossTerm, ...] = config.loss_terms()
+        self.loss_settings: AuxiliaryLossSettings = config.loss_settings()
         self.auxiliary_heads = nn.ModuleDict(
             {
                 term.name: AuxiliaryHead(config.hidden_size, config.vocab_size, index)
-                for index, term in enumerate(self.loss_terms)
-                if term.name != "next_char"
+                for index, term in enumerate(self.loss_settings.terms)
+                if not term.is_main
             }
         )
+        self.loss_uncertainty = self._uncertainty_weighting()
         self.post_init()
 
     @can_return_tuple
@@ -371,6 +419,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         training_progress: float | None = None,
+        training_step: int | None = None,
         target_counts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
@@ -382,8 +431,9 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             position_ids: `(B, S)`; by default they follow from the mask and the cache.
             labels: `(B, S)`, usually `input_ids` itself, since targets are shifted here; -100 is not counted.
             logits_to_keep: Compute logits for so many last positions only (0 is all), or for these indices.
-            training_progress: Share of training done, 0 to 1, which the schedule of the intermediate losses follows;
-                `None` is 0 in training mode. In evaluation mode the loss is that of the language model alone.
+            training_progress: Share of training done, 0 to 1, which the schedules follow; `None` is 0 in training mode.
+                In evaluation mode the loss is that of the language model alone.
+            training_step: Optimizer steps done, which schedules that change from step to step follow; `None` is 0.
             target_counts: `(2, K)`, see `mean_denominators`; counts over the whole optimizer step.
             num_items_in_batch: What `transformers.Trainer` passes: next characters in the whole optimizer step.
 
@@ -394,8 +444,8 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
         weights: dict[str, float] = {}
         if labels is not None:
             self._check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
-            weights = self._weights_in_force(training_progress)
-        auxiliary_terms = [term for term in self.loss_terms if term.name != "next_char" and weights.get(term.name)]
+            weights = self._weights_in_force(training_progress, training_step)
+        auxiliary_terms = [term for term in self.loss_settings.terms if not term.is_main and weights.get(term.name)]
 
         outputs = self.model(
             input_ids=input_ids,
@@ -426,10 +476,12 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
                 auxiliary_terms,
                 labels,
                 denominators,
+                self.config.vocab_size,
                 last_position_only=self.config.position_loss == "last",
             )
-            weights = {name: weights[name] for name in loss_dict}
-            loss = torch.stack([weight * loss_dict[name] for name, weight in weights.items() if weight]).sum()
+            loss, loss_dict, weights = weighted_loss(
+                loss_dict, weights, self.loss_uncertainty if self.training else None
+            )
 
         return CharformerCausalLMOutput(
             loss=loss,
@@ -447,31 +499,21 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             hidden_states = self.model.norm(hidden_states)
         return self.auxiliary_heads[term.name](hidden_states)
 
-    def _weights_in_force(self, training_progress: float | None) -> dict[str, float]:
+    def _weights_in_force(self, training_progress: float | None, training_step: int | None) -> dict[str, float]:
         if not self.training:
             return {"next_char": 1.0, "last_position": 0.0}
-        return weights_in_force(
-            self.loss_terms,
-            len(self.model.layers),
-            self.config.intermediate_schedule,
-            self.config.position_loss,
-            0.0 if training_progress is None else training_progress,
-        )
+        return self.loss_settings.weights_in_force(training_progress, training_step)
 
     @staticmethod
     def _main_losses(
         logits: Tensor, labels: Tensor, denominators: Tensor, weights: dict[str, float]
     ) -> dict[str, Tensor]:
         """The two losses of the next-character classifier; the one that is a monitor only gets no gradient."""
-        targets = shifted_targets(labels, 1)
-        last = last_target_positions(targets)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights["next_char"] > 0):
-            next_char = cross_entropy_sum(logits, targets)
+            next_char = cross_entropy_sum(logits, shifted_targets(labels, 1)) / denominators[0, 0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights["last_position"] > 0):
-            last_position = cross_entropy_sum(
-                logits.take_along_dim(last[..., None], dim=1), targets.take_along_dim(last, dim=1)
-            )
-        return {"next_char": next_char / denominators[0, 0], "last_position": last_position / denominators[1, 0]}
+            last_position = last_position_loss(logits, labels, denominators)
+        return {"next_char": next_char, "last_position": last_position}
 
     def _check_labels(self, labels: Tensor, inputs: Tensor | None) -> None:
         if inputs is not None and labels.shape != inputs.shape[:2]:
@@ -480,19 +522,6 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
                 " (batch, sequence): targets are shifted in the model"
             )
         self.model._check_range("labels", labels, self.config.vocab_size, "vocab_size", ignore_index=IGNORE_INDEX)
-
-    def without_auxiliary_heads(self) -> "CharformerForCausalLM":
-        """A new model with copies of the same weights and none of the heads that exist for training only.
-
-        Its logits are the same. It can be trained further only as a plain language model.
-        """
-        config = copy.deepcopy(self.config)
-        config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
-        model, weights = type(self)(config), self.state_dict()
-        model.to(self.device, self.dtype)  # type: ignore[arg-type]  # wrapped by Transformers
-        model.load_state_dict({name: weights[name] for name in model.state_dict()})
-        model.generation_config = copy.deepcopy(self.generation_config)
-        return model.train(self.training)
 
     def _get_candidate_generator(self, *args, **kwargs):
         """Drafts of assisted generation, cut off at the end of the window, which prompt look-up would pass."""
@@ -529,8 +558,130 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
         )
 
 
+class CharformerClassifier(CharformerPreTrainedModel):
+    """What classifiers of sequences and of characters share: the layers, a classifier, and in training auxiliary ones.
+
+    As in Inception (Szegedy et al. 2015, section 5), `auxiliary_classifiers` holds a classifier of the same kind for
+    each of `config.classifier_layers`, whose weighted loss is added in training; they are not run otherwise. Those of a
+    pre-norm model read the output of their layer after the final norm, as `CharformerForCausalLM` does.
+    """
+
+    def __init__(self, config: CharformerConfig):
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        self.model = CharformerModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.loss_settings = config.classifier_settings()
+        self.auxiliary_classifiers = nn.ModuleDict(
+            {
+                term.name: AuxiliaryHead(config.hidden_size, self.num_labels, index)
+                for index, term in enumerate(self.loss_settings.terms)
+                if not term.is_main
+            }
+        )
+        self.loss_uncertainty = self._uncertainty_weighting()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        training_progress: float | None = None,
+        training_step: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> CharformerClassifierOutput:
+        """
+        Args:
+            input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
+            attention_mask: `(B, S)`, 1 for text and 0 for padding on either side.
+            position_ids: `(B, S)`; by default they follow from the mask.
+            labels: One for each sequence, `(B,)`, or for each character, `(B, S)`, -100 for none.
+            training_progress: Share of training done, 0 to 1, which schedules follow; `None` is 0 in training mode.
+            training_step: Optimizer steps done, which schedules that change from step to step follow; `None` is 0.
+            num_items_in_batch: What `transformers.Trainer` passes: labels in the whole optimizer step.
+        """
+        weights: dict[str, Any] = {"classification": 1.0}
+        if labels is not None and self.training:
+            weights = self.loss_settings.weights_in_force(training_progress, training_step)
+            del weights["last_position"]
+        auxiliary_terms = [term for term in self.loss_settings.terms if not term.is_main and weights.get(term.name)]
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            layers_to_return={term.layer for term in auxiliary_terms},
+            **kwargs,
+        )
+        logits = self.score(self._select(outputs.last_hidden_state, attention_mask))
+        loss, loss_dict = None, None
+        if labels is not None:
+            loss_dict = {"classification": self._loss(logits, labels, num_items_in_batch)}
+            for term in auxiliary_terms:
+                hidden_states = self.model.norm(outputs.layer_hidden_states[term.layer])
+                auxiliary = self.auxiliary_classifiers[term.name](self._select(hidden_states, attention_mask))
+                loss_dict[term.name] = self._loss(auxiliary, labels, num_items_in_batch)
+            loss, loss_dict, weights = weighted_loss(
+                loss_dict, weights, self.loss_uncertainty if self.training else None
+            )
+        return CharformerClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            loss_dict=loss_dict,
+            loss_weights=weights if labels is not None else None,
+        )
+
+    def _select(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """What of `(B, S, hidden_size)` is classified."""
+        raise NotImplementedError
+
+    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        raise NotImplementedError
+
+
+class CharformerForSequenceClassification(CharformerClassifier):
+    """A Charformer that classifies texts, or rates them, by their last character, which has seen all of the text."""
+
+    def _select(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if attention_mask is None:
+            return hidden_states[:, -1]
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        last = (positions * attention_mask.to(positions.dtype)).argmax(dim=-1)
+        return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
+
+    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        problem_type = sequence_problem_type(self.config.problem_type, self.num_labels, labels)
+        return classification_loss(logits, labels, problem_type, num_items_in_batch)
+
+
+class CharformerForTokenClassification(CharformerClassifier):
+    """A Charformer that classifies each character, by what comes up to it: its attention is causal."""
+
+    def _select(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return hidden_states
+
+    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        return classification_loss(logits, labels, "single_label_classification", num_items_in_batch)
+
+
 # Saved models take their code along.
 CharformerModel.register_for_auto_class("AutoModel")
 CharformerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+CharformerForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+CharformerForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["CharformerForCausalLM", "CharformerModel", "CharformerPreTrainedModel"]
+__all__ = [
+    "CharformerForCausalLM",
+    "CharformerForSequenceClassification",
+    "CharformerForTokenClassification",
+    "CharformerModel",
+    "CharformerPreTrainedModel",
+]

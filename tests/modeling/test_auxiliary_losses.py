@@ -8,15 +8,18 @@ import torch
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxiliary_losses
 from modeling_charformer.auxiliary_losses import (
+    AuxiliaryLossSettings,
     LossTerm,
+    Moment,
     causal_lm_losses,
+    chunked_cross_entropy_sum,
+    classifier_settings,
     count_targets,
+    cross_entropy_sum,
     last_target_positions,
-    loss_terms,
     mean_denominators,
     register_schedule,
     shifted_targets,
-    weights_in_force,
 )
 
 
@@ -208,11 +211,11 @@ def test_zero_weights_train_like_the_plain_model_at_the_same_seed(make_model, ma
 
 
 def test_paper_schedule_drops_the_first_layer_first_and_all_by_half():
-    terms = loss_terms(4, 2, None, "all", 1.0)
+    settings = AuxiliaryLossSettings(4)
 
     def layers_at(progress: float) -> set[int]:
-        weights = weights_in_force(terms, 4, "paper", "all", progress)
-        return {term.layer for term in terms if term.layer < 4 and weights[term.name] > 0}
+        weights = settings.weights_in_force(progress)
+        return {term.layer for term in settings.terms if term.layer < 4 and weights[term.name] > 0}
 
     assert layers_at(0.0) == layers_at(0.1249) == {1, 2, 3}
     assert layers_at(0.125) == {2, 3}
@@ -220,24 +223,130 @@ def test_paper_schedule_drops_the_first_layer_first_and_all_by_half():
     assert layers_at(0.375) == layers_at(1.0) == set()
 
 
+def moment(layer: int = 8, offset: int = 1, progress: float = 0.0, step: int = 0) -> Moment:
+    return Moment(
+        layer, offset, num_layers=8, num_targets=4, layers=(1, 2, 3, 4, 5, 6, 7), progress=progress, step=step
+    )
+
+
 @pytest.mark.parametrize("name", ["paper", "constant", "linear", "cosine"])
 def test_schedules_stay_in_the_unit_interval_and_never_rise(name):
     for layer in (1, 3, 7):
-        values = [auxiliary_losses._SCHEDULES[name](layer, 8, step / 100) for step in range(101)]
+        values = [auxiliary_losses._SCHEDULES[name](moment(layer, progress=step / 100)) for step in range(101)]
         assert values[0] == 1.0 and all(0.0 <= value <= 1.0 for value in values)
         assert values == sorted(values, reverse=True)
         assert values[-1] == (1.0 if name == "constant" else 0.0)
 
 
 def test_terms_of_two_targets_and_chosen_layers():
-    assert loss_terms(4, 2, [0.25], [3, 1], 0.5) == (
-        LossTerm("next_char", 4, 1, 1.0),
-        LossTerm("target_2", 4, 2, 0.25),
-        LossTerm("layer_1", 1, 1, 0.5),
-        LossTerm("layer_1_target_2", 1, 2, 0.125),
-        LossTerm("layer_3", 3, 1, 0.5),
-        LossTerm("layer_3_target_2", 3, 2, 0.125),
+    settings = AuxiliaryLossSettings(
+        4, target_weights=[0.25], intermediate_layers=[3, 1], intermediate_weight=0.5, loss_weights={"layer_3": 0.8}
     )
+    assert settings.terms == (
+        LossTerm("next_char", 4, 1, 1.0, True),
+        LossTerm("target_2", 4, 2, 0.25, False),
+        LossTerm("layer_1", 1, 1, 0.5, False),
+        LossTerm("layer_1_target_2", 1, 2, 0.125, False),
+        LossTerm("layer_3", 3, 1, 0.8, False),
+        LossTerm("layer_3_target_2", 3, 2, 0.125, False),
+    )
+
+
+def test_forward_schedule_brings_targets_in_one_after_the_other():
+    settings = AuxiliaryLossSettings(2, num_targets=4, target_schedule="forward", intermediate_layers=None)
+
+    def targets_at(progress: float) -> set[int]:
+        weights = settings.weights_in_force(progress)
+        return {term.offset for term in settings.terms if weights[term.name] > 0}
+
+    assert targets_at(0.0) == targets_at(0.12) == {1}
+    assert targets_at(0.125) == {1, 2}
+    assert targets_at(0.25) == {1, 2, 3}
+    assert targets_at(0.375) == targets_at(1.0) == {1, 2, 3, 4}
+
+
+def test_random_schedule_takes_one_layer_a_step_and_all_equally_often():
+    counts = dict.fromkeys(range(1, 8), 0)
+    for step in range(7000):
+        chosen = [layer for layer in counts if auxiliary_losses.random_schedule(moment(layer, step=step))]
+        assert len(chosen) == 1
+        counts[chosen[0]] += 1
+    assert all(900 < count < 1100 for count in counts.values()), counts
+
+
+@pytest.mark.parametrize("interval", [2, 4, 8])
+def test_rotating_schedule_takes_every_layer_once_an_interval(interval):
+    settings = AuxiliaryLossSettings(9, num_targets=1, intermediate_schedule=f"rotate_{interval}")
+    for layer in settings.layers:
+        active = [settings.weights_in_force(0.5, step)[f"layer_{layer}"] for step in range(3 * interval)]
+        assert sum(active) == 3 and active[:interval] == active[interval : 2 * interval]
+    for step in range(interval):
+        weights = settings.weights_in_force(0.5, step)
+        chosen = [layer for layer in settings.layers if weights[f"layer_{layer}"]]
+        assert chosen == sorted({*range(1 + step % interval, 9, interval)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_weights": {"layer_9": 1.0}}, "loss_weights names 'layer_9'; the terms"),
+        ({"loss_weights": {"target_2": float("nan")}}, r"loss_weights\['target_2'\] is nan"),
+        ({"target_schedule": "backward"}, "target_schedule is 'backward'; known schedules"),
+        ({"loss_weighting": "magic"}, "loss_weighting is 'magic'"),
+        ({"num_targets": 0}, "num_targets is 0"),
+        ({"intermediate_layers": [4]}, r"intermediate_layers contains \[4\]"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_name_field_value_and_choice(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AuxiliaryLossSettings(4, **settings)
+
+
+@pytest.mark.parametrize(("num_layers", "expected"), [(12, (4, 8)), (4, (1, 3)), (2, (1,)), (1, ())])
+def test_classifiers_sit_after_one_and_two_thirds(num_layers, expected):
+    settings = classifier_settings(num_layers)
+    assert settings.layers == expected
+    assert settings.weights_in_force(0.9) == {
+        "classification": 1.0,
+        **{f"layer_{layer}": 0.3 for layer in expected},
+        "last_position": 0.0,
+    }
+
+
+def test_chunks_give_the_same_loss_and_gradients(monkeypatch):
+    head, hidden = torch.nn.Linear(6, 11), torch.randn(3, 7, 6, requires_grad=True)
+    targets = torch.randint(0, 11, (3, 7))
+    targets[1, 2:] = -100
+    whole = cross_entropy_sum(head(hidden), targets)
+    expected = torch.autograd.grad(whole, [hidden, *head.parameters()])
+    monkeypatch.setattr(auxiliary_losses, "MAX_LOGITS", 5 * 11)  # pieces of five rows
+    pieces = chunked_cross_entropy_sum(hidden, targets, head, 11)
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(torch.autograd.grad(pieces, [hidden, *head.parameters()]), expected)
+
+
+def test_uncertainty_weighting_is_the_papers_and_learns(make_model, make_ids):
+    model, ids = make_model(loss_weighting="uncertainty"), make_ids()
+    optimizer = torch.optim.SGD(model.loss_uncertainty.parameters(), lr=0.1)
+    for _ in range(3):
+        output = model(ids, labels=ids)
+        total = torch.zeros(())
+        for name, value in output.loss_dict.items():
+            fixed = model.loss_settings.weights_in_force(0.0).get(name, 0.0)
+            if fixed:
+                s = model.loss_uncertainty.log_variances[name]
+                total = total + fixed * (torch.exp(-s) * value + s / 2)
+                torch.testing.assert_close(output.loss_weights[name], fixed * torch.exp(-s.detach()))
+        torch.testing.assert_close(output.loss, total)
+        sums = sum(output.loss_weights[name] * value for name, value in output.loss_dict.items())
+        torch.testing.assert_close(output.loss, sums)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # Losses far above 1/2 nat make each term look uncertain.
+    assert all(value > 0 for name, value in model.loss_uncertainty.log_variances.items() if name != "last_position")
+    assert set(model.eval()(ids, labels=ids).loss_dict) == {"next_char", "last_position"}
 
 
 @pytest.mark.parametrize("progress", [-0.1, 1.1, float("nan")])
@@ -250,7 +359,7 @@ def test_progress_outside_its_range_raises(make_model, make_ids, progress):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_schedule_with_an_impossible_value_raises(make_model, make_ids, value):
     name = f"broken_{value}".replace("-", "minus_")
-    register_schedule(name, lambda layer, num_layers, progress: value)
+    register_schedule(name, lambda at: value)
     ids = make_ids()
     with pytest.raises(ValueError, match=f"'{name}' returned .* for layer 1 of 3"):
         make_model(intermediate_schedule=name)(ids, labels=ids)
@@ -300,9 +409,9 @@ def test_losses_of_plain_tensors_without_a_model():
     hidden = torch.randn(2, 5, 3, requires_grad=True)
     heads = {"next_char": torch.nn.Linear(3, 7), "layer_1": torch.nn.Linear(3, 7)}
     labels = torch.randint(0, 7, (2, 5))
-    terms = loss_terms(2, 1, None, "all", 1.0)
+    terms = AuxiliaryLossSettings(2, num_targets=1).terms
     losses = causal_lm_losses(
-        {1: hidden * 2, 2: hidden}, heads, terms, labels, mean_denominators(labels, 1, None, None)
+        {1: hidden * 2, 2: hidden}, heads, terms, labels, mean_denominators(labels, 1, None, None), vocab_size=7
     )
     for name, scale in (("next_char", 1), ("layer_1", 2)):
         logits = heads[name](hidden * scale)[:, :-1].reshape(-1, 7)

@@ -4,8 +4,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, register_schedule
-from modeling_charformer.auxiliary_losses import schedule_names
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, Moment, register_schedule, schedule_names
 
 
 def test_defaults_are_the_papers_t12():
@@ -31,14 +30,20 @@ def test_defaults_are_the_papers_t12():
         ({"num_targets": 3, "target_weights": [0.5]}, r"target_weights has 1 entries \(\[0.5\]\).* needs 2"),
         ({"target_weights": [-0.5]}, "target_weights contains -0.5"),
         ({"target_weights": [float("nan")]}, "target_weights contains nan"),
-        ({"intermediate_weight": -1.0}, "intermediate_weight contains -1.0"),
-        ({"intermediate_weight": float("inf")}, "intermediate_weight contains inf"),
+        ({"intermediate_weight": -1.0}, "intermediate_weight is -1.0"),
+        ({"intermediate_weight": float("inf")}, "intermediate_weight is inf"),
         ({"intermediate_layers": [0, 3]}, r"intermediate_layers contains \[0\].* 1 to 11"),
         ({"intermediate_layers": [12]}, r"intermediate_layers contains \[12\].* 1 to 11"),
         ({"intermediate_layers": [3, 3]}, "names a layer twice"),
         ({"intermediate_layers": "some"}, "intermediate_layers is 'some'"),
         ({"intermediate_layers": [1], "num_hidden_layers": 1}, "there are none"),
-        ({"intermediate_schedule": "papr"}, r"'papr'; known schedules: \['constant', 'cosine', 'linear', 'paper'\]"),
+        ({"intermediate_schedule": "papr"}, r"'papr'; known schedules: \['constant', 'cosine', .*'paper'"),
+        ({"target_schedule": "papr"}, "target_schedule is 'papr'"),
+        ({"loss_weights": {"layer_12": 1.0}}, r"loss_weights names \['layer_12'\]; the terms"),
+        ({"loss_weighting": "free"}, "loss_weighting is 'free'"),
+        ({"classifier_layers": [12]}, r"classifier_layers contains \[12\].* 1 to 11"),
+        ({"classifier_weight": float("nan")}, "classifier_weight is nan"),
+        ({"classifier_schedule": "papr"}, "classifier_schedule is 'papr'"),
         ({"position_loss": "first"}, "position_loss is 'first'; it must be 'all' or 'last'"),
     ],
 )
@@ -83,21 +88,37 @@ def test_override_in_from_pretrained_is_checked(make_model, tmp_path):
 
 def test_round_trip(tmp_path):
     config = CharformerConfig(
-        num_targets=3, target_weights=(0.5, 0.25), intermediate_layers=[2, 4], intermediate_schedule="cosine"
+        num_targets=3,
+        target_weights=(0.5, 0.25),
+        target_schedule="forward",
+        intermediate_layers=[2, 4],
+        intermediate_schedule="cosine",
+        loss_weights={"target_2": 0.4, "layer_4": 0.8},
+        loss_weighting="uncertainty",
+        classifier_layers=[3],
     )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, CharformerConfig)
-    assert loaded.loss_terms() == config.loss_terms()
-    assert loaded.intermediate_schedule == "cosine"
+    for progress in (0.0, 0.2, 0.5):
+        for kind in (CharformerConfig.loss_settings, CharformerConfig.classifier_settings):
+            assert kind(loaded).terms == kind(config).terms
+        assert loaded.loss_settings().weights_in_force(progress) == config.loss_settings().weights_in_force(progress)
+    assert loaded.loss_weighting == "uncertainty"
 
 
 def test_auto_map_is_complete():
-    assert set(CharformerConfig().auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(CharformerConfig().auto_map) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    }
 
 
 def test_registered_schedule_is_known_and_its_name_stays_taken():
-    def halves(layer: int, num_layers: int, progress: float) -> float:
+    def halves(at: Moment) -> float:
         return 0.5
 
     register_schedule("halves", halves)
@@ -105,6 +126,6 @@ def test_registered_schedule_is_known_and_its_name_stays_taken():
     assert "halves" in schedule_names()
     assert CharformerConfig(intermediate_schedule="halves").intermediate_schedule == "halves"
     with pytest.raises(ValueError, match="'halves' is registered already"):
-        register_schedule("halves", lambda layer, num_layers, progress: 1.0)
+        register_schedule("halves", lambda at: 1.0)
     with pytest.raises(ValueError, match="'paper' is registered already"):
         register_schedule("paper", halves)

@@ -115,7 +115,7 @@ def test_fine_tuning_begins_with_the_given_model(command, tmp_path):
     settings = {"output_dir": str(tmp_path / "tuned"), "model_name_or_path": first}
     assert main(command(**settings, learning_rate=0.0, intermediate_layers="none")) == 0
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (first, tmp_path / "tuned"))
-    assert after.config.loss_terms()[1:] == (("target_2", 4, 2, 0.5),)
+    assert after.config.loss_settings().terms[1:] == (("target_2", 4, 2, 0.5, False),)
     for name, weight in after.state_dict().items():
         assert weight.equal(before.state_dict()[name])
 
@@ -185,8 +185,8 @@ class TestWrongInput:
             ({"num_attention_heads": 3}, "num_attention_heads (3) does not divide hidden_size (16)"),
             ({"intermediate_layers": "9"}, "intermediate_layers contains [9]"),
             ({"intermediate_layers": "1 x"}, "intermediate_layers is ['1', 'x']"),
-            ({"intermediate_schedule": "papr"}, "known schedules: ['constant', 'cosine', 'linear', 'paper']"),
-            ({"intermediate_weight": "nan"}, "intermediate_weight contains nan"),
+            ({"intermediate_schedule": "papr"}, "known schedules: ['constant', 'cosine', 'forward', 'linear', 'paper'"),
+            ({"intermediate_weight": "nan"}, "intermediate_weight is nan"),
             ({"target_weights": "-1"}, "target_weights contains -1"),
             ({"max_steps": -1}, "max_steps is -1"),
             ({"max_position_embeddings": 5000}, "max_position_embeddings=5000"),

@@ -22,7 +22,6 @@ from transformers.utils import ModelOutput
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, ConsecutiveWindows
 from charformer_training.data import RandomWindows
-from modeling_charformer.auxiliary_losses import weights_in_force
 from tests.helpers import loss_logs
 
 
@@ -41,7 +40,7 @@ class TestLogs:
         assert len(logs) == 8
         for entry in logs:
             progress = (entry["step"] - 1) / 8
-            weights = weights_in_force(config.loss_terms(), 3, "paper", "all", progress)
+            weights = config.loss_settings().weights_in_force(progress)
             present = {name for name, weight in weights.items() if weight} | {"last_position"}
             assert {key.removeprefix("loss_") for key in entry if key.startswith("loss_")} == present
             total = sum(weights[name] * entry[f"loss_{name}"] for name in present)

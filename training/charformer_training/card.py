@@ -14,6 +14,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from modeling_charformer.hub import TAGS, is_unfilled_form
+from modeling_charformer.modeling_charformer import TRAINING_ONLY
 
 from .callbacks import final_terms
 from .data import ConsecutiveWindows, RandomWindows
@@ -80,7 +81,7 @@ def trainer_card(
         if metric
         else None,
     )
-    heads = sum(weight.numel() for key, weight in model.named_parameters() if "auxiliary_heads." in key)
+    heads = sum(weight.numel() for key, weight in model.named_parameters() if key.startswith(TRAINING_ONLY))
     parameters = sum(weight.numel() for weight in model.parameters())
     card = ModelCard.from_template(
         data,

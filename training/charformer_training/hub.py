@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
-from .card import is_charformer, merged_card, trainer_card
+from .card import merged_card, trainer_card
 from .plots import PICTURE, drop_steps, plot_loss_terms
 
 
@@ -201,8 +201,8 @@ class PushingTrainer(Trainer):
         self._draw_loss_terms(folder)
 
     def _draw_loss_terms(self, folder: Path) -> None:
-        config = self.accelerator.unwrap_model(self.model).config
-        drops = drop_steps(config, self.state.max_steps) if is_charformer(config) else {}
+        settings = getattr(self.accelerator.unwrap_model(self.model), "loss_settings", None)
+        drops = drop_steps(settings, self.state.max_steps) if settings is not None else {}
         title = Path(str(self.args.output_dir)).absolute().name
         plot_loss_terms(self.state.log_history, drops, folder / PICTURE, title)
 

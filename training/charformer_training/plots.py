@@ -4,26 +4,27 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
-from modeling_charformer.auxiliary_losses import weights_in_force
+from modeling_charformer.auxiliary_losses import AuxiliaryLossSettings
 
 
 PICTURE = "loss_terms.png"
 
 
-def drop_steps(config: PreTrainedConfig, max_steps: int) -> dict[int, int]:
-    """The first step (from 1) at which an intermediate layer has no loss any more, by layer, to 1/2000 of a run."""
-    terms, num_layers = config.loss_terms(), config.num_hidden_layers
+def drop_steps(settings: AuxiliaryLossSettings, max_steps: int) -> dict[int, int]:
+    """The first step (from 1) from which on an intermediate layer has no loss, by layer, to 1/2000 of a run.
+
+    Layers that lose and regain theirs, as in rotation, are left out.
+    """
     steps: dict[int, int] = {}
+    returned = set()
     for step in range(0, max_steps, max(1, max_steps // 2000)):
-        weights = weights_in_force(
-            terms, num_layers, config.intermediate_schedule, config.position_loss, step / max_steps
-        )
-        for term in terms:
-            if term.layer < num_layers and term.offset == 1 and weights[term.name] == 0:
-                steps.setdefault(term.layer, step + 1)
-    return steps
+        weights = settings.weights_in_force(step / max_steps, step)
+        for layer in settings.layers:
+            if not any(weights[term.name] for term in settings.terms if term.layer == layer):
+                steps.setdefault(layer, step + 1)
+            elif layer in steps:
+                returned.add(layer)
+    return {layer: step for layer, step in steps.items() if layer not in returned}
 
 
 def plot_loss_terms(

@@ -50,14 +50,24 @@ class ModelArguments:
     norm_placement: str | None = field(default=None, metadata={"help": "Layer norms 'pre' or 'post'."})
     num_targets: int | None = field(default=None, metadata={"help": "Characters predicted at each position."})
     target_weights: list[float] | None = field(default=None, metadata={"help": "Weights of targets 2, 3, ..."})
+    target_schedule: str | None = field(
+        default=None,
+        metadata={"help": "How these change: constant, forward (one target after the other comes in), ..."},
+    )
     intermediate_layers: list[str] | None = field(
         default=None, metadata={"help": "Layers with losses of their own: 'all', 'none', or their numbers."}
     )
     intermediate_weight: float | None = field(default=None, metadata={"help": "Factor on these losses."})
     intermediate_schedule: str | None = field(
-        default=None, metadata={"help": "How it changes: paper, constant, linear or cosine."}
+        default=None, metadata={"help": "How it changes: paper, constant, linear, cosine, random, rotate_4, ..."}
     )
     position_loss: str | None = field(default=None, metadata={"help": "Positions that count: 'all' or 'last'."})
+    loss_weights: str | None = field(
+        default=None, metadata={"help": "Weights of terms by name: {target_2: 0.4, layer_1: 0.8}, as YAML or JSON."}
+    )
+    loss_weighting: str | None = field(
+        default=None, metadata={"help": "'fixed', or 'uncertainty': weights are learned (Kendall et al. 2018)."}
+    )
 
     def config_fields(self) -> dict[str, Any]:
         """The given fields, as `CharformerConfig` takes them."""
@@ -65,6 +75,8 @@ class ModelArguments:
         given = {name: value for name, value in given.items() if value is not None}
         if "intermediate_layers" in given:
             given["intermediate_layers"] = _layer_choice(given["intermediate_layers"])
+        if isinstance(given.get("loss_weights"), str):
+            given["loss_weights"] = yaml.safe_load(given["loss_weights"])
         return given
 
 
@@ -265,7 +277,7 @@ def train(arguments: Arguments) -> dict[str, Any]:
         print(f"Corpus: {data.source}, {len(corpus):,} bytes, split by position")
         for name, split in splits.items():
             print(f"  {name:<10} {len(split.data):>13,} bytes  sha256 {split.sha256}")
-        heads = sum(weight.numel() for weight in model.auxiliary_heads.parameters())
+        heads = model.num_parameters() - model.without_auxiliary_heads().num_parameters()
         print(f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only", flush=True)
         for path in replaced:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

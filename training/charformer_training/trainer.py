@@ -33,8 +33,8 @@ class LogWhenSaving(TrainerCallback):
 class AuxiliaryLossTrainer(PushingTrainer):
     """`transformers.Trainer` for models whose output has a `loss_dict`, as Charformer's and the DETR family's.
 
-    - Passes `training_progress` (share of training done, 0..1) and `target_counts` (how many targets each term has in
-      the whole optimizer step) to models whose `forward` takes them.
+    - Passes `training_progress` (share of training done, 0..1), `training_step` (optimizer steps done) and
+      `target_counts` (how many targets each term has in the whole optimizer step) to models whose `forward` takes them.
     - Logs each term of `loss_dict`, raw and unweighted, as `loss_<name>` (or by its own name, if that begins so) beside
       `loss`: the mean per optimizer step, the same however a batch is split over accumulation steps and processes. A
       term that has dropped out is absent.
@@ -56,12 +56,13 @@ class AuxiliaryLossTrainer(PushingTrainer):
         super().__init__(model=model, args=args, **kwargs)
         if _takes(self.model, "target_counts"):
             self._check_own_losses()
-        terms = getattr(self.model, "loss_terms", None)
-        if self.args.torch_compile and terms is not None:
+        settings = getattr(self.model, "loss_settings", None)
+        if self.args.torch_compile and settings is not None:
             # Each layer that drops out makes a new graph; past its limit torch would silently run eagerly.
             limit = torch._dynamo.config.recompile_limit
-            torch._dynamo.config.recompile_limit = max(limit, 8 + len(terms))
+            torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
         self._takes_training_progress = _takes(self.model, "training_progress")
+        self._takes_training_step = _takes(self.model, "training_step")
         self._takes_target_counts = _takes(self.model, "target_counts")
         self._target_counts: Tensor | None = None
         self._training_terms = TrainingTerms()
@@ -104,7 +105,7 @@ class AuxiliaryLossTrainer(PushingTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._takes_target_counts and batch_samples and "labels" in batch_samples[0]:
-            num_targets = self.accelerator.unwrap_model(self.model).config.num_targets
+            num_targets = self.accelerator.unwrap_model(self.model).loss_settings.num_targets
             counts = (
                 torch.stack([count_targets(batch["labels"], num_targets) for batch in batch_samples]).sum(0).to(device)
             )
@@ -137,6 +138,8 @@ class AuxiliaryLossTrainer(PushingTrainer):
         inputs: dict[str, Any] = {}
         if self._takes_training_progress:
             inputs["training_progress"] = min(1.0, self.state.global_step / self.state.max_steps)
+        if self._takes_training_step:
+            inputs["training_step"] = self.state.global_step
         if self._takes_target_counts:
             inputs["target_counts"] = self._target_counts
         return inputs
