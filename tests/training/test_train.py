@@ -185,7 +185,10 @@ class TestWrongInput:
             ({"num_attention_heads": 3}, "num_attention_heads (3) does not divide hidden_size (16)"),
             ({"intermediate_layers": "9"}, "intermediate_layers contains [9]"),
             ({"intermediate_layers": "1 x"}, "intermediate_layers is ['1', 'x']"),
-            ({"intermediate_schedule": "papr"}, "known schedules: ['constant', 'cosine', 'forward', 'linear', 'paper'"),
+            (
+                {"intermediate_schedule": "papr"},
+                "known schedules: ['constant', 'cosine', 'forward', 'linear', 'paper'",
+            ),
             ({"intermediate_weight": "nan"}, "intermediate_weight is nan"),
             ({"target_weights": "-1"}, "target_weights contains -1"),
             ({"max_steps": -1}, "max_steps is -1"),
