@@ -8,10 +8,24 @@ from huggingface_hub import ModelCard, ModelCardData
 
 TAGS = ["charformer", "character-level", "byte-level", "auxiliary-losses"]
 
+# What the Hub calls the task of a model, by its Auto class, and what people call the model.
+TASKS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
+KINDS = {
+    "feature-extraction": "model",
+    "text-generation": "language model",
+    "text-classification": "classifier of texts",
+    "token-classification": "classifier of characters",
+}
+
 CARD = """
 # {name}
 
-A character-level language model in the architecture of
+A character-level {kind} in the architecture of
 [Al-Rfou et al. (2018)](https://arxiv.org/abs/1808.04444), with the code of the `charformer` package. Its characters are the
 bytes of UTF-8.
 
@@ -19,9 +33,9 @@ bytes of UTF-8.
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
+model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 
@@ -65,13 +79,23 @@ class CharformerPushToHubMixin:
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
     def _write_card(self, path: Path, repo_id: str, tags: list[str]) -> None:
+        # A configuration or a tokenizer is pushed beside a model, which is most often a language model.
+        auto_class = getattr(self, "_auto_class", None)
+        auto_class = auto_class if auto_class in TASKS else "AutoModelForCausalLM"
+        task = TASKS[auto_class]
         data = ModelCardData(
             library_name="transformers",
-            pipeline_tag="text-generation",
+            pipeline_tag=task,
             license="apache-2.0",
             tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
         )
-        text = CARD.format(name=repo_id.split("/")[-1], repo_id=repo_id, facts=self._card_facts())
+        text = CARD.format(
+            name=repo_id.split("/")[-1],
+            repo_id=repo_id,
+            kind=KINDS[task],
+            auto_class=auto_class,
+            facts=self._card_facts(),
+        )
         ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(path)
 
     def _card_facts(self) -> str:

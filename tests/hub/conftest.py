@@ -39,8 +39,7 @@ def start(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         environment |= hub.environment(folder / "hf", token) | changes
         command = [sys.executable, str(PROGRAMS / program), *map(str, arguments)]
         if not package:
-            # -S leaves out site-packages' .pth files, through which an editable installation puts the package on the
-            # .
+            # -S leaves out site-packages' .pth files, through which an editable installation puts the package on the path.
             command[1:1] = ["-S"]
             environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
         return subprocess.Popen(

@@ -11,7 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments
 from charformer_training.card import merged_card, trainer_card
 from charformer_training.hub import _stage_checkpoint
+from modeling_charformer import CharformerConfig, CharformerForSequenceClassification
 from modeling_charformer.hub import is_unfilled_form
+from tests.helpers import TINY
 
 
 @pytest.fixture
@@ -133,3 +135,21 @@ def test_training_resumes_only_from_the_full_model(trained, make_trainer, tmp_pa
     trained.model.without_auxiliary_heads().save_pretrained(checkpoint)
     with pytest.raises(ValueError, match="an inference-only model cannot be resumed"):
         make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_card_of_a_classifier(tmp_path):
+    model = CharformerForSequenceClassification(CharformerConfig(**(TINY | {"num_labels": 3})))
+    args = AuxiliaryLossTrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    rows = [{"input_ids": torch.arange(8) + row, "labels": torch.tensor(row % 3)} for row in range(4)]
+    trainer = AuxiliaryLossTrainer(model, args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert without_holes(card) and "A character-level classifier of texts" in card.text
+    assert "AutoModelForSequenceClassification.from_pretrained" in card.text and "generate" not in card.text
+    assert "`classifier_layers`" in card.text and re.search(
+        r"^\| layer_2 \| 2 \| \d\.\d{4} \|$", card.text, re.MULTILINE
+    )
+    assert card.data.pipeline_tag == "text-classification"

@@ -13,7 +13,7 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from modeling_charformer.hub import TAGS, is_unfilled_form
+from modeling_charformer.hub import KINDS, TAGS, TASKS, is_unfilled_form
 from modeling_charformer.modeling_charformer import TRAINING_ONLY
 
 from .callbacks import final_terms
@@ -60,7 +60,7 @@ def trainer_card(
     splits = [data.split for data in datasets.values() if isinstance(data, RandomWindows | ConsecutiveWindows)]
     source = source or next((split.source for split in splits if split.source), None)
     metrics = _last_evaluation(trainer.state.log_history)
-    task = task or _task(type(model).__name__)
+    task = task or TASKS.get(getattr(model, "_auto_class", None) or "") or _task(type(model).__name__)
     metric = _headline_metric(metrics)
     data = ModelCardData(
         library_name="transformers",
@@ -90,6 +90,9 @@ def trainer_card(
         repo_id=trainer.hub_model_id,
         config=config,
         is_charformer=is_charformer(config),
+        is_language_model=task == "text-generation",
+        kind=KINDS.get(task or "", "model"),
+        auto_class=getattr(model, "_auto_class", None) or "AutoModel",
         class_name=type(model).__name__,
         is_transformers_class=type(model).__module__.startswith("transformers.models."),
         finetuned_from=finetuned_from,
@@ -137,8 +140,6 @@ def _headline_metric(metrics: Mapping[str, float]) -> dict[str, Any] | None:
 
 
 def _task(class_name: str) -> str | None:
-    if class_name == "CharformerForCausalLM":
-        return "text-generation"
     mappings: Mapping[str, Mapping[str, str | tuple[str, ...]]] = TASK_MAPPING  # type: ignore[assignment]
     for task, mapping in mappings.items():
         names = (name for value in mapping.values() for name in ([value] if isinstance(value, str) else value))
