@@ -3,6 +3,7 @@
 `AuxiliaryLossTrainer` works with any Transformers model; the rest is for Charformer.
 """
 
+from .any_model import add_auxiliary_losses, load_auxiliary_losses
 from .arguments import AuxiliaryLossTrainingArguments
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .plots import plot_loss_terms
@@ -15,6 +16,8 @@ __all__ = [
     "ConsecutiveWindows",
     "RandomWindows",
     "Split",
+    "add_auxiliary_losses",
+    "load_auxiliary_losses",
     "load_corpus",
     "plot_loss_terms",
     "split_corpus",

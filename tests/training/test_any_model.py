@@ -1,0 +1,283 @@
+"""`add_auxiliary_losses`: the losses on models of Transformers."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    set_seed,
+)
+
+from charformer_training import add_auxiliary_losses, load_auxiliary_losses
+
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+KINDS = ["gpt2", "llama", "qwen3", "gpt_neox", "gemma", "gemma2"]
+
+
+def build(kind: str, auto: Any = AutoModelForCausalLM, **changes) -> Any:
+    set_seed(0)
+    sizes: dict[str, Any] = dict(SIZES)
+    if kind == "gpt2":
+        sizes |= {"n_inner": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        del sizes["intermediate_size"], sizes["num_key_value_heads"], sizes["head_dim"]
+    if kind == "bert":
+        sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = AutoConfig.for_model(kind, **(sizes | {"initializer_range": 0.1} | changes))
+    return auto.from_config(config, attn_implementation="eager").train()
+
+
+def make_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def norm_of(model) -> torch.nn.Module:
+    base = model.base_model
+    return next(getattr(base, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(base, name))
+
+
+@pytest.mark.parametrize("classifiers", ["shared", "own"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_match_a_reference(kind, classifiers):
+    model, ids = build(kind), make_ids()
+    plain = model(ids, labels=ids, output_hidden_states=True)
+    outputs_of_layers: dict[int, torch.Tensor] = {}
+    layers = getattr(model.base_model, "layers", None) or model.base_model.h
+    for number, layer in enumerate(layers, start=1):
+        layer.register_forward_hook(
+            lambda _, __, out, number=number: outputs_of_layers.__setitem__(
+                number, (out[0] if isinstance(out, tuple) else out)
+            )
+        )
+    add_auxiliary_losses(
+        model,
+        classifiers,
+        num_targets=3,
+        target_weights=[0.4, 0.2],
+        intermediate_layers=[1, 3],
+        intermediate_weight=0.3,
+    )
+    for head in model.auxiliary_heads.values():  # residual blocks begin as the identity: that would hide mistakes
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    output = model(ids, labels=ids, training_progress=0.2)
+    torch.testing.assert_close(output.logits, plain.logits)
+    torch.testing.assert_close(output.loss_dict["next_token"], plain.loss)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+
+    def shared(hidden):
+        logits = model.get_output_embeddings()(hidden)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def reference(layer: int, offset: int, name: str):
+        hidden, head = norm_of(model)(outputs_of_layers[layer]), model.auxiliary_heads[name]
+        if classifiers == "own":
+            logits = F.linear(hidden, head.weight, head.bias)
+        elif offset == 1:
+            logits = shared(hidden)
+        else:
+            logits = shared(hidden + F.silu(F.linear(hidden, head.linear.weight, head.linear.bias)))
+        return F.cross_entropy(logits[:, :-offset].flatten(0, 1), ids[:, offset:].flatten())
+
+    # layer 1 of 4 dropped out at 1/8 of training
+    expected = {
+        "target_2": (0.4, reference(4, 2, "target_2")),
+        "target_3": (0.2, reference(4, 3, "target_3")),
+        "layer_3": (0.3, reference(3, 1, "layer_3")),
+        "layer_3_target_2": (0.3 * 0.4, reference(3, 2, "layer_3_target_2")),
+        "layer_3_target_3": (0.3 * 0.2, reference(3, 3, "layer_3_target_3")),
+    }
+    assert set(output.loss_dict) == {"next_token", "last_position", *expected}
+    total = plain.loss
+    for name, (weight, value) in expected.items():
+        torch.testing.assert_close(output.loss_dict[name], value)
+        assert output.loss_weights[name] == pytest.approx(weight)
+        total = total + weight * value
+    torch.testing.assert_close(output.loss, total)
+    last = F.cross_entropy(plain.logits[:, -2], ids[:, -1])
+    torch.testing.assert_close(output.loss_dict["last_position"], last)
+    output.loss.backward()
+    for name, head in model.auxiliary_heads.items():
+        for parameter in head.parameters():
+            assert (parameter.grad is not None and bool(parameter.grad.any())) == (name in expected), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_labels_and_in_evaluation_it_is_the_plain_model(kind):
+    model, ids = build(kind).eval(), make_ids()
+    plain = model(ids, labels=ids)
+    generated = model.generate(ids, max_new_tokens=5, do_sample=False)
+    add_auxiliary_losses(model)
+    output = model(ids, labels=ids)
+    assert output.loss == plain.loss and output.logits.equal(plain.logits) and set(output.loss_dict) == {"next_token"}
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).equal(generated)
+
+
+def test_last_position_takes_the_main_weight():
+    model, ids = add_auxiliary_losses(build("llama"), position_loss="last", num_targets=1), make_ids()
+    output = model(ids, labels=ids)
+    assert output.loss_weights["last_position"] == 1.0 and output.loss_weights["next_token"] == 0.0
+    torch.testing.assert_close(output.loss_dict["last_position"], F.cross_entropy(output.logits[:, -2], ids[:, -1]))
+
+
+# Newer Transformers call it activation checkpointing; the oldest supported does not know that name.
+DEPRECATED = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+
+
+@DEPRECATED
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_gradient_checkpointing_and_tied_embeddings_give_the_same_gradients(kind):
+    gradients = []
+    for checkpointing in (False, True):
+        model, ids = add_auxiliary_losses(build(kind, tie_word_embeddings=True)), make_ids()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_saved_model_is_the_plain_one_with_the_heads_beside(kind, tmp_path):
+    settings: dict[str, Any] = {"num_targets": 3, "intermediate_layers": [2], "loss_weights": {"layer_2": 0.25}}
+    model, ids = add_auxiliary_losses(build(kind), **settings), make_ids()
+    for parameter in model.auxiliary_heads.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    plain, info = loaded
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(plain).__module__.startswith("transformers.models") and not hasattr(plain, "auxiliary_heads")
+    assert plain(ids).logits.equal(model.eval()(ids).logits)
+    architectures = json.loads((tmp_path / "config.json").read_text())["architectures"]
+    assert architectures == [type(plain).__name__]
+    restored = load_auxiliary_losses(plain, tmp_path).train()
+    assert restored.loss_settings == model.loss_settings
+    expected, output = model.train()(ids, labels=ids), restored(ids, labels=ids)
+    assert output.loss == expected.loss and output.loss_dict == expected.loss_dict
+
+
+def test_half_saved_heads_are_refused(tmp_path):
+    add_auxiliary_losses(build("gpt2")).save_pretrained(tmp_path)
+    other = add_auxiliary_losses(build("gpt2"), num_targets=3)
+    with pytest.raises(ValueError, match="saved with other auxiliary losses; .*target_3"):
+        other.load_auxiliary_heads(tmp_path)
+    (tmp_path / "auxiliary_heads.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no auxiliary_heads.safetensors"):
+        other.load_auxiliary_heads(tmp_path)
+    build("gpt2").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="was saved without auxiliary losses"):
+        load_auxiliary_losses(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), tmp_path / "plain")
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_classifiers_of_sequences(kind):
+    model, ids = build(kind, AutoModelForSequenceClassification, num_labels=3, num_hidden_layers=3), make_ids()
+    ids[0, 9:] = 0
+    mask = (ids != 0).long()
+    labels = torch.tensor([2, 0])
+    plain = model(ids, attention_mask=mask, labels=labels, output_hidden_states=True)
+    add_auxiliary_losses(model)
+    output = model(ids, attention_mask=mask, labels=labels)
+    assert output.loss_weights == {"classification": 1.0, "layer_1": 0.3, "layer_2": 0.3}
+    total = plain.loss
+    for layer in (1, 2):
+        hidden = plain.hidden_states[layer]
+        hidden = hidden[:, 0] if kind == "bert" else norm_of(model)(hidden)[torch.arange(2), [8, 11]]
+        expected = F.cross_entropy(model.auxiliary_heads[f"layer_{layer}"](hidden), labels)
+        torch.testing.assert_close(output.loss_dict[f"layer_{layer}"], expected)
+        total = total + 0.3 * expected
+    torch.testing.assert_close(output.loss, total)
+    evaluated = model.eval()(ids, attention_mask=mask, labels=labels)
+    assert evaluated.logits.equal(
+        build(kind, AutoModelForSequenceClassification, num_labels=3, num_hidden_layers=3)
+        .eval()(ids, attention_mask=mask)
+        .logits
+    )
+    assert set(evaluated.loss_dict) == {"classification"}
+
+
+@DEPRECATED
+def test_peft_trains_adapters_and_heads():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    add_auxiliary_losses(model, num_targets=2)
+    ids = make_ids()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    first = None
+    for _ in range(5):
+        output = model(input_ids=ids, labels=ids, training_progress=0.0)
+        first = first or output.loss_dict["layer_1_target_2"].item()
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert output.loss_dict["layer_1_target_2"].item() < first
+    trained = {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad}
+    assert "layer_1_target_2" in trained
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (lambda: build("llama"), {"intermediate_layers": [4]}, r"intermediate_layers contains \[4\].* 1 to 3"),
+        (lambda: build("llama"), {"intermediate_weight": float("nan")}, "intermediate_weight is nan"),
+        (lambda: build("llama"), {"classifiers": "none"}, "classifiers is 'none'.*'shared', 'own'"),
+        (lambda: build("llama"), {"targets": 2}, r"no settings \['targets'\] .*'num_targets'"),
+        (lambda: build("llama", AutoModel), {}, "not LlamaModel"),
+        (lambda: torch.nn.Linear(2, 2), {}, "takes a model of Transformers .*, not Linear"),
+        (lambda: add_auxiliary_losses(build("llama")), {}, "has auxiliary losses already"),
+        (
+            lambda: build("bert", AutoModelForSequenceClassification),
+            {"num_targets": 2},
+            r"no settings \['num_targets'\] for BertForSequenceClassification",
+        ),
+        (
+            lambda: AutoModelForSequenceClassification.from_config(
+                AutoConfig.for_model("bart", d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=61)
+            ),
+            {},
+            "is an encoder-decoder",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_models_and_settings_are_refused_and_nothing_is_changed(make, settings, message):
+    model = make()
+    kind = type(model)
+    with pytest.raises(ValueError, match=message):
+        add_auxiliary_losses(model, **settings)
+    assert type(model) is kind
+
+
+def test_vocabulary_mismatch_is_refused():
+    model = build("llama")
+    model.config.vocab_size = 60
+    with pytest.raises(ValueError, match="have 61 rows, its vocab_size is 60"):
+        add_auxiliary_losses(model)
+
+
+def test_a_model_that_changes_its_logits_in_its_own_way_is_refused():
+    model = build("granite", logits_scaling=4.0)
+    kind = type(model)
+    with pytest.raises(ValueError, match="does not know what else this model does"):
+        add_auxiliary_losses(model)
+    assert type(model) is kind
