@@ -64,7 +64,7 @@ def add_auxiliary_losses(model: Model, classifiers: str | None = None, **setting
     Raises:
         ValueError: If the model or a setting is not accepted, before anything is changed.
     """
-    base = _checked(_base_model(model))
+    base = _checked(base_model(model))
     mixin = _CausalLM if _is_causal_lm(type(base)) else _SequenceClassifier
     accepted = mixin.accepted_settings
     if wrong := sorted(settings.keys() - accepted):
@@ -100,7 +100,7 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike) -> Mode
     Raises:
         ValueError: If the model was saved without auxiliary losses.
     """
-    base = _base_model(model)
+    base = base_model(model)
     settings = getattr(getattr(base, "config", None), "auxiliary_losses", None)
     if not settings:
         raise ValueError(f"{name_or_path} was saved without auxiliary losses; add_auxiliary_losses gives it new ones")
@@ -382,7 +382,7 @@ def _with_breakdown(
     return _output_class(type(outputs))(loss=loss, **values, loss_dict=losses, loss_weights=weights)
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
     base = getattr(model, "get_base_model", None)  # of a PEFT model
     return base() if callable(base) else model
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .any_model import HEADS_FILE
+
 
 def _trainer_state(folder: Path) -> dict | None:
     try:
@@ -56,7 +58,10 @@ def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:
                 f"resume_from_checkpoint: {path} is damaged or truncated; resume from an earlier checkpoint"
             )
     saved: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    weights_files = sorted(folder.glob("model*.safetensors"))
+    if weights_files:  # beside a PEFT adapter alone there is no whole model to compare
+        weights_files += folder.glob(HEADS_FILE)
+    for path in weights_files:
         try:
             with safe_open(path, framework="pt") as weights:
                 saved |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}

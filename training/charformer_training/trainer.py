@@ -4,9 +4,9 @@ import inspect
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_charformer.auxiliary_losses import IGNORE_INDEX, count_targets
+from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Moment, count_targets, scheduled
 
+from .any_model import base_model
 from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint, saving_failed
 from .hub import PushingTrainer
 from .loss_terms import EvaluationTerms, TrainingTerms, group_by_layer
@@ -30,14 +31,26 @@ class LogWhenSaving(TrainerCallback):
     on_epoch_end = on_step_end
 
 
+class OwnTerm(NamedTuple):
+    """A term of the loss that the user of a Trainer has added."""
+
+    function: Callable[[Any, Mapping[str, Any]], Tensor]
+    weight: float
+    schedule: str
+
+
 class AuxiliaryLossTrainer(PushingTrainer):
-    """`transformers.Trainer` for models whose output has a `loss_dict`, as Charformer's and the DETR family's.
+    """`transformers.Trainer` for models with several losses: Charformer's, those of `add_auxiliary_losses`, any other's.
 
     - Passes `training_progress` (share of training done, 0..1), `training_step` (optimizer steps done) and
       `target_counts` (how many targets each term has in the whole optimizer step) to models whose `forward` takes them.
-    - Logs each term of `loss_dict`, raw and unweighted, as `loss_<name>` (or by its own name, if that begins so) beside
-      `loss`: the mean per optimizer step, the same however a batch is split over accumulation steps and processes. A
-      term that has dropped out is absent.
+    - Logs each term of the output's `loss_dict`, and each further scalar of the output whose name ends in `loss` (such
+      as `aux_loss` of mixtures of experts), raw and unweighted, as `loss_<name>` (or by its own name, if that begins so)
+      beside `loss`: the mean per optimizer step, the same however a batch is split over accumulation steps and
+      processes. A term that has dropped out is absent.
+    - Adds terms of your own to the loss, see `add_loss_term`.
+    - A model that is handed `num_items_in_batch` and takes no notice of it, as Transformers' classifiers, is trained on
+      the mean over the parts of a step. (`transformers.Trainer` would add them up.)
     - Evaluation reports `eval_loss` and `eval_loss_<name>` as means over targets, not over batches. For a byte-level
       model (256 symbols, a `next_char` term) also `eval_bpb`, bits per byte, and `eval_bpc`, bits per character of
       UTF-8; the two are the same in ASCII text. Rows that are only there to fill the last batch are not counted.
@@ -61,6 +74,8 @@ class AuxiliaryLossTrainer(PushingTrainer):
             # Each layer that drops out makes a new graph; past its limit torch would silently run eagerly.
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
+        self._own_terms: dict[str, OwnTerm] = {}
+        self._knows_how_losses_are_scaled = settings is not None
         self._takes_training_progress = _takes(self.model, "training_progress")
         self._takes_training_step = _takes(self.model, "training_step")
         self._takes_target_counts = _takes(self.model, "target_counts")
@@ -68,6 +83,44 @@ class AuxiliaryLossTrainer(PushingTrainer):
         self._training_terms = TrainingTerms()
         self._evaluation_terms = EvaluationTerms()
         self.add_callback(LogWhenSaving())
+
+    def add_loss_term(
+        self,
+        name: str,
+        function: Callable[[Any, Mapping[str, Any]], Tensor],
+        weight: float = 1.0,
+        schedule: str = "constant",
+    ) -> None:
+        """Add `weight * function(outputs, inputs)` to the loss in training, and log its raw value as `loss_<name>`.
+
+        Args:
+            name: What the term is called; none that the model has already.
+            function: Of the model's output and the batch, to a scalar: the mean over what it counts in this batch. The
+                parts of an optimizer step, over accumulation and processes, weigh the same.
+            weight: Any finite number.
+            schedule: How the weight changes in training, by its name in `modeling_charformer.schedule_names()`; asked
+                about layer 1 of 1, so that `"paper"` drops the term after half of training and `"linear"` and
+                `"cosine"` fade it out until then.
+
+        Raises:
+            ValueError: If the name is taken, the weight not finite or the schedule unknown.
+        """
+        settings = getattr(self.model, "loss_settings", None)
+        taken = [*(term.name for term in settings.terms), "last_position"] if settings is not None else []
+        if name in (*taken, *self._own_terms):
+            raise ValueError(
+                f"a loss term {name!r} exists already, beside {[*taken, *self._own_terms]}; choose another"
+            )
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of the loss term {name!r} is {weight}; it must be a finite number")
+        term = OwnTerm(function, weight, schedule)
+        for progress in (0.0, 0.5, 1.0):  # what a schedule gets wrong it does so now
+            self._own_weight(term, progress)
+        self._own_terms[name] = term
+
+    def _own_weight(self, term: OwnTerm, progress: float) -> float:
+        at = Moment(1, 1, num_layers=1, num_targets=1, layers=(1,), progress=progress, step=self.state.global_step)
+        return term.weight * scheduled(term.schedule, at)
 
     def _check_own_losses(self) -> None:
         if self.args.label_smoothing_factor:
@@ -104,6 +157,11 @@ class AuxiliaryLossTrainer(PushingTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if num_items_in_batch is not None and not self._knows_how_losses_are_scaled:
+            self._knows_how_losses_are_scaled = True
+            if self.model_accepts_loss_kwargs and not self._is_scaled_by_items(batch_samples[0]):
+                self.model_accepts_loss_kwargs = False
+                num_items_in_batch = None
         if self._takes_target_counts and batch_samples and "labels" in batch_samples[0]:
             num_targets = self.accelerator.unwrap_model(self.model).loss_settings.num_targets
             counts = (
@@ -113,6 +171,25 @@ class AuxiliaryLossTrainer(PushingTrainer):
                 counts = self.accelerator.reduce(counts, "sum")
             self._target_counts = counts
         return batch_samples, num_items_in_batch
+
+    def _is_scaled_by_items(self, batch: dict[str, Any]) -> bool:
+        """Whether the model divides its loss by `num_items_in_batch`: it is tried with one number and its double."""
+        model = self.model
+        assert isinstance(model, nn.Module)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                inputs = self._prepare_inputs(batch)
+                once, twice = (
+                    float(
+                        super(AuxiliaryLossTrainer, self).compute_loss(model, dict(inputs), num_items_in_batch=items)
+                    )
+                    for items in (1, 2)
+                )
+        finally:
+            model.train(was_training)
+        return abs(once - 2 * twice) < abs(once - twice)
 
     def compute_loss(
         self,
@@ -125,7 +202,7 @@ class AuxiliaryLossTrainer(PushingTrainer):
             loss, outputs = super().compute_loss(
                 model, {**inputs, **self._progress_inputs()}, True, num_items_in_batch=num_items_in_batch
             )
-            self._add_training_terms(loss, outputs, num_items_in_batch)
+            loss = self._add_training_terms(loss, outputs, inputs, num_items_in_batch)
         else:
             # Alone, a batch's losses are its own means, which are weighted below. (Counts over all processes would
             # make them shares.)
@@ -134,29 +211,48 @@ class AuxiliaryLossTrainer(PushingTrainer):
             self._add_evaluation_terms(loss, outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def _training_progress(self) -> float:
+        return min(1.0, self.state.global_step / self.state.max_steps)
+
     def _progress_inputs(self) -> dict[str, Any]:
         inputs: dict[str, Any] = {}
         if self._takes_training_progress:
-            inputs["training_progress"] = min(1.0, self.state.global_step / self.state.max_steps)
+            inputs["training_progress"] = self._training_progress
         if self._takes_training_step:
             inputs["training_step"] = self.state.global_step
         if self._takes_target_counts:
             inputs["target_counts"] = self._target_counts
         return inputs
 
-    def _add_training_terms(self, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None) -> None:
-        terms = _loss_dict(outputs)
+    def _add_training_terms(
+        self, loss: Tensor, outputs: Any, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Keep the terms of a part of a step for the log; returns the loss with the terms of the user's own."""
+        terms, means = _loss_dict(outputs), _further_losses(outputs)
+        part = 1 / self.current_gradient_accumulation_steps
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # The terms were divided by the counts of the whole step; the mean over processes is taken when they are
             # logged, as the Trainer does it with the loss.
             scale = float(self.accelerator.num_processes) if self.args.average_tokens_across_devices else 1.0
             loss_scale = 1.0  # the Trainer has scaled it already
         else:
-            scale = loss_scale = 1 / self.current_gradient_accumulation_steps
+            scale = loss_scale = part
+        for name, term in self._own_terms.items():
+            if name in terms or name in means:
+                raise ValueError(
+                    f"the model has a loss term {name!r} of its own; give the one that was added another name"
+                )
+            if weight := self._own_weight(term, self._training_progress):
+                means[name] = _scalar(name, term.function(outputs, inputs))
+                loss = loss + weight * means[name] * (part / loss_scale)
         step = self.state.global_step + 1
         self._training_terms.add(step, {"loss": loss}, loss_scale)
         if terms:
             self._training_terms.add(step, terms, scale)
+        if means:
+            self._training_terms.add(step, means, part)
+        return loss
 
     # ---- Evaluation ----
 
@@ -174,7 +270,7 @@ class AuxiliaryLossTrainer(PushingTrainer):
         return {**inputs, "labels": labels}
 
     def _add_evaluation_terms(self, loss: Tensor, outputs: Any, inputs: dict[str, Any]) -> None:
-        labels, terms = inputs.get("labels"), _loss_dict(outputs)
+        labels, terms = inputs.get("labels"), _loss_dict(outputs) | _further_losses(outputs)
         if not isinstance(labels, Tensor):
             positions = rows = find_batch_size(inputs) or 1
         elif labels.dim() == 2 and self._loss_shifts_labels:
@@ -190,6 +286,20 @@ class AuxiliaryLossTrainer(PushingTrainer):
             targets = labels[..., 1:]
             characters = ((targets != IGNORE_INDEX) & (targets & 0xC0 != 0x80)).sum()
             self._evaluation_terms.add("characters", torch.zeros_like(terms["next_char"]), characters)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ):
+        if ignore_keys is None:
+            config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+        return super().prediction_step(
+            model, inputs, prediction_loss_only, [*ignore_keys, "loss_dict", "loss_weights"]
+        )
 
     def evaluation_loop(
         self,
@@ -225,6 +335,26 @@ class AuxiliaryLossTrainer(PushingTrainer):
             logs.update({_log_key(name): value for name, value in means.items()})
             self._training_terms = TrainingTerms()
         super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        base: Any = base_model(cast(nn.Module, self.model))
+        folder = output_dir or str(self.args.output_dir)
+        if base is not self.model and hasattr(base, "save_auxiliary_heads"):  # PEFT saves its adapter alone
+            base.save_auxiliary_heads(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_auxiliary_heads(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_auxiliary_heads(str(self.state.best_model_checkpoint))
+
+    def _load_auxiliary_heads(self, folder: str) -> None:
+        base: Any = base_model(cast(nn.Module, self.model))
+        if hasattr(base, "load_auxiliary_heads") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            base.load_auxiliary_heads(folder)  # those two load all weights together
 
     def _raise_if_not_finite(self) -> None:
         if (found := self._training_terms.first_not_finite()) is not None:
@@ -262,13 +392,29 @@ class AuxiliaryLossTrainer(PushingTrainer):
 def _takes(model: nn.Module | None, parameter: str) -> bool:
     if model is None:
         return False
-    base = getattr(model, "get_base_model", None)  # of a PEFT wrapper, which hands everything through
-    model = base() if callable(base) else model
+    model = base_model(model)  # a PEFT wrapper hands everything through
     return parameter in inspect.signature(model.forward).parameters
 
 
 def _log_key(term: str) -> str:
     return term if term.startswith("loss_") else f"loss_{term}"
+
+
+def _further_losses(outputs: Any) -> dict[str, Tensor]:
+    """Scalars of the output that are losses by their name, such as `aux_loss`: means over a batch."""
+    values = outputs.items() if isinstance(outputs, Mapping) else ()
+    return {
+        name: value
+        for name, value in values
+        if name != "loss" and name.endswith("loss") and isinstance(value, Tensor) and value.numel() == 1
+    }
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        kind = f"a tensor of the shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"the function of the loss term {name!r} returned {kind}; it must return a scalar tensor")
+    return value.reshape(())
 
 
 def _loss_dict(outputs: Any) -> dict[str, Tensor]:
