@@ -174,21 +174,19 @@ class AuxiliaryLossTrainer(PushingTrainer):
 
     def _is_scaled_by_items(self, batch: dict[str, Any]) -> bool:
         """Whether the model divides its loss by `num_items_in_batch`: it is tried with one number and its double."""
-        model = self.model
-        assert isinstance(model, nn.Module)
+        model = cast(nn.Module, self.model)
         was_training = model.training
         model.eval()
+        losses = []
         try:
             with torch.no_grad(), self.compute_loss_context_manager():
                 inputs = self._prepare_inputs(batch)
-                once, twice = (
-                    float(
-                        super(AuxiliaryLossTrainer, self).compute_loss(model, dict(inputs), num_items_in_batch=items)
-                    )
-                    for items in (1, 2)
-                )
+                for items in (1, 2):
+                    loss: Any = super().compute_loss(model, dict(inputs), num_items_in_batch=items)
+                    losses.append(float(loss))
         finally:
             model.train(was_training)
+        once, twice = losses
         return abs(once - 2 * twice) < abs(once - twice)
 
     def compute_loss(
