@@ -366,6 +366,11 @@ def mean_denominators(
     return counts.clamp(min=1)
 
 
+def share_of_step(labels: Tensor, denominators: Tensor) -> Tensor:
+    """How much of the optimizer step that `denominators` count is in this batch, `labels` `(B, S)`; 1 if it is all."""
+    return count_targets(labels, 1)[0, 0] / denominators[0, 0]
+
+
 # Logits of one piece of a classifier's work: 64 MB in float32. Smaller pieces would not save anything that matters,
 # larger ones would show in the peak of a model with a large vocabulary.
 MAX_LOGITS = 2**24
@@ -476,7 +481,8 @@ class UncertaintyWeighting(nn.Module):
 
     def __init__(self, names: Sequence[str]):
         super().__init__()
-        self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
+        # Vectors of one: FSDP cannot split scalars.
+        self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in names})
 
     def forward(self, weights: Mapping[str, float], present: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
         """The weights with what is learned, and the sum of `weight * s / 2` over the terms that are present and count."""
@@ -484,23 +490,28 @@ class UncertaintyWeighting(nn.Module):
         regularizer = []
         for name in present:
             if weights[name]:
-                log_variance = self.log_variances[name]
+                log_variance = self.log_variances[name].squeeze()
                 learned[name] = weights[name] * torch.exp(-log_variance)
                 regularizer.append(weights[name] * log_variance / 2)
         return learned, torch.stack(regularizer).sum()
 
 
 def weighted_loss(
-    loss_dict: dict[str, Tensor], weights: Mapping[str, float], weighting: UncertaintyWeighting | None
+    loss_dict: dict[str, Tensor],
+    weights: Mapping[str, float],
+    weighting: UncertaintyWeighting | None,
+    share: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
     """The sum of the terms by their weights; with it the terms and the weights that it is the sum of.
 
-    Learned weighting adds the term `uncertainty`, without which all weights would go to 0.
+    Learned weighting adds the term `uncertainty`, without which all weights would go to 0. Where the terms are a part of
+    those of an optimizer step, `share` is how much of it: the parts of `uncertainty` add up too.
     """
     present: dict[str, Any] = {name: weights[name] for name in loss_dict}
     if weighting is not None:
         present, loss_dict = dict(present), dict(loss_dict)
-        present, loss_dict["uncertainty"] = weighting(present, list(loss_dict))
+        present, uncertainty = weighting(present, list(loss_dict))
+        loss_dict["uncertainty"] = uncertainty * share
         present["uncertainty"] = 1.0
     loss = torch.stack(
         [weight * loss_dict[name] for name, weight in present.items() if isinstance(weight, Tensor) or weight]

@@ -35,6 +35,7 @@ from .auxiliary_losses import (
     last_position_loss,
     mean_denominators,
     sequence_problem_type,
+    share_of_step,
     shifted_targets,
     weighted_loss,
 )
@@ -480,7 +481,10 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
                 last_position_only=self.config.position_loss == "last",
             )
             loss, loss_dict, weights = weighted_loss(
-                loss_dict, weights, self.loss_uncertainty if self.training else None
+                loss_dict,
+                weights,
+                self.loss_uncertainty if self.training else None,
+                share_of_step(labels, denominators),
             )
 
         return CharformerCausalLMOutput(
@@ -627,8 +631,9 @@ class CharformerClassifier(CharformerPreTrainedModel):
                 hidden_states = self.model.norm(outputs.layer_hidden_states[term.layer])
                 auxiliary = self.auxiliary_classifiers[term.name](self._select(hidden_states, attention_mask))
                 loss_dict[term.name] = self._loss(auxiliary, labels, num_items_in_batch)
+            share = 1.0 if num_items_in_batch is None else labels.ne(IGNORE_INDEX).sum() / num_items_in_batch
             loss, loss_dict, weights = weighted_loss(
-                loss_dict, weights, self.loss_uncertainty if self.training else None
+                loss_dict, weights, self.loss_uncertainty if self.training else None, share
             )
         return CharformerClassifierOutput(
             loss=loss,

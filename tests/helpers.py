@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import default_data_collator, set_seed
+from transformers import PreTrainedModel, default_data_collator, set_seed
 
 from charformer_training import (
     AuxiliaryLossTrainer,
@@ -51,9 +51,9 @@ TINY: dict[str, Any] = {
 
 
 def tiny_trainer(
-    output_dir: str, splits: dict[str, Split], model: dict | None = None, callbacks=None, **changes
+    output_dir: str, splits: dict[str, Split], model: dict | PreTrainedModel | None = None, callbacks=None, **changes
 ) -> AuxiliaryLossTrainer:
-    """A run of 8 steps of 8 windows with the paper's schedule; `model` changes the tiny model's configuration."""
+    """A run of 8 steps of 8 windows with the paper's schedule; `model` changes the tiny model's configuration, or is another model."""
     settings: dict[str, Any] = {
         "output_dir": output_dir,
         "max_steps": 8,
@@ -71,7 +71,9 @@ def tiny_trainer(
     args = AuxiliaryLossTrainingArguments(**(settings | changes))
     set_seed(0)
     return AuxiliaryLossTrainer(
-        model=CharformerForCausalLM(CharformerConfig(**(TINY | (model or {})))),
+        model=model
+        if isinstance(model, PreTrainedModel)
+        else CharformerForCausalLM(CharformerConfig(**(TINY | (model or {})))),
         args=args,
         train_dataset=RandomWindows(splits["train"], 24, 8 * args.max_steps, seed=0),
         eval_dataset=ConsecutiveWindows(splits["validation"], 24),

@@ -335,7 +335,7 @@ def test_uncertainty_weighting_is_the_papers_and_learns(make_model, make_ids):
         for name, value in output.loss_dict.items():
             fixed = model.loss_settings.weights_in_force(0.0).get(name, 0.0)
             if fixed:
-                s = model.loss_uncertainty.log_variances[name]
+                s = model.loss_uncertainty.log_variances[name].squeeze()
                 total = total + fixed * (torch.exp(-s) * value + s / 2)
                 torch.testing.assert_close(output.loss_weights[name], fixed * torch.exp(-s.detach()))
         torch.testing.assert_close(output.loss, total)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedModel
 
 from charformer_training import AuxiliaryLossTrainer, Split
 from tests.helpers import tiny_trainer
@@ -18,7 +19,7 @@ def corpus(text_file: Path) -> dict[str, Split]:
 
 @pytest.fixture
 def make_trainer(corpus: dict[str, Split], tmp_path: Path) -> Callable[..., AuxiliaryLossTrainer]:
-    def make(model: dict | None = None, **changes) -> AuxiliaryLossTrainer:
+    def make(model: dict | PreTrainedModel | None = None, **changes) -> AuxiliaryLossTrainer:
         return tiny_trainer(**({"output_dir": str(tmp_path / "run"), "splits": corpus, "model": model} | changes))
 
     return make

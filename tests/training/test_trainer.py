@@ -68,7 +68,9 @@ class TestLogs:
                     values = [one[key] for one in every[2 * number : 2 * number + 2] if key in one]
                     assert value == pytest.approx(sum(values) / len(values), rel=1e-5)
 
-    @pytest.mark.parametrize("model", [{}, {"position_loss": "last"}, {"num_targets": 4}], ids=str)
+    @pytest.mark.parametrize(
+        "model", [{}, {"position_loss": "last"}, {"num_targets": 4}, {"loss_weighting": "uncertainty"}], ids=str
+    )
     @pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4)])
     def test_accumulation_gives_the_same_figures(self, make_trainer, model, batch, accumulation):
         whole = make_trainer(model)

@@ -27,6 +27,7 @@ from modeling_charformer.auxiliary_losses import (
     last_target_positions,
     mean_denominators,
     sequence_problem_type,
+    share_of_step,
     shifted_targets,
     weighted_loss,
 )
@@ -181,7 +182,8 @@ class _WithAuxiliaryLosses(PreTrainedModel):
         losses = self._losses(outputs, terms, weights, kwargs, own["target_counts"])
         if not wanted:
             outputs = replace(outputs, hidden_states=None)
-        loss, losses, in_force = weighted_loss(losses, weights, self.loss_uncertainty)
+        share = self._share_of_step(kwargs, own["target_counts"])
+        loss, losses, in_force = weighted_loss(losses, weights, self.loss_uncertainty, share)
         return _with_breakdown(outputs, loss, losses, in_force)
 
     def _losses(
@@ -198,6 +200,10 @@ class _WithAuxiliaryLosses(PreTrainedModel):
     def _auxiliary_norm(self, hidden_states: Tensor) -> Tensor:
         norm = self._final_norm_name
         return hidden_states if norm is None else self.get_submodule(norm)(hidden_states)
+
+    def _share_of_step(self, inputs: dict[str, Any], target_counts: Tensor | None) -> Tensor | float:
+        """How much of what the terms are divided by is in this batch."""
+        return 1.0
 
     def _normed(self, outputs: Any, layer: int) -> Tensor:
         """The output of `layer`, `(B, S, hidden_size)`, after the final norm."""
@@ -281,10 +287,16 @@ class _CausalLM(_WithAuxiliaryLosses):
         head = self.auxiliary_heads[term.name]
         return head(hidden_states) if isinstance(head, AuxiliaryHead) else self._logits(head(hidden_states))
 
+    def _denominators(self, inputs: dict[str, Any], target_counts: Tensor | None) -> Tensor:
+        num_targets, num_items = self.loss_settings.num_targets, inputs.get("num_items_in_batch")
+        return mean_denominators(inputs["labels"], num_targets, num_items, target_counts)
+
+    def _share_of_step(self, inputs, target_counts):
+        return share_of_step(inputs["labels"], self._denominators(inputs, target_counts))
+
     def _losses(self, outputs, terms, weights, inputs, target_counts):
         labels, settings = inputs["labels"], self.loss_settings
-        num_items = inputs.get("num_items_in_batch")
-        denominators = mean_denominators(labels, settings.num_targets, num_items, target_counts)
+        denominators = self._denominators(inputs, target_counts)
         losses = {self.main: outputs.loss}
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights["last_position"] > 0):
             targets = shifted_targets(labels, 1)
