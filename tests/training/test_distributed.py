@@ -43,7 +43,7 @@ LAUNCHES: dict[str, tuple[Callable[[], list[list[str]]], int, list[str]]] = {
     "accelerate, FSDP2": (
         lambda: [accelerate("fsdp2.yaml")],
         2,
-        ["plain", "accumulated", "checkpointed", "last_position", "learned_weights", "added"],
+        ["plain", "accumulated", "checkpointed", "last_position", "learned_weights", "saved", "added"],
     ),
 }
 
