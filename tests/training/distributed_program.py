@@ -14,7 +14,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from charformer_training import Split, add_auxiliary_losses
 from charformer_training.loss_terms import EvaluationTerms
@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "saved": {"save_strategy": "steps", "save_steps": 3},
     "added": {"model": "llama", "gradient_accumulation_steps": 2},
     "half": {"bf16": True},
+    "ignores_counts": {"model": "bert", "gradient_accumulation_steps": 2},
 }
 ROWS_PER_STEP = 8
 
@@ -54,8 +55,8 @@ def case_settings(case: str, num_processes: int) -> dict[str, Any]:
     settings = dict(CASES[case])
     parts = num_processes * settings.get("gradient_accumulation_steps", 1)
     settings["per_device_train_batch_size"] = ROWS_PER_STEP // parts
-    if settings.get("model") == "llama":
-        settings["model"] = llama_with_losses()
+    if isinstance(settings.get("model"), str):
+        settings["model"] = {"llama": llama_with_losses, "bert": bert}[settings["model"]]()
     return settings
 
 
@@ -64,6 +65,15 @@ def llama_with_losses() -> PreTrainedModel:
     sizes = {name: value for name, value in TINY.items() if "dropout" not in name}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
     return add_auxiliary_losses(model, num_targets=3, intermediate_weight=0.3)
+
+
+def bert() -> PreTrainedModel:
+    """A model that is handed `num_items_in_batch` and takes no notice of it."""
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in TINY.items() if "dropout" not in name}
+    sizes["num_labels"] = 256
+    dropouts: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForTokenClassification(BertConfig(vocab_size=256, **sizes, **dropouts))
 
 
 def run(case: str, text: Path, folder: Path) -> dict:

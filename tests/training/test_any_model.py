@@ -11,6 +11,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DetrForObjectDetection,
+    ResNetConfig,
     set_seed,
 )
 
@@ -308,7 +310,57 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": labels}
 
 
-def train(model, tmp_path, labels: str = "next", batch: int = 8, accumulation: int = 1, prepare=None, **changes):
+DETR: dict[str, Any] = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "backbone_config": ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
+    ),
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "dropout": 0.0,
+    "num_queries": 5,
+    "num_labels": 3,
+    "auxiliary_loss": True,
+}
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Noise with one box in each."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(index)
+        box = {"class_labels": torch.tensor([index % 3]), "boxes": 0.2 + 0.3 * torch.rand(1, 4, generator=generator)}
+        return {"pixel_values": torch.randn(3, 64, 64, generator=generator), "labels": box}
+
+    @staticmethod
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+            "labels": [row["labels"] for row in rows],
+        }
+
+
+def train(
+    model,
+    tmp_path,
+    labels: str = "next",
+    batch: int = 8,
+    accumulation: int = 1,
+    prepare=None,
+    data=None,
+    data_collator=None,
+    **changes,
+):
     arguments: dict[str, Any] = {
         "output_dir": str(tmp_path),
         "max_steps": 4,
@@ -326,8 +378,9 @@ def train(model, tmp_path, labels: str = "next", batch: int = 8, accumulation: i
     trainer = AuxiliaryLossTrainer(
         model=model,
         args=AuxiliaryLossTrainingArguments(**(arguments | changes)),
-        train_dataset=Rows(labels),
-        eval_dataset=Rows(labels, 10),
+        train_dataset=data or Rows(labels),
+        eval_dataset=data or Rows(labels, 10),
+        data_collator=data_collator,
     )
     if prepare is not None:
         prepare(trainer)
@@ -386,6 +439,29 @@ class TestTrainer:
         assert [entry["loss_aux_loss"] for entry in logs[0]] == pytest.approx(expected[:2], rel=1e-4)
         assert logs[1][0]["loss_aux_loss"] == pytest.approx((expected[0] + expected[1]) / 2, rel=1e-4)
         assert "eval_loss_aux_loss" in trainer.evaluate()
+
+    def test_detr_logs_each_of_its_losses(self, tmp_path):
+        logs = []
+        for batch in (4, 2):
+            set_seed(0)
+            config = AutoConfig.for_model("detr", **DETR)
+            settings: dict[str, Any] = {
+                "batch": batch,
+                "accumulation": 4 // batch,
+                "max_steps": 2,
+                "learning_rate": 1e-4,
+            }
+            model = DetrForObjectDetection(config)
+            trainer = train(model, tmp_path, data=Pictures(), data_collator=Pictures.collate, **settings)
+            logs.append(loss_logs(trainer))
+        assert_same_logs(*logs)
+        entry = logs[0][0]
+        parts = ("loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "loss_bbox_0", "loss_giou_0")
+        assert {*parts, "loss_cardinality_error"} <= set(entry)
+        weights = {"ce": 1, "bbox": config.bbox_loss_coefficient, "giou": config.giou_loss_coefficient}
+        total = sum(weights[name.split("_")[1]] * entry[name] for name in parts)
+        assert entry["loss"] == pytest.approx(total, rel=1e-5)
+        assert "eval_loss_giou" in trainer.evaluate()
 
     def test_a_term_of_ones_own(self, tmp_path):
         def entropy(outputs, inputs):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, ConsecutiveWindows
 from charformer_training.data import RandomWindows
+from modeling_charformer import register_schedule
 from tests.helpers import loss_logs
 
 
@@ -101,6 +103,11 @@ class TestLogs:
         first, grouped = loss_logs(each)[0], loss_logs(groups)[0]
         assert set(grouped) - set(first) == {"loss_layers", "loss_layers_target_2"}
         assert grouped["loss_layers"] == pytest.approx((first["loss_layer_1"] + first["loss_layer_2"]) / 2)
+
+    def test_a_schedule_that_fails_late_is_refused_at_the_start(self, make_trainer):
+        register_schedule("late", lambda at: float("nan") if at.progress > 0.5 else 1.0)
+        with pytest.raises(ValueError, match="schedule 'late' returned nan for layer 1"):
+            make_trainer({"intermediate_schedule": "late"})
 
     def test_wrong_grouping_raises(self, tmp_path):
         with pytest.raises(ValueError, match="log_loss_terms is 'all'; it must be 'each' or 'groups'"):
@@ -200,6 +207,50 @@ class TestOtherModels:
         assert set(loss_logs(other)[0]) == {"loss", "step", "learning_rate", "grad_norm"}
         metrics = other.evaluate()
         assert "eval_loss" in metrics and "eval_bpc" not in metrics
+
+
+class TestCost:
+    def test_nothing_waits_for_the_device_between_log_entries(self, make_trainer):
+        """Reading a number off a device makes the program wait for all it has been told to do."""
+        waited = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+                    waited.append(function)
+                return function(*args, **(kwargs or {}))
+
+        trainer = make_trainer(logging_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+        trainer.add_loss_term("own", lambda outputs, inputs: outputs.logits.mean())
+        keep, add = trainer._add_training_terms, []
+
+        def watched(*arguments):
+            with Watch():
+                add.append(trainer.state.global_step)
+                return keep(*arguments)
+
+        trainer._add_training_terms = watched
+        trainer.train()
+        assert len(add) == 16 and not waited
+        with Watch():
+            torch.ones(()).item()
+        assert waited  # it would have been noticed
+
+    @pytest.mark.parametrize("schedule", ["paper", "random"])
+    def test_compiled_training_never_falls_back_to_eager(self, make_trainer, schedule):
+        """Three layers drop out, and torch is told to make two graphs of a function at most; the Trainer knows better."""
+        model = {"num_hidden_layers": 4, "num_targets": 1, "intermediate_schedule": schedule}
+        eager = make_trainer(model, max_steps=12)
+        eager.train()
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+            compiled = make_trainer(model, max_steps=12, torch_compile=True, torch_compile_backend="aot_eager")
+            compiled.train()
+        assert_same_logs(loss_logs(eager), loss_logs(compiled), rel=1e-3)
+        counters = torch._dynamo.utils.counters
+        assert counters["stats"]["unique_graphs"] >= 4
+        assert not counters["graph_break"]
+        torch._dynamo.reset()
 
 
 class TestEvaluation:

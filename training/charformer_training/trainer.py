@@ -70,6 +70,9 @@ class AuxiliaryLossTrainer(PushingTrainer):
         if _takes(self.model, "target_counts"):
             self._check_own_losses()
         settings = getattr(self.model, "loss_settings", None)
+        if settings is not None:
+            for percent in range(101):  # what a schedule gets wrong, it does so before anything is trained
+                settings.weights_in_force(percent / 100, percent)
         if self.args.torch_compile and settings is not None:
             # Each layer that drops out makes a new graph; past its limit torch would silently run eagerly.
             limit = torch._dynamo.config.recompile_limit
