@@ -10,9 +10,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForObjectDetection,
     AutoModelForSequenceClassification,
-    DetrForObjectDetection,
-    ResNetConfig,
     set_seed,
 )
 
@@ -314,8 +313,13 @@ DETR: dict[str, Any] = {
     "use_timm_backbone": False,
     "use_pretrained_backbone": False,
     "backbone": None,
-    "backbone_config": ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
+    "backbone_config": AutoConfig.for_model(
+        "resnet",
+        embedding_size=8,
+        hidden_sizes=[8, 8, 8, 8],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage4"],
     ),
     "d_model": 16,
     "encoder_layers": 1,
@@ -451,7 +455,7 @@ class TestTrainer:
                 "max_steps": 2,
                 "learning_rate": 1e-4,
             }
-            model = DetrForObjectDetection(config)
+            model = AutoModelForObjectDetection.from_config(config)
             trainer = train(model, tmp_path, data=Pictures(), data_collator=Pictures.collate, **settings)
             logs.append(loss_logs(trainer))
         assert_same_logs(*logs)
