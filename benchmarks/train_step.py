@@ -10,20 +10,14 @@ in bf16, eager and compiled.
 
 import argparse
 import json
-import os
 import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from measure import Step, in_own_process, peak_memory, times_by_turns
 from torch import nn
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
@@ -49,61 +43,8 @@ def build(variant: str) -> nn.Module:
     return CharformerForCausalLM(CharformerConfig(attention_dropout=0.0, activation_dropout=0.0, **losses))
 
 
-class Step:
-    """One optimizer step of a variant on random bytes."""
-
-    def __init__(self, variant: str, batch: int, device: str, compiled: bool = False):
-        self.device = device
-        model = build(variant).to(device).train()
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        self.model = torch.compile(model) if compiled else model
-        self.ids = torch.randint(0, 256, (batch, WINDOW)).to(device)
-
-    def __call__(self) -> float:
-        """Seconds."""
-        begin = time.perf_counter()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            loss = self.model(self.ids, labels=self.ids, use_cache=False).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-
-def measure_times(batch: int, repeats: int, device: str, compiled: bool = False) -> dict[str, float]:
-    """Median seconds of a step of each variant, taking turns."""
-    steps = {variant: Step(variant, batch, device, compiled) for variant in VARIANTS}
-    for step in steps.values():
-        step(), step()
-    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for _ in tqdm(range(repeats), desc="compiled" if compiled else "eager"):
-        for variant, step in steps.items():
-            times[variant].append(step())
-    return {variant: statistics.median(values) for variant, values in times.items()}
-
-
-def peak_memory(variant: str, batch: int, device: str) -> float:
-    """Peak of two steps in MiB: of the process beyond its imports, or of the CUDA device."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = Step(variant, batch, device)
-    step(), step()
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
-
-
-def measure_memory(batch: int, device: str) -> dict[str, float]:
-    """`peak_memory` of each variant, in processes of their own."""
-    peaks = {}
-    for variant in VARIANTS:
-        command = [sys.executable, __file__, "--batch", str(batch), "--memory-of", variant, "--device", device]
-        # glibc then maps every tensor by itself instead of keeping freed ones.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        peaks[variant] = float(result.stdout)
-    return peaks
+def make_step(variant: str, batch: int, device: str, compiled: bool = False) -> Step:
+    return Step(build(variant), torch.randint(0, 256, (batch, WINDOW)), device, compiled)
 
 
 def ratios(values: dict[str, float]) -> dict[str, float]:
@@ -123,7 +64,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        print(peak_memory(arguments.memory_of, arguments.batch, arguments.device))
+        print(peak_memory(lambda: make_step(arguments.memory_of, arguments.batch, arguments.device), arguments.device))
         return
 
     results: dict[str, Any] = {
@@ -133,12 +74,14 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    memory = measure_memory(arguments.batch, arguments.device)
+    options = ("--batch", arguments.batch, "--device", arguments.device)
+    memory = {variant: in_own_process(__file__, *options, "--memory-of", variant) for variant in VARIANTS}
     results["peak_memory_mib"] = {variant: round(value) for variant, value in memory.items()}
     results["peak_memory_ratios"] = ratios(memory)
     for compiled in (False, True) if arguments.device == "cuda" else (False,):
-        times = measure_times(arguments.batch, arguments.repeats, arguments.device, compiled)
         mode = "compiled" if compiled else "eager"
+        steps = {variant: make_step(variant, arguments.batch, arguments.device, compiled) for variant in VARIANTS}
+        times = times_by_turns(steps, arguments.repeats, mode)
         results[f"{mode}_seconds"] = {variant: round(value, 4) for variant, value in times.items()}
         results[f"{mode}_time_ratios"] = ratios(times)
         for variant, value in times.items():

@@ -19,6 +19,7 @@ def run(name: str, *arguments: object) -> str:
 def test_no_example_is_left_out():
     # Those of the Hub are run beside its other tests.
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
+        "any_model.py",
         "generate.py",
         "load_from_hub.py",
         "own_training_loop.py",
@@ -43,3 +44,12 @@ def test_own_training_loop():
 def test_train_with_trainer(text_file, tmp_path):
     shown = run("train_with_trainer.py", text_file, tmp_path / "run")
     assert "eval_bpc" in shown and (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_any_model(tmp_path):
+    shown = run("any_model.py", tmp_path / "run")
+    assert "loss_layer_2" in shown and "loss_confidence" in shown and "'eval_loss_next_token'" in shown
+    assert (
+        shown.splitlines()[-1]
+        == "['layer_1', 'layer_1_target_2', 'layer_2', 'layer_2_target_2', 'layer_3', 'layer_3_target_2', 'target_2']"
+    )

@@ -1,0 +1,66 @@
+"""What the benchmarks of training steps share: time by turns, memory in processes of their own."""
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+
+class Step:
+    """One optimizer step (AdamW) of a model on random ids; in bf16 on a CUDA device."""
+
+    def __init__(self, model: nn.Module, ids: torch.Tensor, device: str, compiled: bool = False, **inputs: Any):
+        self.device, self.inputs = device, inputs
+        model = model.to(device).train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.model = torch.compile(model) if compiled else model
+        self.ids = ids.to(device)
+
+    def __call__(self) -> float:
+        """Seconds."""
+        begin = time.perf_counter()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, **self.inputs).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+
+def times_by_turns(steps: Mapping[str, Step], repeats: int, name: str) -> dict[str, float]:
+    """Median seconds of each step. They take turns, so that whatever else the machine does hits all alike."""
+    for step in steps.values():
+        step(), step()
+    times: dict[str, list[float]] = {variant: [] for variant in steps}
+    for _ in tqdm(range(repeats), desc=name):
+        for variant, step in steps.items():
+            times[variant].append(step())
+    return {variant: statistics.median(values) for variant, values in times.items()}
+
+
+def peak_memory(make_step: Callable[[], Step], device: str) -> float:
+    """Peak of two steps in MiB: of this process beyond what it holds now, or of the CUDA device."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = make_step()
+    step(), step()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def in_own_process(program: str, *arguments: object) -> float:
+    """What `program` prints: a number. Its allocator gives back what is freed, so that a peak is of what is in use."""
+    # glibc then maps every tensor by itself instead of keeping freed ones.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, program, *map(str, arguments)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)

@@ -1,0 +1,54 @@
+"""The losses on a model of Transformers: GPT-2 with losses on intermediate layers and on the token after the next one.
+
+python examples/any_model.py OUTPUT_FOLDER
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, set_seed
+
+from charformer_training import (
+    AuxiliaryLossTrainer,
+    AuxiliaryLossTrainingArguments,
+    add_auxiliary_losses,
+    load_auxiliary_losses,
+)
+
+
+(output_dir,) = sys.argv[1:]
+set_seed(0)
+# Any causal language model: AutoModelForCausalLM.from_pretrained(...). This one is small and new.
+model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=100, n_embd=32, n_layer=4, n_head=2, n_positions=64))
+add_auxiliary_losses(
+    model,
+    num_targets=2,
+    intermediate_layers=[1, 2, 3],
+    intermediate_schedule="random",  # one of them a step: with a large vocabulary each costs as much as the last
+    loss_weights={"target_2": 0.4, "layer_1": 0.3, "layer_2": 0.3, "layer_3": 0.3},
+)
+
+numbers = [torch.arange(start, start + 32) % 100 for start in range(100)]
+trainer = AuxiliaryLossTrainer(
+    model=model,
+    args=AuxiliaryLossTrainingArguments(
+        output_dir=output_dir, max_steps=60, learning_rate=1e-2, logging_steps=15, save_strategy="no", report_to="none"
+    ),
+    train_dataset=[{"input_ids": ids, "labels": ids} for ids in numbers],
+    eval_dataset=[{"input_ids": ids, "labels": ids} for ids in numbers[:8]],
+)
+
+
+def confidence(outputs, inputs):
+    """Mean probability of the likeliest token: a term of one's own, which here keeps the model from being too sure."""
+    return outputs.logits.softmax(-1).amax(-1).mean()
+
+
+trainer.add_loss_term("confidence", confidence, weight=0.1, schedule="paper")
+trainer.train()
+print(trainer.evaluate())
+trainer.save_model()
+
+plain = AutoModelForCausalLM.from_pretrained(output_dir)  # GPT-2 as it always was
+print(type(plain).__name__, plain.num_parameters())
+print(load_auxiliary_losses(plain, output_dir).auxiliary_heads)
