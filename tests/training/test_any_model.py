@@ -162,6 +162,15 @@ def test_gradient_checkpointing_and_tied_embeddings_give_the_same_gradients(kind
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_compiled_in_one_graph():
+    model, ids = add_auxiliary_losses(build("llama")), make_ids()
+    expected = model(ids, labels=ids, use_cache=False, training_progress=0.2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    output = compiled(input_ids=ids, labels=ids, use_cache=False, training_progress=0.2)
+    torch.testing.assert_close(output.loss_dict, expected.loss_dict)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 def test_saved_model_is_the_plain_one_with_the_heads_beside(kind, tmp_path):
     settings: dict[str, Any] = {"num_targets": 3, "intermediate_layers": [2], "loss_weights": {"layer_2": 0.25}}
@@ -428,6 +437,9 @@ class TestTrainer:
         logs = [loss_logs(train(build("gpt2"), tmp_path, batch=batch, accumulation=8 // batch)) for batch in (8, 4)]
         assert set(logs[0][0]) == {"loss", "step", "learning_rate", "grad_norm"}
         assert_same_logs(*logs)
+        rows = [Rows("next")[index] for index in range(8)]
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        assert logs[0][0]["loss"] == pytest.approx(build("gpt2")(**batch).loss.item(), rel=1e-4)
 
     def test_losses_beside_the_dict_are_logged_as_means(self, tmp_path):
         """The balancing loss of a mixture of experts is one of a batch, whatever the rest of the step holds."""

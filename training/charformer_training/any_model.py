@@ -4,8 +4,8 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -66,7 +66,7 @@ def add_auxiliary_losses(model: Model, classifiers: str | None = None, **setting
         ValueError: If the model or a setting is not accepted, before anything is changed.
     """
     base = _checked(base_model(model))
-    mixin = _CausalLM if _is_causal_lm(type(base)) else _SequenceClassifier
+    mixin = _CausalLM if is_causal_lm(type(base)) else _SequenceClassifier
     accepted = mixin.accepted_settings
     if wrong := sorted(settings.keys() - accepted):
         raise ValueError(f"add_auxiliary_losses has no settings {wrong} for {type(base).__name__}; it has {accepted}")
@@ -78,12 +78,12 @@ def add_auxiliary_losses(model: Model, classifiers: str | None = None, **setting
     losses = mixin.settings_for(base.config.get_text_config().num_hidden_layers, **settings)
     losses.weights_in_force(0.0)  # a schedule that returns nonsense does so here already, not after hours of training
     losses.weights_in_force(1.0)
-    norm = _final_norm(base)
+    norm, output_class = _final_norm(base)
     original = base.__class__
     base.__class__ = _class_with_losses(cast(Any, original), mixin)
     changed = cast(_WithAuxiliaryLosses, base)
     try:
-        changed._add_heads(losses, classifiers, norm)
+        changed._add_heads(losses, classifiers, norm, output_class)
     except BaseException:
         base.__class__ = original
         raise
@@ -136,9 +136,12 @@ class _WithAuxiliaryLosses(PreTrainedModel):
     def settings_for(num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
         raise NotImplementedError
 
-    def _add_heads(self, settings: AuxiliaryLossSettings, classifiers: str, norm: str | None) -> None:
+    def _add_heads(
+        self, settings: AuxiliaryLossSettings, classifiers: str, norm: str | None, output_class: type[ModelOutput]
+    ) -> None:
         self.loss_settings = settings
         self._final_norm_name = norm
+        self._output_class = output_class
         self._check_logits()
         weight = next(self.parameters())
         heads = {
@@ -174,17 +177,23 @@ class _WithAuxiliaryLosses(PreTrainedModel):
             return super().forward(**kwargs)
         if not self.training:
             outputs = super().forward(**{**kwargs, "return_dict": True})
-            return _with_breakdown(outputs, outputs.loss, {self.main: outputs.loss}, {self.main: 1.0})
+            return self._with_breakdown(outputs, outputs.loss, {self.main: outputs.loss}, {self.main: 1.0})
         weights = self.loss_settings.weights_in_force(own["training_progress"], own["training_step"])
         terms = [term for term in self.loss_settings.terms if not term.is_main and weights[term.name]]
         wanted = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         outputs = super().forward(**{**kwargs, "output_hidden_states": True, "return_dict": True})
         losses = self._losses(outputs, terms, weights, kwargs, own["target_counts"])
         if not wanted:
-            outputs = replace(outputs, hidden_states=None)
+            outputs = {name: value for name, value in outputs.items() if name != "hidden_states"}
         share = self._share_of_step(kwargs, own["target_counts"])
         loss, losses, in_force = weighted_loss(losses, weights, self.loss_uncertainty, share)
-        return _with_breakdown(outputs, loss, losses, in_force)
+        return self._with_breakdown(outputs, loss, losses, in_force)
+
+    def _with_breakdown(
+        self, outputs: Mapping[str, Any], loss: Tensor, losses: dict[str, Tensor], weights: dict[str, Any]
+    ) -> ModelOutput:
+        values = {name: value for name, value in outputs.items() if name != "loss"}
+        return self._output_class(loss=loss, **values, loss_dict=losses, loss_weights=weights)
 
     def _losses(
         self,
@@ -387,19 +396,13 @@ def _output_class(kind: type[ModelOutput]) -> type[ModelOutput]:
     return OutputWithBreakdown
 
 
-def _with_breakdown(
-    outputs: ModelOutput, loss: Tensor, losses: dict[str, Tensor], weights: dict[str, Any]
-) -> ModelOutput:
-    values = {name: value for name, value in outputs.items() if name != "loss"}
-    return _output_class(type(outputs))(loss=loss, **values, loss_dict=losses, loss_weights=weights)
-
-
 def base_model(model: nn.Module) -> nn.Module:
     base = getattr(model, "get_base_model", None)  # of a PEFT model
     return base() if callable(base) else model
 
 
-def _is_causal_lm(kind: type) -> bool:
+def is_causal_lm(kind: type) -> bool:
+    """Whether it is a class of causal language models, whose labels are their input, by its name."""
     return "ForCausalLM" in kind.__name__ or kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
@@ -414,7 +417,7 @@ def _checked(model: nn.Module) -> PreTrainedModel:
         raise ValueError(
             f"{name} is an encoder-decoder; add_auxiliary_losses takes causal language models and classifiers of sequences"
         )
-    if _is_causal_lm(type(model)):
+    if is_causal_lm(type(model)):
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(f"{name} has no output embeddings, which predict the next token")
@@ -443,8 +446,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _final_norm(model: PreTrainedModel) -> str | None:
-    """The name of the norm after the last layer, found by what it does: its output is the model's last hidden state."""
+def _final_norm(model: PreTrainedModel) -> tuple[str | None, type[ModelOutput]]:
+    """The name of the norm after the last layer, and the class of the model's output with a breakdown of its loss.
+
+    The norm is found by what it does: its output is the model's last hidden state.
+    """
     seen: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.__setitem__(name, output))
@@ -454,10 +460,11 @@ def _final_norm(model: PreTrainedModel) -> str | None:
     try:
         with _evaluating(model):
             ids = torch.tensor([[1, 2]], device=model.device)
-            states = getattr(model(input_ids=ids, output_hidden_states=True, return_dict=True), "hidden_states", None)
+            outputs = model(input_ids=ids, output_hidden_states=True, return_dict=True)
     finally:
         for hook in hooks:
             hook.remove()
+    states = getattr(outputs, "hidden_states", None)
     expected = model.config.get_text_config().num_hidden_layers + 1
     if states is None or len(states) != expected:
         raise ValueError(
@@ -466,4 +473,4 @@ def _final_norm(model: PreTrainedModel) -> str | None:
         )
     last = states[-1]
     matches = [name for name, out in seen.items() if out.numel() == last.numel() and out.view_as(last).equal(last)]
-    return matches[-1] if matches else None
+    return matches[-1] if matches else None, _output_class(cast(Any, type(outputs)))

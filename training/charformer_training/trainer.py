@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Moment, count_targets, scheduled
 
-from .any_model import base_model
+from .any_model import base_model, is_causal_lm
 from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint, saving_failed
 from .hub import PushingTrainer
 from .loss_terms import EvaluationTerms, TrainingTerms, group_by_layer
@@ -49,6 +49,8 @@ class AuxiliaryLossTrainer(PushingTrainer):
       beside `loss`: the mean per optimizer step, the same however a batch is split over accumulation steps and
       processes. A term that has dropped out is absent.
     - Adds terms of your own to the loss, see `add_loss_term`.
+    - Counts the targets of every causal language model right. (`transformers.Trainer` counts one too many in each row of
+      GPT-2's and others whose name does not end in `ForCausalLM`, whose losses come out that much too low.)
     - A model that is handed `num_items_in_batch` and takes no notice of it, as Transformers' classifiers, is trained on
       the mean over the parts of a step. (`transformers.Trainer` would add them up.)
     - Evaluation reports `eval_loss` and `eval_loss_<name>` as means over targets, not over batches. For a byte-level
@@ -67,6 +69,9 @@ class AuxiliaryLossTrainer(PushingTrainer):
             # Heads that drop out in the middle of training leave parameters without a gradient.
             args.ddp_find_unused_parameters = True
         super().__init__(model=model, args=args, **kwargs)
+        if is_causal_lm(type(base_model(cast(nn.Module, self.model)))):
+            # The Trainer goes by a name that ends in ForCausalLM, and so counts a target too many in rows of GPT-2's.
+            self._loss_shifts_labels = True
         if _takes(self.model, "target_counts"):
             self._check_own_losses()
         settings = getattr(self.model, "loss_settings", None)
