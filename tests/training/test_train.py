@@ -120,6 +120,25 @@ def test_fine_tuning_begins_with_the_given_model(command, tmp_path):
         assert weight.equal(before.state_dict()[name])
 
 
+@pytest.mark.parametrize("place", ["recipe", "command line"])
+def test_weights_of_single_terms_reach_the_saved_model(command, tmp_path, place):
+    weights = {"target_2": 0.4, "layer_1": 0.8}
+    words = command(loss_weighting="uncertainty", target_schedule="forward", intermediate_schedule="rotate_2")
+    if place == "recipe":
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({**yaml.safe_load(Path(QUICKSTART).read_text()), "loss_weights": weights}))
+        words[0] = str(recipe)
+    else:
+        words += ["--loss_weights", json.dumps(weights)]
+    assert main(words) == 0
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run").config
+    assert config.loss_weights == weights and config.loss_weighting == "uncertainty"
+    first, *_, last = training_entries(tmp_path / "run")
+    assert "loss_uncertainty" in first
+    assert "loss_target_2" not in first and "loss_target_2" in last  # comes in after a quarter of training
+    assert ("loss_layer_2" in first) != ("loss_layer_1" in first)
+
+
 def test_fine_tuning_keeps_the_architecture(command, tmp_path, capsys):
     assert main(command()) == 0
     assert main(command(model_name_or_path=tmp_path / "run", output_dir=tmp_path / "tuned", hidden_size=32)) == 1

@@ -139,21 +139,20 @@ class _WithAuxiliaryLosses(PreTrainedModel):
     def _add_heads(
         self, settings: AuxiliaryLossSettings, classifiers: str, norm: str | None, output_class: type[ModelOutput]
     ) -> None:
+        self._check_logits()
         self.loss_settings = settings
         self._final_norm_name = norm
         self._output_class = output_class
-        self._check_logits()
-        weight = next(self.parameters())
         heads = {
             term.name: self._make_head(term, index, classifiers)
             for index, term in enumerate(settings.terms)
             if not term.is_main
         }
-        self.auxiliary_heads = nn.ModuleDict(heads).to(weight.device, weight.dtype)
+        self.auxiliary_heads = nn.ModuleDict(heads).to(self.device, self.dtype)
         self.loss_uncertainty = None
         if settings.loss_weighting != "fixed":
             names = [*(term.name for term in settings.terms), "last_position"]
-            self.loss_uncertainty = UncertaintyWeighting(names).to(weight.device)
+            self.loss_uncertainty = UncertaintyWeighting(names).to(self.device)
 
     def _check_logits(self) -> None:
         """Raise a ValueError if the classifier that the heads share is not what the model does."""
