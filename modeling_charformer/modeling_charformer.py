@@ -4,12 +4,15 @@ Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K 
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -41,6 +44,7 @@ from .auxiliary_losses import (
 )
 from .configuration_charformer import CharformerConfig
 from .hub import CharformerPushToHubMixin
+from .tokenization_charformer import CharformerTokenizer
 
 
 @dataclass
@@ -114,11 +118,13 @@ class CharformerAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        positions_to_keep: int = 0,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        by_head = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(by_head).transpose(1, 2)  # (B, H, S, D)
+        """`positions_to_keep`: compute the output of so many last positions only; 0 is all."""
+        by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
+        asking = hidden_states[:, -positions_to_keep:]
+        query = self.q_proj(asking).view(*asking.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
         key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
         value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         if past_key_values is not None:
@@ -137,7 +143,7 @@ class CharformerAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+        return self.o_proj(output.reshape(*asking.shape[:-1], -1)), weights
 
 
 class CharformerMLP(nn.Module):
@@ -164,12 +170,14 @@ class CharformerLayer(GradientCheckpointingLayer):
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, positions_to_keep: int = 0, **kwargs) -> Tensor:
         hidden_states = hidden_states + self.position_embeddings(position_ids)
+        attended = self.attention_norm(hidden_states) if self.norm_first else hidden_states
+        attended = self.self_attn(attended, positions_to_keep=positions_to_keep, **kwargs)[0]
+        hidden_states = hidden_states[:, -positions_to_keep:] + attended
         if self.norm_first:
-            hidden_states = hidden_states + self.self_attn(self.attention_norm(hidden_states), **kwargs)[0]
             return hidden_states + self.mlp(self.mlp_norm(hidden_states))
-        hidden_states = self.attention_norm(hidden_states + self.self_attn(hidden_states, **kwargs)[0])
+        hidden_states = self.attention_norm(hidden_states)
         return self.mlp_norm(hidden_states + self.mlp(hidden_states))
 
 
@@ -250,6 +258,13 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
             model.generation_config = copy.deepcopy(self.generation_config)
         return model.train(self.training)
 
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        """A repository without a tokenizer gets one beside the model: it needs no training, ids are bytes."""
+        name, options = "tokenizer_config.json", {key: kwargs.get(key) for key in ("token", "revision")}
+        if not (Path(working_dir, name).exists() or HfApi().file_exists(repo_id, name, **options)):
+            CharformerTokenizer().save_pretrained(working_dir)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     def _card_facts(self) -> str:
         config, parameters = self.config, self.num_parameters()
         heads = sum(weight.numel() for name, weight in self.named_parameters() if name.startswith(TRAINING_ONLY))
@@ -296,6 +311,7 @@ class CharformerModel(CharformerPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         layers_to_return: Iterable[int] = (),
+        positions_to_keep: int = 0,
         **kwargs,
     ) -> CharformerModelOutput:
         """
@@ -304,6 +320,8 @@ class CharformerModel(CharformerPreTrainedModel):
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding; positions count text only.
             position_ids: `(B, S)`, in the window; by default they follow from the mask and the cache.
             layers_to_return: Numbers (1..n) of the layers whose outputs `layer_hidden_states` is to hold.
+            positions_to_keep: Compute only so many last positions in the last layer, where no other needs the rest; 0 is
+                all.
 
         Raises:
             ValueError: If the sequence, with what is cached, is longer than the window, or an id is outside the
@@ -328,13 +346,17 @@ class CharformerModel(CharformerPreTrainedModel):
 
         hidden_states = inputs_embeds
         layer_hidden_states = {}
+        last_mask = self._mask_of_last_positions(causal_mask, hidden_states, positions_to_keep)
         # The slice is what Transformers' early exit relies on: it lowers num_hidden_layers for a while.
-        for number, layer in enumerate(self.layers[: self.config.num_hidden_layers], start=1):
+        layers = self.layers[: self.config.num_hidden_layers]
+        for number, layer in enumerate(layers, start=1):
+            is_last = number == len(layers)
             hidden_states = layer(
                 hidden_states,
                 position_ids=position_ids,
-                attention_mask=causal_mask,
+                attention_mask=last_mask if is_last else causal_mask,
                 past_key_values=past_key_values,
+                positions_to_keep=positions_to_keep if is_last else 0,
                 **kwargs,
             )
             if number in layers_to_return:
@@ -344,6 +366,26 @@ class CharformerModel(CharformerPreTrainedModel):
             past_key_values=past_key_values,
             layer_hidden_states=layer_hidden_states or None,
         )
+
+    def _mask_of_last_positions(self, causal_mask: Any, inputs_embeds: Tensor, positions_to_keep: int) -> Any:
+        length = inputs_embeds.shape[1]
+        if positions_to_keep in (0, length):
+            return causal_mask
+        if not 0 < positions_to_keep < length:
+            raise ValueError(
+                f"positions_to_keep is {positions_to_keep}; it must be 0 to {length}, the sequence's length"
+            )
+        if isinstance(causal_mask, Tensor):
+            return causal_mask[:, :, -positions_to_keep:]
+        if causal_mask is not None:
+            raise ValueError(
+                f"positions_to_keep needs attn_implementation 'sdpa' or 'eager', not {self.config._attn_implementation!r}"
+            )
+        if positions_to_keep == 1:
+            return None  # the last position sees all
+        # Left to itself, SDPA would let the first of the queries see the first key alone.
+        ones = torch.ones(positions_to_keep, length, dtype=torch.bool, device=inputs_embeds.device)
+        return ones.tril(length - positions_to_keep)[None, None]
 
     def _positions_in_window(
         self,

@@ -112,13 +112,15 @@ class LoopbackHub:
         self._servers: list[ThreadingHTTPServer] = []
 
     def __enter__(self) -> "LoopbackHub":
-        for storage in (False, True):
-            handler = type("Handler", (_Handler,), {"hub": self, "storage": storage})
+        for is_storage in (False, True):
+            handler = type("Handler", (_Handler,), {"hub": self, "storage": is_storage})
             server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, daemon=True).start()
             self._servers.append(server)
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        hub, storage = (server.server_address[1] for server in self._servers)
+        # Two names: some clients take two ports of one host for the same place, and keep their token on the way.
+        self.endpoint, self.storage = f"http://127.0.0.1:{hub}", f"http://localhost:{storage}"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,7 +137,7 @@ class LoopbackHub:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         } | ({"HF_TOKEN": token} if token else {})
 
     def commits(self, repo: str) -> list[Commit]:

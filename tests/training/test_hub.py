@@ -2,16 +2,18 @@
 
 import logging
 import re
+import shutil
+from concurrent.futures import Future
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments
 from charformer_training.card import merged_card, trainer_card
 from charformer_training.hub import _stage_checkpoint
-from modeling_charformer import CharformerConfig, CharformerForSequenceClassification
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerForSequenceClassification
 from modeling_charformer.hub import is_unfilled_form
 from tests.helpers import TINY
 
@@ -123,6 +125,11 @@ class TestStage:
         trained.save_model()
         assert not list(tmp_path.rglob("*.bin"))
 
+    def test_the_tokenizer_is_there_without_being_asked_for(self, trained, tmp_path):
+        assert trained.processing_class is None
+        trained.save_model(tmp_path)
+        assert AutoTokenizer.from_pretrained(tmp_path)("é")["input_ids"] == [0xC3, 0xA9]
+
     def test_pickles_are_refused(self, trained, tmp_path):
         trained.save_model()
         (tmp_path / "run" / "pytorch_model.bin").write_bytes(b"")
@@ -153,3 +160,33 @@ def test_card_of_a_classifier(tmp_path):
         r"^\| layer_2 \| 2 \| \d\.\d{4} \|$", card.text, re.MULTILINE
     )
     assert card.data.pipeline_tag == "text-classification"
+
+
+def test_a_model_for_inference_alone_is_not_resumed_and_says_so(trained, make_trainer, tmp_path):
+    trained.model.without_auxiliary_heads().save_pretrained(tmp_path / "export")
+    with pytest.raises(ValueError, match="holds a model, but not the state of a training .* inference only cannot be"):
+        make_trainer().train(resume_from_checkpoint=str(tmp_path / "export"))
+
+
+def test_a_folder_that_is_gone_is_no_base_model(make_trainer, tmp_path):
+    source = tmp_path / "begun"
+    make_trainer().model.save_pretrained(source)
+    trainer = make_trainer(CharformerForCausalLM.from_pretrained(source))
+    shutil.rmtree(source)
+    assert "base_model" not in trainer_card(trainer, "mine").data.to_dict()
+
+
+@pytest.mark.parametrize("stop", [FloatingPointError, KeyboardInterrupt])
+def test_a_push_that_failed_is_reported_also_when_the_run_stops(make_trainer, caplog, stop):
+    trainer = make_trainer()
+    failed: Future = Future()
+    failed.set_exception(ConnectionError("the line was cut"))
+    trainer.hub_model_id, trainer._pushes = "user/mine", [failed]
+
+    def stops(*args, **kwargs):
+        raise stop("stopped")
+
+    trainer.training_step = stops
+    with pytest.raises(stop, match="stopped"):
+        trainer.train()
+    assert "pushing to 'user/mine' failed: the line was cut" in caplog.text

@@ -6,6 +6,7 @@
 from .any_model import add_auxiliary_losses, load_auxiliary_losses
 from .arguments import AuxiliaryLossTrainingArguments
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
+from .hub import push_folder
 from .plots import plot_loss_terms
 from .trainer import AuxiliaryLossTrainer
 
@@ -20,5 +21,6 @@ __all__ = [
     "load_auxiliary_losses",
     "load_corpus",
     "plot_loss_terms",
+    "push_folder",
     "split_corpus",
 ]

@@ -54,8 +54,7 @@ def trainer_card(
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     config = getattr(model, "config", None)
-    began_with = getattr(config, "_name_or_path", "")
-    finetuned_from = finetuned_from or (began_with if began_with and not Path(began_with).exists() else None)
+    finetuned_from = finetuned_from or trainer.finetuned_from
     datasets = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
     splits = [data.split for data in datasets.values() if isinstance(data, RandomWindows | ConsecutiveWindows)]
     source = source or next((split.source for split in splits if split.source), None)

@@ -47,6 +47,12 @@ def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"resume_from_checkpoint: there is no folder {folder}")
+    if not (folder / "trainer_state.json").exists() and (folder / "config.json").exists():
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} holds a model, but not the state of a training (trainer_state.json). Training"
+            " is resumed from the checkpoint-* folders of a run, with the full model; one for inference only cannot be"
+            " resumed. To begin a new training with its weights, give it as model_name_or_path"
+        )
     if not is_complete(folder):
         raise ValueError(
             f"resume_from_checkpoint: {folder} is not a complete checkpoint (its trainer_state.json is missing or"

@@ -3,19 +3,23 @@
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
-from .card import merged_card, trainer_card
+import modeling_charformer
+from modeling_charformer import CharformerConfig, CharformerTokenizer
+
+from .card import is_charformer, merged_card, trainer_card
 from .plots import PICTURE, drop_steps, plot_loss_terms
 
 
@@ -44,6 +48,9 @@ class PushingTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         self._pushes: list[Future] = []
         super().__init__(*args, **kwargs)
+        name = getattr(getattr(self.accelerator.unwrap_model(self.model), "config", None), "_name_or_path", "")
+        # Asked now: a folder may be gone by the time that the card is written.
+        self.finetuned_from: str | None = name if name and not Path(name).exists() else None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository if need be, and make sure that it can be written to.
@@ -60,14 +67,28 @@ class PushingTrainer(Trainer):
             shutil.rmtree(left, ignore_errors=True)
         name = self.args.hub_model_id or output_dir.absolute().name
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(token, **_given(private=private))
             HfApi().auth_check(str(self.hub_model_id), token=token or self.args.hub_token, write=True)
         except Exception as error:  # each layer below has exceptions of its own
             raise OSError(push_failed(name, error)) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(output_dir or str(self.args.output_dir))
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        if self.processing_class is None and is_charformer(config):
+            CharformerTokenizer().save_pretrained(folder)  # one that needs no training: ids are bytes
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        except Exception:
+            self._finish_current_push()
+            raise
+        except BaseException:  # whoever interrupts a run does not want to wait
+            self._report_failed_pushes()
+            raise
 
     def push_to_hub(
         self,
@@ -88,7 +109,7 @@ class PushingTrainer(Trainer):
             self.init_hf_repo(token, private)
         self._refuse_pickles()
         try:
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            return super().push_to_hub(commit_message, blocking, token, revision, **_given(private=private), **kwargs)
         except Exception as error:  # as above
             raise OSError(
                 f"{push_failed(str(self.hub_model_id), error)}. The model is in {self.args.output_dir}"
@@ -96,7 +117,12 @@ class PushingTrainer(Trainer):
 
     def _refuse_pickles(self) -> None:
         folder = Path(str(self.args.output_dir))
-        if pickles := [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]:
+        pushed = (
+            path
+            for path in sorted(folder.rglob("*"))
+            if not any(part.startswith((PREFIX_CHECKPOINT_DIR, "_")) for part in path.relative_to(folder).parts)
+        )
+        if pickles := [str(path.relative_to(folder)) for path in pushed if path.suffix in PICKLES]:
             raise ValueError(
                 f"output_dir {folder} holds {', '.join(pickles)}, which would be pushed: pickles can run code when they"
                 " are loaded. Move them elsewhere; weights are saved as safetensors"
@@ -207,6 +233,58 @@ class PushingTrainer(Trainer):
         plot_loss_terms(self.state.log_history, drops, folder / PICTURE, title)
 
 
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    inference_only: bool = False,
+    commit_message: str = "Upload model",
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+) -> CommitInfo:
+    """Push the Charformer in `folder`, such as a run has left there, as one commit: model, tokenizer, code, card, picture.
+
+    The card that the repository has already keeps what a person wrote into it.
+
+    Args:
+        folder: What holds the model; other files in it, checkpoints and pickles among them, stay at home.
+        repo_id: `"user/name"`; made if need be.
+        inference_only: Push the model without what only training needs. Training can be resumed from the full one only.
+        commit_message: What the commit is called.
+        token: By default the one of HF_TOKEN or of `hf auth login`.
+        private: Whether a new repository is private.
+        revision: The branch; by default `"main"`.
+
+    Raises:
+        OSError: If the folder holds no model, or the push fails; the message tells why.
+    """
+    architectures = CharformerConfig.from_pretrained(folder).architectures or []
+    kind: Any = getattr(modeling_charformer, architectures[0] if architectures else "CharformerModel")
+    model = kind.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as stage:
+        (model.without_auxiliary_heads() if inference_only else model).save_pretrained(stage)
+        CharformerTokenizer.from_pretrained(folder).save_pretrained(stage)
+        for name in (CARD, PICTURE):
+            if Path(folder, name).exists():
+                shutil.copy(Path(folder, name), stage)
+        try:
+            HfApi().create_repo(repo_id, token=token, private=private, exist_ok=True)
+            if Path(stage, CARD).exists():
+                merged_card(ModelCard.load(Path(stage, CARD)), _card_on_hub(repo_id, token, revision)).save(
+                    Path(stage, CARD)
+                )
+            return HfApi().upload_folder(
+                repo_id=repo_id, folder_path=stage, commit_message=commit_message, token=token, revision=revision
+            )
+        except Exception as error:  # each layer below has exceptions of its own
+            raise OSError(push_failed(repo_id, error)) from error
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are given: older versions of Transformers do not know them all."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _joined(names: str | Sequence[str] | None) -> str:
     return names if isinstance(names, str) else ", ".join(names or ())
 
@@ -262,7 +340,8 @@ def push_failed(repo_id: str, error: BaseException) -> str:
         404: "The repository, or the right to see it, is missing",
     }
     if status is None:
-        hint = "" if isinstance(error, ValueError) else "Is the Hub within reach?"
+        from_network = isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore"))
+        hint = "Is the Hub within reach?" if from_network else ""
     else:
         hint = hints.get(status, "Push again later" if status >= 500 else "")
     reason = " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,248 @@
+"""Bits per character of a whole text, exactly: each byte predicted once, in a window that slides.
+
+The papers' protocol is `stride=1`: each character is predicted with the full window before it (Al-Rfou et al. 2018,
+section 3). A larger stride costs that many times less and gives characters less context.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from modeling_charformer import CharformerForCausalLM
+
+
+# Standard errors are taken from means over so many bytes in a row: neighbours depend on each other.
+BLOCK = 1000
+SECONDS_BETWEEN_SAVES = 20.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `bits_per_character` found out, and under which conditions.
+
+    `bpb` is in bits per byte, `bpc` in bits per character of UTF-8 (one and the same in ASCII text); `standard_error` is
+    that of `bpc`, from means over blocks of 1,000 bytes (`None` for a text of fewer than two). `counted_bytes` is one
+    less than the text's `bytes`: nothing comes before the first. `sha256` is the text's checksum.
+    """
+
+    bpc: float
+    bpb: float
+    standard_error: float | None
+    bytes: int
+    counted_bytes: int
+    counted_characters: int
+    sha256: str
+    window: int
+    stride: int
+    seconds: float
+
+
+def bits_per_character(
+    model: CharformerForCausalLM,
+    text: str | bytes | np.ndarray | os.PathLike,
+    window: int | None = None,
+    stride: int = 1,
+    batch_size: int = 32,
+    progress: bool = True,
+    state_file: str | os.PathLike | None = None,
+) -> Evaluation:
+    """The code length of a text under a model, in a window that slides by `stride` bytes.
+
+    The first window counts all its predictions, each from the bytes before it; every later one its last `stride`, each
+    from `window - stride + 1` bytes or more (all of `window` with stride 1). The last window ends with the text. So each
+    byte but the text's first counts once. Under torchrun or accelerate launch the windows are shared out among the
+    processes, and each returns the whole result.
+
+    Args:
+        model: On its device, in any dtype; bits are added up in double precision.
+        text: The text itself, its bytes (an array of uint8 may be memory-mapped), or the path of a file.
+        window: Bytes that the model sees at once; by default all it can.
+        stride: 1 to `window`.
+        batch_size: Windows at a time.
+        progress: Whether to show a bar with the time left.
+        state_file: Where to keep what is done; a call that finds it there, for the same text, model and settings, goes on
+            from it, and removes it at the end.
+
+    Raises:
+        ValueError: If the text is shorter than two bytes, or window, stride or batch size are out of range.
+    """
+    data = _bytes_of(text)
+    limit = model.config.max_position_embeddings
+    window = limit if window is None else window
+    if not 1 <= window <= limit:
+        raise ValueError(f"window is {window}; it must be 1 to {limit}, the model's max_position_embeddings")
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride is {stride}; it must be 1 to the window, {window}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    if len(data) < 2:
+        raise ValueError(f"the text has {len(data)} bytes; it must have 2 or more: nothing comes before the first")
+    windows = _Windows(len(data) - 1, window, stride, batch_size)
+    processes = PartialState()
+    rank = processes.process_index
+    own = range(rank, len(windows), processes.num_processes)
+    sha256 = hashlib.sha256(np.ascontiguousarray(data).data).hexdigest()
+    key = f"{sha256} {window} {stride} {batch_size} {processes.num_processes} {_fingerprint(model)}"
+    state = _State(Path(f"{state_file}.{rank}") if state_file is not None else None, key, -(-len(data) // BLOCK))
+
+    was_training = model.training
+    model.eval()
+    try:
+        todo = tqdm(
+            own[state.done :],
+            desc=f"bits per character, stride {stride}",
+            unit="batch",
+            initial=state.done,
+            total=len(own),
+            disable=not progress or rank > 0,
+        )
+        for number in todo:
+            positions, bits = _bits(model, data, *windows[number])
+            np.add.at(state.bits, positions // BLOCK, bits)
+            state.finish_batch()
+    finally:
+        model.train(was_training)
+    result = _evaluation(
+        data, np.sum(gather_object([state.bits]), axis=0), sha256, window, stride, max(gather_object([state.seconds]))
+    )
+    state.remove()
+    return result
+
+
+class _Windows:
+    """The batches of windows; each `(ends, counted)`: the number of the last prediction of each, and how many count.
+
+    Prediction `t` is that of byte `t + 1`, from the bytes up to `t`. The windows of a batch are equally long.
+    """
+
+    def __init__(self, num_predictions: int, window: int, stride: int, batch_size: int):
+        self.first = min(window, num_predictions)
+        self.window, self.stride, self.batch_size = window, stride, batch_size
+        self.last = num_predictions - 1
+        self.later = -(-(num_predictions - self.first) // stride)
+
+    def __len__(self) -> int:
+        return 1 + -(-self.later // self.batch_size)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """`ends`, `counted`, both `(B,)`, and the length of the windows."""
+        if number == 0:
+            return np.array([self.first - 1]), np.array([self.first]), self.first
+        index = np.arange((number - 1) * self.batch_size, min(number * self.batch_size, self.later))
+        ends = np.minimum(self.first - 1 + (index + 1) * self.stride, self.last)
+        return ends, ends - (self.first - 1 + index * self.stride), self.window
+
+
+@torch.no_grad()
+def _bits(
+    model: CharformerForCausalLM, data: np.ndarray, ends: np.ndarray, counted: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The places in the text of the bytes that a batch of windows counts, and the bits of each, float64."""
+    inputs = ends[:, None] + np.arange(1 - length, 1)
+    keep = int(counted.max())
+    ids = torch.from_numpy(data[inputs].astype(np.int64)).to(model.device)
+    hidden = model.model(ids, use_cache=False, positions_to_keep=keep).last_hidden_state
+    log_probabilities = model.lm_head(hidden).float().log_softmax(-1)
+    targets = inputs[:, -keep:] + 1
+    wanted = torch.from_numpy(data[targets].astype(np.int64)).to(model.device)
+    nats = -log_probabilities.gather(-1, wanted[..., None])[..., 0]
+    chosen = np.arange(keep) >= keep - counted[:, None]
+    return targets[chosen], nats.double().cpu().numpy()[chosen] / math.log(2)
+
+
+class _State:
+    """Bits by block, and how many batches are done; kept in a file now and then, if there is to be one."""
+
+    def __init__(self, path: Path | None, key: str, num_blocks: int):
+        self.path, self.key = path, key
+        self.bits, self.done, self.seconds = np.zeros(num_blocks), 0, 0.0
+        if path is not None and path.exists():
+            with np.load(path) as saved:
+                if str(saved["key"]) != key:
+                    raise ValueError(
+                        f"state_file: {path} belongs to an evaluation of another text or model, or with other settings;"
+                        " delete it, or give another file"
+                    )
+                self.bits, self.done, self.seconds = saved["bits"], int(saved["done"]), float(saved["seconds"])
+        self._last = self._saved = time.perf_counter()
+
+    def finish_batch(self) -> None:
+        now = time.perf_counter()
+        self.done, self.seconds, self._last = self.done + 1, self.seconds + now - self._last, now
+        if self.path is not None and now - self._saved > SECONDS_BETWEEN_SAVES:
+            unfinished = self.path.with_name(f".{self.path.name}.npz")
+            np.savez(unfinished, key=self.key, bits=self.bits, done=self.done, seconds=self.seconds)
+            os.replace(unfinished, self.path)
+            self._saved = now
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _evaluation(
+    data: np.ndarray, bits: np.ndarray, sha256: str, window: int, stride: int, seconds: float
+) -> Evaluation:
+    counted = len(data) - 1
+    # A character of UTF-8 is one byte that is not a continuation byte (10xxxxxx), and those that follow.
+    characters = int((np.asarray(data[1:]) & 0xC0 != 0x80).sum())
+    sizes = np.full(len(bits), BLOCK)
+    sizes[0] -= 1
+    sizes[-1] -= len(bits) * BLOCK - len(data)
+    error = None
+    if len(bits) > 1:
+        # Of a ratio of sums over blocks (Cochran 1977, section 6.3): blocks may differ in size.
+        residuals = bits - bits.sum() / counted * sizes
+        error = math.sqrt(len(bits) / (len(bits) - 1) * float((residuals**2).sum())) / characters
+    total = float(bits.sum())
+    return Evaluation(
+        bpc=total / characters,
+        bpb=total / counted,
+        standard_error=error,
+        bytes=len(data),
+        counted_bytes=counted,
+        counted_characters=characters,
+        sha256=sha256,
+        window=window,
+        stride=stride,
+        seconds=round(seconds, 3),
+    )
+
+
+def _bytes_of(text: str | bytes | np.ndarray | os.PathLike) -> np.ndarray:
+    if isinstance(text, str):
+        text = text.encode()
+    if isinstance(text, bytes):
+        return np.frombuffer(text, np.uint8)
+    if isinstance(text, np.ndarray):
+        if text.dtype != np.uint8 or text.ndim != 1:
+            raise ValueError(f"text is an array of {text.dtype}, shape {text.shape}; it must be (num_bytes,) uint8")
+        return text
+    path = Path(text)
+    if not path.is_file():
+        raise FileNotFoundError(f"text: there is no file {str(path)!r}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"the file {path} is empty")
+    return np.memmap(path, np.uint8, mode="r")
+
+
+def _fingerprint(model: CharformerForCausalLM) -> str:
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    for weight in _plain_weights(model):
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _plain_weights(model: CharformerForCausalLM) -> Iterator[torch.Tensor]:
+    return (weight for name, weight in model.named_parameters() if name.startswith(("model.", "lm_head.")))
