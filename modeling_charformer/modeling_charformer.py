@@ -515,7 +515,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             )
             loss_dict |= causal_lm_losses(
                 {**(outputs.layer_hidden_states or {}), len(self.model.layers): hidden_states},
-                {term.name: partial(self._classify, term) for term in auxiliary_terms},
+                {term.name: partial(self.classify, term) for term in auxiliary_terms},
                 auxiliary_terms,
                 labels,
                 denominators,
@@ -539,8 +539,8 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             loss_weights=weights if labels is not None else None,
         )
 
-    def _classify(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
-        """Logits of an auxiliary term's classifier, from the output of its layer (the last one's after the norm)."""
+    def classify(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
+        """Logits `(..., V)` of an auxiliary term's classifier, from its layer's output (the last one's after the norm)."""
         if term.layer < len(self.model.layers):
             hidden_states = self.model.norm(hidden_states)
         return self.auxiliary_heads[term.name](hidden_states)

@@ -6,6 +6,7 @@
 from .any_model import add_auxiliary_losses, load_auxiliary_losses
 from .arguments import AuxiliaryLossTrainingArguments
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
+from .evaluation import Evaluation, bits_per_character
 from .hub import push_folder
 from .plots import plot_loss_terms
 from .trainer import AuxiliaryLossTrainer
@@ -15,9 +16,11 @@ __all__ = [
     "AuxiliaryLossTrainer",
     "AuxiliaryLossTrainingArguments",
     "ConsecutiveWindows",
+    "Evaluation",
     "RandomWindows",
     "Split",
     "add_auxiliary_losses",
+    "bits_per_character",
     "load_auxiliary_losses",
     "load_corpus",
     "plot_loss_terms",

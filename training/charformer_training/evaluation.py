@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather_object
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from modeling_charformer import CharformerForCausalLM
@@ -118,6 +119,46 @@ def bits_per_character(
     )
     state.remove()
     return result
+
+
+@torch.no_grad()
+def bits_by_position(
+    model: CharformerForCausalLM, data: np.ndarray, window: int | None = None, batch_size: int = 32
+) -> dict[str, np.ndarray]:
+    """Mean bits per byte by the number of bytes seen before, for the model and for the classifiers of its layers.
+
+    What context buys is the fall along the window, what depth buys that from layer to layer.
+
+    Args:
+        model: Layers whose classifiers it has are reported; those of a model for inference alone are none.
+        data: `(num_bytes,)` uint8, more than `window`; cut into windows one after the other, the rest is left out.
+        window: Bytes that the model sees at once; by default all it can.
+        batch_size: Windows at a time.
+
+    Returns:
+        `next_char`, `layer_1`, ... to `(window,)`, the mean at each position.
+    """
+    window = window or model.config.max_position_embeddings
+    count = (len(data) - 1) // window
+    if count < 1:
+        raise ValueError(f"the text has {len(data)} bytes; bits by position need more than a window of {window}")
+    terms = [term for term in model.loss_settings.terms if term.offset == 1]
+    sums = {term.name: np.zeros(window) for term in terms}
+    was_training = model.training
+    model.eval()
+    for start in tqdm(range(0, count, batch_size), desc="bits by position and layer", unit="batch"):
+        rows = np.arange(start, min(start + batch_size, count))[:, None] * window + np.arange(window + 1)
+        ids = torch.from_numpy(data[rows].astype(np.int64)).to(model.device)
+        outputs = model.model(ids[:, :-1], use_cache=False, layers_to_return={term.layer for term in terms})
+        for term in terms:
+            if term.is_main:
+                logits = model.lm_head(outputs.last_hidden_state)
+            else:
+                logits = model.classify(term, outputs.layer_hidden_states[term.layer])
+            nats = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+            sums[term.name] += nats.double().sum(0).cpu().numpy()
+    model.train(was_training)
+    return {name: total / count / math.log(2) for name, total in sums.items()}
 
 
 class _Windows:

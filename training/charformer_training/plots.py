@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from modeling_charformer.auxiliary_losses import AuxiliaryLossSettings
 
 
@@ -103,6 +105,54 @@ def plot_loss_terms(
     axes[-1, 0].set_xlabel("step")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def plot_bits_by_position(bits: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Draw what context and what depth buy, `evaluation.bits_by_position`, into a PNG file.
+
+    Left: bits per byte by position in the window, for the model and each layer's classifier. Right: their means by layer.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = {int(name.removeprefix("layer_")): curve for name, curve in bits.items() if name != "next_char"}
+    figure, axes = pyplot.subplots(
+        1, 2 if layers else 1, figsize=(11 if layers else 7, 4.5), squeeze=False, layout="constrained"
+    )
+    left = axes[0, 0]
+    colors, deepest = pyplot.get_cmap("viridis"), max(layers, default=0)
+    for layer, curve in sorted(layers.items()):
+        left.plot(_smoothed(curve), color=colors(0.9 * layer / (deepest + 1)), linewidth=1, label=f"layer {layer}")
+    left.plot(_smoothed(bits["next_char"]), color="black", linewidth=1.5, label="the model")
+    left.set_xscale("symlog", linthresh=1)
+    left.set(
+        xlabel="bytes seen before in the window, besides the last", ylabel="bits per byte", title="What context buys"
+    )
+    if len(layers) <= 16:
+        left.legend(fontsize=8)
+    if layers:
+        right = axes[0, 1]
+        means = {layer: float(curve.mean()) for layer, curve in layers.items()}
+        means[deepest + 1] = float(bits["next_char"].mean())
+        right.plot(*zip(*sorted(means.items()), strict=True), "o-", color="black")
+        right.set(
+            xlabel="layer (the last: the model)", ylabel="bits per byte, mean of the window", title="What depth buys"
+        )
+        right.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _smoothed(curve: np.ndarray) -> np.ndarray:
+    """Means over a twentieth of the way to either side: far positions are alike, near ones are not."""
+    sums = np.concatenate([[0.0], curve.cumsum()])
+    places = np.arange(len(curve))
+    low, high = places - places // 20, np.minimum(places + places // 20, len(curve) - 1) + 1
+    return (sums[high] - sums[low]) / (high - low)
 
 
 def _curves(

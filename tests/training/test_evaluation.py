@@ -1,0 +1,217 @@
+"""Exact evaluation against a naive loop: one forward pass for each character, with all the context it may have."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from charformer_training import bits_per_character, evaluation
+from charformer_training.evaluate import main
+from charformer_training.evaluation import bits_by_position
+from modeling_charformer import CharformerForCausalLM
+
+
+TEXT = ("Größe und Maß; " * 9).encode()[:100]
+
+
+def naive_bits(model, data: bytes, window: int, stride: int) -> list[float]:
+    """Bits of each byte but the first."""
+    bits: list[float] = []
+    ids = torch.tensor(list(data))
+    end = 0  # predictions done
+    while end < len(data) - 1:
+        begin = end
+        end = min(window if not begin else begin + stride, len(data) - 1)
+        for position in range(begin, end):
+            context = ids[max(0, end - window) : position + 1]
+            log_probabilities = model(context[None]).logits[0, -1].double().log_softmax(-1)
+            bits.append(-log_probabilities[ids[position + 1]].item() / math.log(2))
+    return bits
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm_placement": "post"}, {"attn_implementation": "eager"}], ids=str)
+@pytest.mark.parametrize(("window", "stride"), [(24, 1), (24, 24), (24, 7), (10, 3), (1, 1)])
+def test_equals_the_naive_loop(make_model, settings, window, stride):
+    model = make_model(**settings).eval()
+    with torch.no_grad():
+        bits = naive_bits(model, TEXT, window, stride)
+    result = bits_per_character(model.train(), TEXT, window, stride, batch_size=4, progress=False)
+    assert model.training  # as it was
+    assert result.bpb == pytest.approx(sum(bits) / 99, rel=1e-6)
+    assert result.bpc == pytest.approx(sum(bits) / (len(TEXT.decode()) - 1), rel=1e-6)
+    assert (result.window, result.stride, result.bytes, result.counted_bytes) == (window, stride, 100, 99)
+    assert result.counted_characters == len(TEXT.decode()) - 1
+
+
+@pytest.mark.parametrize("length", [2, 3, 24, 25, 26])
+def test_short_texts(make_model, length):
+    model = make_model().eval()
+    with torch.no_grad():
+        bits = naive_bits(model, TEXT[30 : 30 + length], 24, 5)
+    result = bits_per_character(model, TEXT[30 : 30 + length], stride=5, progress=False)
+    assert result.bpb == pytest.approx(sum(bits) / (length - 1), rel=1e-6) and result.standard_error is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_the_result_does_not_depend_on_the_batch(make_model, batch_size):
+    model = make_model()
+    expected = bits_per_character(model, TEXT, stride=2, progress=False)
+    assert bits_per_character(model, TEXT, stride=2, batch_size=batch_size, progress=False).bpb == pytest.approx(
+        expected.bpb, rel=1e-6
+    )
+
+
+def test_text_bytes_array_and_file_are_the_same(make_model, tmp_path):
+    model = make_model()
+    path = tmp_path / "text"
+    path.write_bytes(TEXT)
+    texts = (TEXT.decode(), TEXT, np.frombuffer(TEXT, np.uint8), path)
+    results = [bits_per_character(model, text, stride=8, progress=False) for text in texts]
+    assert len({(result.bpc, result.sha256) for result in results}) == 1
+
+
+def test_standard_error_is_that_of_block_means(make_model, text_file):
+    data = text_file.read_bytes()[:8001]
+    model = make_model()
+    result = bits_per_character(model, data, stride=24, progress=False)
+    blocks = []
+    for start in range(0, 8000, 1000):  # blocks by the byte that is predicted; the first lacks the text's first byte
+        part = [index for index in range(max(1, start), start + 1000)]
+        blocks.append(sum(_bits_of(model, data, part)) / len(part))
+    expected = np.std(blocks, ddof=1) / math.sqrt(len(blocks)) * result.counted_bytes / result.counted_characters
+    assert result.standard_error == pytest.approx(expected, rel=0.02)  # the ninth block is one byte
+
+
+def _bits_of(model, data, places):
+    model.eval()
+    windows = evaluation._Windows(len(data) - 1, 24, 24, 64)
+    bits: dict[int, float] = {}
+    for number in range(len(windows)):
+        positions, values = evaluation._bits(model, np.frombuffer(data, np.uint8), *windows[number])
+        bits |= dict(zip(positions.tolist(), values.tolist(), strict=True))
+    return [bits[place] for place in places]
+
+
+def test_an_interrupted_evaluation_goes_on(make_model, tmp_path, monkeypatch):
+    model, state = make_model(), tmp_path / "state"
+    expected = bits_per_character(model, TEXT, batch_size=2, progress=False)
+    monkeypatch.setattr(evaluation, "SECONDS_BETWEEN_SAVES", 0.0)
+    work = evaluation._bits
+    done: list[int] = []
+
+    def interrupted(*arguments):
+        if len(done) == 20:
+            raise KeyboardInterrupt
+        done.append(1)
+        return work(*arguments)
+
+    monkeypatch.setattr(evaluation, "_bits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bits_per_character(model, TEXT, batch_size=2, progress=False, state_file=state)
+    assert (tmp_path / "state.0").exists()
+
+    monkeypatch.setattr(evaluation, "_bits", work)
+    with pytest.raises(ValueError, match="belongs to an evaluation of another text or model"):
+        bits_per_character(model, TEXT, batch_size=3, progress=False, state_file=state)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(1)
+        return work(*arguments)
+
+    monkeypatch.setattr(evaluation, "_bits", counted)
+    result = bits_per_character(model, TEXT, batch_size=2, progress=False, state_file=state)
+    assert result.bpc == expected.bpc and len(calls) == 39 - 20
+    assert not (tmp_path / "state.0").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 25}, "window is 25; it must be 1 to 24"),
+        ({"window": 0}, "window is 0"),
+        ({"stride": 0}, "stride is 0; it must be 1 to the window, 24"),
+        ({"stride": 25}, "stride is 25"),
+        ({"window": 8, "stride": 9}, "stride is 9; it must be 1 to the window, 8"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"text": b"x"}, "the text has 1 bytes; it must have 2 or more"),
+        ({"text": np.zeros(9)}, "array of float64"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused(make_model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bits_per_character(make_model(), **({"text": TEXT, "progress": False} | arguments))
+
+
+def test_a_missing_file_is_named(make_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file '.*gone'"):
+        bits_per_character(make_model(), tmp_path / "gone")
+
+
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
+def test_bits_by_position_and_layer(make_model, norm_placement):
+    model = make_model(norm_placement=norm_placement)
+    data = np.frombuffer(TEXT, np.uint8)
+    bits = bits_by_position(model, data, window=12, batch_size=3)
+    assert set(bits) == {"next_char", "layer_1", "layer_2"} and model.training
+    rows = torch.from_numpy(data[: 8 * 12].astype(np.int64)).view(8, 12)
+    targets = torch.from_numpy(data[1 : 8 * 12 + 1].astype(np.int64)).view(8, 12)
+    model.eval()
+    with torch.no_grad():
+        states = model.model(rows, output_hidden_states=True).hidden_states
+        for name, logits in {
+            "next_char": model(rows).logits,
+            "layer_2": model.auxiliary_heads["layer_2"](model.model.norm(states[2])),
+        }.items():
+            expected = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(0) / math.log(2)
+            assert bits[name] == pytest.approx(expected.numpy(), rel=1e-5)
+    assert set(bits_by_position(model.without_auxiliary_heads(), data, window=12)) == {"next_char"}
+    with pytest.raises(ValueError, match="has 24 bytes; bits by position need more than a window of 24"):
+        bits_by_position(model, data[:24])
+
+
+class TestProgram:
+    @pytest.fixture
+    def model_folder(self, make_model, tmp_path):
+        make_model().save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    def test_table_json_and_picture(self, model_folder, text_file, tmp_path, capsys):
+        words = ["--stride", "24", "8", "--split", "validation", "--device", "cpu", "--max_bytes", "300"]
+        files = ["--output", str(tmp_path / "new" / "result.json"), "--plots", str(tmp_path / "curves.png")]
+        assert main([model_folder, str(text_file), *words, *files]) == 0
+        shown, report = capsys.readouterr().out, json.loads((tmp_path / "new" / "result.json").read_text())
+        data = text_file.read_bytes()
+        part = data[int(len(data) * 0.9) :][:300]
+        model = CharformerForCausalLM.from_pretrained(model_folder)
+        for result, stride in zip(report["results"], (24, 8), strict=True):
+            expected = bits_per_character(model, part, stride=stride, progress=False)
+            assert result["bpc"] == pytest.approx(expected.bpc, rel=1e-6) and result["stride"] == stride
+            assert result["sha256"] == expected.sha256 == hashlib.sha256(part).hexdigest()
+            assert f"{expected.bpc:.4f}" in shown
+        assert report["split"] == "validation" and report["text"] == text_file.name and report["model"] == "model"
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--stride", "0"], "stride is 0; it must be 1 to the window"),
+            (["--window", "99"], "window is 99; it must be 1 to 24"),
+            (["--split", "some"], "split is 'some'"),
+            (["--dtype", "int8"], "dtype is 'int8'"),
+        ],
+    )
+    def test_wrong_values_are_one_clear_line(self, model_folder, text_file, capsys, words, message):
+        assert main([model_folder, str(text_file), "--device", "cpu", *words]) == 1
+        assert message in capsys.readouterr().err
+
+    def test_what_is_missing_is_named(self, model_folder, tmp_path, capsys):
+        assert main([model_folder]) == 1
+        assert "give a model and a text" in capsys.readouterr().err
+        assert main([model_folder, str(tmp_path / "gone"), "--device", "cpu"]) == 1
+        assert "there is no file or folder" in capsys.readouterr().err
