@@ -16,8 +16,9 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 from transformers import BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from charformer_training import Split, add_auxiliary_losses
+from charformer_training import Split, add_auxiliary_losses, bits_per_character
 from charformer_training.loss_terms import EvaluationTerms
+from modeling_charformer import CharformerConfig, CharformerForCausalLM
 from tests.helpers import TINY, loss_logs, tiny_trainer
 
 
@@ -125,7 +126,10 @@ if __name__ == "__main__":
     use_fsdp_on_cpus()
     text, folder = Path(sys.argv[1]), Path(sys.argv[2])
     terms = EvaluationTerms()
-    results = {case: run(case, text, folder) for case in sys.argv[3:]}
+    results: dict[str, Any] = {case: run(case, text, folder) for case in sys.argv[3:]}
+    model = CharformerForCausalLM(CharformerConfig(**TINY))
+    model.load_state_dict(torch.load(folder / "weights.pt"))
+    results["evaluation"] = bits_per_character(model, text.read_bytes()[:700], stride=5, batch_size=3).bpc
     # A process that had no batch has nothing to add, and must not be waited for.
     if torch.distributed.get_rank() == 0:
         terms.add("loss", torch.tensor(2.0), 3)

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers import loss_logs
+from charformer_training import bits_per_character
+from modeling_charformer import CharformerConfig, CharformerForCausalLM
+from tests.helpers import TINY, loss_logs
 from tests.training.distributed_program import CASES, case_settings
 
 
@@ -48,6 +51,12 @@ LAUNCHES: dict[str, tuple[Callable[[], list[list[str]]], int, list[str]]] = {
 }
 
 
+def model() -> CharformerForCausalLM:
+    """What the processes evaluate."""
+    torch.manual_seed(0)
+    return CharformerForCausalLM(CharformerConfig(**(TINY | {"initializer_range": 0.1})))
+
+
 @pytest.fixture(scope="module")
 def launched(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
     """The results of a launch, which happens once."""
@@ -57,6 +66,7 @@ def launched(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         if name not in results:
             commands, _, cases = LAUNCHES[name]
             folder = tmp_path_factory.mktemp("distributed")
+            torch.save(model().state_dict(), folder / "weights.pt")
             processes = [
                 subprocess.Popen(
                     [sys.executable, "-m", *command, str(PROGRAM), str(text_file), str(folder), *cases],
@@ -100,3 +110,9 @@ def test_several_processes_log_the_figures_of_one(make_trainer, launched, launch
     assert ("eval_bpc" in found["metrics"]) == (case not in ("added", "ignores_counts"))
     # Each process reads its own windows only, and together they read each once.
     assert sorted(index for read in found["read"] for index in read) == list(range(8 * 8))
+
+
+@pytest.mark.parametrize("launch", ["torchrun on 2", "torchrun on 4"])
+def test_several_processes_evaluate_as_one(launched, text_file, launch):
+    expected = bits_per_character(model(), text_file.read_bytes()[:700], stride=5, batch_size=3, progress=False)
+    assert launched(launch)["evaluation"] == pytest.approx(expected.bpc, rel=1e-9)
