@@ -136,4 +136,5 @@ if __name__ == "__main__":
     assert terms.totals() == {"loss": (6.0, 3)}
     if torch.distributed.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
+    torch.distributed.barrier()  # whoever leaves first can take the others down with it
     torch.distributed.destroy_process_group()
