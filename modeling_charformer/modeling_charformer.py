@@ -43,6 +43,7 @@ from .auxiliary_losses import (
     weighted_loss,
 )
 from .configuration_charformer import CharformerConfig
+from .generation_charformer import CharformerGenerationMixin
 from .hub import CharformerPushToHubMixin
 from .tokenization_charformer import CharformerTokenizer
 
@@ -63,11 +64,12 @@ class CharformerCausalLMOutput(CausalLMOutputWithPast):
 
     `loss_dict` maps the name of each term to its raw, unweighted value (float32 scalars, nats) and `loss_weights` the
     same names to the weights in force, so that `loss == sum(loss_weights[name] * loss_dict[name])`. Learned weights are
-    tensors.
+    tensors. `target_logits`, if asked for, are those of targets 2..K, `(B, S, K - 1, V)`.
     """
 
     loss_dict: dict[str, Tensor] | None = None
     loss_weights: dict[str, Any] | None = None
+    target_logits: Tensor | None = None
 
 
 @dataclass
@@ -422,7 +424,7 @@ class CharformerModel(CharformerPreTrainedModel):
             )
 
 
-class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
+class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin, GenerationMixin):  # type: ignore[misc]
     """A Charformer that predicts the next character and, in training, everything the auxiliary losses ask for.
 
     `auxiliary_heads` holds one classifier for each term of `config.loss_terms()` except the main one, under the
@@ -465,6 +467,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
         training_step: int | None = None,
         target_counts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        return_target_logits: bool = False,
         **kwargs,
     ) -> CharformerCausalLMOutput:
         """
@@ -479,6 +482,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             training_step: Optimizer steps done, which schedules that change from step to step follow; `None` is 0.
             target_counts: `(2, K)`, see `mean_denominators`; counts over the whole optimizer step.
             num_items_in_batch: What `transformers.Trainer` passes: next characters in the whole optimizer step.
+            return_target_logits: Also compute the logits of targets 2..K of the final layer, where `logits` are.
 
         Raises:
             ValueError: As `CharformerModel.forward`, and if `labels` are of another shape than the input, have ids
@@ -502,7 +506,11 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
+        # Early exit, for which Transformers lowers the number of layers, asks the classifier of the last one left.
+        depth = self.config.num_hidden_layers
+        exits_early = depth < len(self.model.layers) and f"layer_{depth}" in self.auxiliary_heads
+        head = self.auxiliary_heads[f"layer_{depth}"] if exits_early else self.lm_head
+        logits = head(hidden_states[:, kept])
 
         loss, loss_dict = None, None
         if labels is not None:
@@ -537,7 +545,12 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             loss_dict=loss_dict,
             loss_weights=weights if labels is not None else None,
+            target_logits=self._target_logits(hidden_states[:, kept]) if return_target_logits else None,
         )
+
+    def _target_logits(self, hidden_states: Tensor) -> Tensor:
+        targets = range(2, self.loss_settings.num_targets + 1)
+        return torch.stack([self.auxiliary_heads[f"target_{k}"](hidden_states) for k in targets], dim=2)
 
     def classify(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         """Logits `(..., V)` of an auxiliary term's classifier, from its layer's output (the last one's after the norm)."""
@@ -568,40 +581,6 @@ class CharformerForCausalLM(CharformerPreTrainedModel, GenerationMixin):
                 " (batch, sequence): targets are shifted in the model"
             )
         self.model._check_range("labels", labels, self.config.vocab_size, "vocab_size", ignore_index=IGNORE_INDEX)
-
-    def _get_candidate_generator(self, *args, **kwargs):
-        """Drafts of assisted generation, cut off at the end of the window, which prompt look-up would pass."""
-        generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]  # as below
-        draft, window = generator.get_candidates, self.config.max_position_embeddings
-
-        def draft_inside_window(input_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-            candidates, logits = draft(input_ids, *args, **kwargs)
-            if logits is not None:
-                logits = logits[:, : max(0, window - input_ids.shape[1])]
-            return candidates[:, :window], logits
-
-        generator.get_candidates = draft_inside_window
-        return generator
-
-    def _validate_generated_length(
-        self, generation_config, input_ids_length: int, has_default_max_length: bool
-    ) -> None:
-        """Refuse, before any character is generated, what would not fit into the window."""
-        window = self.config.max_position_embeddings
-        if input_ids_length >= window:
-            raise ValueError(
-                f"the prompt is {input_ids_length} characters long; the window of max_position_embeddings={window}"
-                f" leaves no room for a new one. Give the last {window - 1} characters or fewer"
-            )
-        if generation_config.max_length > window:
-            raise ValueError(
-                f"prompt ({input_ids_length}) and new characters ({generation_config.max_length - input_ids_length})"
-                f" come to {generation_config.max_length}, more than the window of max_position_embeddings={window}."
-                f" Set max_new_tokens to {window - input_ids_length} or less, or shorten the prompt"
-            )
-        super()._validate_generated_length(  # type: ignore[misc]  # `self` is typed as a protocol
-            generation_config, input_ids_length, has_default_max_length
-        )
 
 
 class CharformerClassifier(CharformerPreTrainedModel):

@@ -13,6 +13,7 @@ from tests.hub.loopback import LoopbackHub
 CODE = {
     "auxiliary_losses.py",
     "configuration_charformer.py",
+    "generation_charformer.py",
     "hub.py",
     "modeling_charformer.py",
     "tokenization_charformer.py",

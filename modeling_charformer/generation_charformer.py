@@ -1,0 +1,236 @@
+"""Generation: past the window by re-encoding its end, and faster by letting the extra-target heads draft.
+
+Both are exact: what is generated is what the model's next-character classifier says.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator
+
+
+class ExtraTargetCandidateGenerator(CandidateGenerator):
+    """Drafts by the classifiers of targets 2..K of the final layer (Gloeckle et al. 2024, arXiv 2404.19737, section 2).
+
+    At the position whose next character was just accepted, the classifier of target `k` predicts the character `k - 1`
+    after that one. The model itself verifies the drafts in its next pass, which also brings the next drafts: no second
+    model, no second cache. Where characters are sampled, so are drafts, and the verification accepts or resamples them
+    such that the result has exactly the model's distribution (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
+    """
+
+    requires_model_outputs = True
+    model_kwargs_overrides: dict[str, Any] = {"return_target_logits": True}
+
+    def __init__(
+        self,
+        generation_config: GenerationConfig,
+        logits_processor: LogitsProcessorList | None,
+        window: int,
+    ):
+        self.generation_config = generation_config
+        self.logits_processor = logits_processor or LogitsProcessorList()
+        self.window = window
+
+    def get_candidates(  # type: ignore[override]  # the base class takes any keywords
+        self,
+        input_ids: Tensor,
+        model_kwargs: dict[str, Any],
+        model_outputs: Any,
+        is_first_iteration: bool,
+        n_last_matches: int,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`input_ids` `(1, S)` and drafts after them, and the drafts' processed logits `(1, drafts, V)` where sampled."""
+        if is_first_iteration:
+            return input_ids, None
+        # Row -1 would do after a pass without drafts; after one with drafts it is that of the last accepted one.
+        row = min(int(n_last_matches), model_outputs.target_logits.shape[1] - 1)
+        target_logits = model_outputs.target_logits[:, row].float()  # (1, K - 1, V)
+        room = min(
+            target_logits.shape[1],
+            self.generation_config.max_length - input_ids.shape[1] - 1,
+            # One more character goes through the model: the one before the drafts.
+            self.window - model_kwargs["past_key_values"].get_seq_length() - 1,
+        )
+        drafts, processed = input_ids, []
+        for number in range(room):
+            logits = self.logits_processor(cast(Any, drafts), cast(Any, target_logits[:, number]))
+            if self.generation_config.do_sample:
+                draft = torch.multinomial(logits.softmax(-1), 1)
+                processed.append(logits)
+            else:
+                draft = logits.argmax(-1, keepdim=True)
+            drafts = torch.cat([drafts, draft], dim=-1)
+        return drafts, torch.stack(processed, dim=1) if processed else None
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        """Nothing to adapt: the drafts cost nothing that is not paid already."""
+
+
+class CharformerGenerationMixin:
+    """What `generate` of a Charformer takes beside the arguments of every model of Transformers.
+
+    - `use_extra_targets=True`: the classifiers of targets 2..K draft, the model verifies. Same characters as without
+      (greedy), or the same distribution (sampled); one prompt at a time.
+    - `rolling_context=m` (or `True` for half the window): when the window is full, the last `m` characters are encoded
+      anew and generation goes on, as long as you like. Positions are learned, so what is cached cannot be shifted.
+    """
+
+    def generate(self, *args, **kwargs):
+        """See `transformers.GenerationMixin.generate`, and the class."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        with _unchanged_depth(config):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
+        rolling_context, use_extra_targets = kwargs.pop("rolling_context", None), kwargs.pop("use_extra_targets", None)
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]
+        prepared.rolling_context = None
+        if rolling_context is not None and rolling_context is not False:
+            prepared.rolling_context = self._checked_rolling_context(rolling_context, prepared)
+            model_kwargs["rolling_context"] = prepared.rolling_context
+        if use_extra_targets:
+            prepared.prompt_lookup_num_tokens = self._checked_num_drafts(
+                prepared
+            )  # what sends `generate` to verify drafts
+            model_kwargs["use_extra_targets"] = True
+        if prepared.assistant_early_exit is not None:
+            self._check_early_exit(prepared.assistant_early_exit)
+        return prepared, model_kwargs
+
+    def _checked_rolling_context(self, rolling_context: int | bool, generation_config: GenerationConfig) -> int:
+        window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
+        if rolling_context is True:
+            rolling_context = max(1, window // 2)
+        if not 1 <= rolling_context < window:
+            raise ValueError(
+                f"rolling_context is {rolling_context}; it must be 1 to {window - 1}, below max_position_embeddings"
+            )
+        if generation_config.use_cache is False:
+            raise ValueError("rolling_context needs use_cache=True: the cache tells how full the window is")
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "rolling_context does not go with assistant_early_exit: the two caches would roll at different places, and"
+                " the text would be another one. use_extra_targets does"
+            )
+        return int(rolling_context)
+
+    def _checked_num_drafts(self, generation_config: GenerationConfig) -> int:
+        settings = self.loss_settings  # type: ignore[attr-defined]
+        if settings.num_targets < 2:
+            raise ValueError(
+                "use_extra_targets needs a model with num_targets of 2 or more, whose further targets draft; this one has"
+                f" num_targets={settings.num_targets}"
+            )
+        if (generation_config.num_beams or 1) > 1:
+            raise ValueError(
+                f"use_extra_targets does not go with beam search (num_beams={generation_config.num_beams}); leave one out"
+            )
+        for name in ("assistant_early_exit", "prompt_lookup_num_tokens"):
+            if getattr(generation_config, name) is not None:
+                raise ValueError(f"use_extra_targets and {name} are two ways to draft; give one of them")
+        return int(settings.num_targets) - 1
+
+    def _check_early_exit(self, layer: int) -> None:
+        heads = [term.layer for term in self.loss_settings.terms if term.offset == 1 and not term.is_main]  # type: ignore[attr-defined]
+        if layer not in heads:
+            raise ValueError(
+                f"assistant_early_exit is {layer}; the layers of this model that have a classifier of their own are {heads}"
+            )
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        generation_config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
+        window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
+        if model_kwargs.get("use_extra_targets"):
+            return ExtraTargetCandidateGenerator(generation_config, kwargs["logits_processor"], window)
+        generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        draft = generator.get_candidates
+
+        def draft_inside_window(input_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+            """Prompt look-up would pass the end of the window."""
+            candidates, logits = draft(input_ids, *args, **kwargs)
+            past = model_kwargs["past_key_values"].get_seq_length() if generation_config.rolling_context else None
+            room = window - input_ids.shape[1] if past is None else max(0, window - past - 1)
+            if logits is not None:
+                logits = logits[:, : max(0, room)]
+            return candidates[:, : input_ids.shape[1] + max(0, room)], logits
+
+        generator.get_candidates = draft_inside_window
+        return generator
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        rolling_context: int | None = None,
+        use_extra_targets: bool | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """As everywhere in Transformers; when the window is full and may roll, its end is all that is encoded."""
+        if rolling_context is not None:
+            window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
+            past = past_key_values.get_seq_length()
+            new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
+            if past + new > window:
+                past_key_values.crop(-past)
+                past, new = 0, rolling_context
+            visible = past + new
+            input_ids, next_sequence_length = input_ids[:, -new:], None
+            if attention_mask is None:
+                positions = torch.arange(past, visible, device=input_ids.device).expand(input_ids.shape[0], -1)
+            else:
+                attention_mask = attention_mask[:, -visible:]
+                positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+            kwargs["position_ids"] = positions
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        """Refuse, before any character is generated, what would not fit into a window that does not roll."""
+        window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
+        if input_ids_length < 1:
+            raise ValueError("the prompt is empty; give one character or more")
+        if generation_config.rolling_context is None:  # type: ignore[attr-defined]
+            self._check_fit(generation_config.max_length, input_ids_length, window)
+        super()._validate_generated_length(  # type: ignore[misc]
+            generation_config, input_ids_length, has_default_max_length
+        )
+
+    @staticmethod
+    def _check_fit(max_length: int, prompt_length: int, window: int) -> None:
+        rolling = ", or give rolling_context to go on past the window"
+        if prompt_length >= window:
+            raise ValueError(
+                f"the prompt is {prompt_length} characters long; the window of max_position_embeddings={window} leaves no"
+                f" room for a new one. Give the last {window - 1} characters or fewer{rolling}"
+            )
+        if max_length > window:
+            raise ValueError(
+                f"prompt ({prompt_length}) and new characters ({max_length - prompt_length}) come to {max_length}, more"
+                f" than the window of max_position_embeddings={window}. Set max_new_tokens to {window - prompt_length} or"
+                f" less, or shorten the prompt{rolling}"
+            )
+
+
+@contextmanager
+def _unchanged_depth(config: Any) -> Iterator[None]:
+    """Early exit lowers `num_hidden_layers` while it drafts, and leaves it so if it fails."""
+    depth = config.num_hidden_layers
+    try:
+        yield
+    finally:
+        if config.num_hidden_layers != depth:
+            config.num_hidden_layers = depth

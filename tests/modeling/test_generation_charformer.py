@@ -1,0 +1,232 @@
+"""Drafts by the extra heads change nothing, and text goes on past the window as a plain loop would write it."""
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, pipeline
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_charformer import CharformerTokenizer
+
+
+@pytest.fixture
+def model(make_model):
+    """One whose drafts are right now and then: it has learned a text by heart, half-way."""
+    model = make_model(num_targets=4, intermediate_schedule="constant", max_position_embeddings=32)
+    ids = torch.tensor([list(b"the rat and the cat sat on the mat; ")[:32]] * 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+PROMPT = torch.tensor([list(b"the ")])
+
+
+def passes(model, **settings) -> tuple[torch.Tensor, int]:
+    """What is generated, and in how many forward passes."""
+    count = 0
+
+    def hook(*_):
+        nonlocal count
+        count += 1
+
+    handle = model.model.register_forward_hook(hook)
+    ids = model.generate(PROMPT, **settings)
+    handle.remove()
+    return ids, count
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.ids: list[int] = []
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        pass
+
+
+class Shift(LogitsProcessor):
+    """Depends on what was written before."""
+
+    def __call__(self, input_ids, scores):
+        return scores.scatter_add(1, input_ids[:, -2:], torch.full_like(input_ids[:, -2:], 1, dtype=scores.dtype))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.3},
+        {"eos_token_id": ord("c")},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+        {"max_new_tokens": None, "max_length": 17},
+        {"logits_processor": LogitsProcessorList([Shift()])},
+        {"no_repeat_ngram_size": 3},
+    ],
+    ids=str,
+)
+def test_greedy_text_is_the_plain_one_in_fewer_passes(model, settings):
+    settings = {"max_new_tokens": 28, "do_sample": False} | settings
+    plain, plain_passes = passes(model, **settings)
+    streamer = Collect()
+    drafted, drafted_passes = passes(model, use_extra_targets=True, streamer=streamer, **settings)
+    assert drafted.equal(plain)
+    assert streamer.ids == drafted[0].tolist()
+    assert drafted_passes <= plain_passes
+    if settings == {"max_new_tokens": 28, "do_sample": False}:
+        assert drafted_passes < 0.6 * plain_passes
+
+
+def test_untrained_heads_do_no_harm(make_model):
+    model = make_model(num_targets=3).eval()
+    for seed in range(5):
+        ids = torch.randint(0, 256, (1, 3), generator=torch.Generator().manual_seed(seed))
+        plain = model.generate(ids, max_new_tokens=20, do_sample=False)
+        assert model.generate(ids, max_new_tokens=20, do_sample=False, use_extra_targets=True).equal(plain)
+
+
+def chi_squared(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    expected = counts.sum() * probabilities
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_sampled_text_has_the_models_distribution(make_model):
+    """Of the third character, after one that was drafted; greedy drafts passed off as sampled ones would show."""
+    torch.manual_seed(0)
+    model = make_model(num_targets=3, vocab_size=4, initializer_range=0.5).eval()
+    prompt, temperature, draws = torch.tensor([[1, 2]]), 0.9, 700
+    exact = torch.zeros(4, 4, 4)
+    for first in range(4):
+        for second in range(4):
+            ids = torch.tensor([[1, 2, first, second]])
+            p = (model(ids).logits[0] / temperature).softmax(-1)
+            exact[first, second] = p[1, first] * p[2, second] * p[3]
+
+    def counts(**settings) -> torch.Tensor:
+        found = torch.zeros(4, 4, 4)
+        for _ in range(draws):
+            ids = model.generate(
+                prompt, max_new_tokens=3, do_sample=True, temperature=temperature, top_k=0, **settings
+            )
+            found[tuple(ids[0, 2:].tolist())] += 1
+        return found
+
+    drafted = chi_squared(counts(use_extra_targets=True).flatten(), exact.detach().flatten())
+    assert drafted < 103.4  # the 99.9% quantile with 63 degrees of freedom
+    biased = chi_squared(counts(use_extra_targets=True, top_p=0.8).flatten(), exact.detach().flatten())
+    assert biased > 103.4  # the test would notice
+
+
+def test_through_the_pipeline(model):
+    writer = pipeline("text-generation", model=model, tokenizer=CharformerTokenizer())
+    settings = {"max_new_tokens": 20, "do_sample": False}
+    plain = writer("the ", **settings)
+    assert writer("the ", use_extra_targets=True, **settings) == plain
+    assert (
+        len(writer("the ", use_extra_targets=True, rolling_context=True, max_new_tokens=90)[0]["generated_text"]) > 60
+    )
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_early_exit_uses_the_classifier_of_its_layer(model, layer):
+    settings = {"max_new_tokens": 20, "do_sample": False}
+    plain = model.generate(PROMPT, **settings)
+    used = []
+    handle = model.auxiliary_heads[f"layer_{layer}"].register_forward_hook(lambda *_: used.append(1))
+    assert model.generate(PROMPT, assistant_early_exit=layer, **settings).equal(plain)
+    handle.remove()
+    assert used and model.config.num_hidden_layers == 3
+
+
+def test_an_error_while_drafting_leaves_the_model_as_it_was(model):
+    def fails(*_):
+        raise RuntimeError("in the draft")
+
+    handle = model.auxiliary_heads["layer_2"].register_forward_hook(fails)
+    with pytest.raises(RuntimeError, match="in the draft"):
+        model.generate(PROMPT, assistant_early_exit=2, max_new_tokens=20)
+    handle.remove()
+    assert model.config.num_hidden_layers == 3
+    assert model.generate(PROMPT, max_new_tokens=5).shape == (1, 9)
+
+
+def rolled(model, prompt: list[int], length: int, keep: int) -> list[int]:
+    """The definition: no cache; a window that is full begins anew with its last characters."""
+    ids, begin, window = list(prompt), 0, model.config.max_position_embeddings
+    while len(ids) < length:
+        if len(ids) - begin > window:
+            begin = len(ids) - keep
+        ids.append(int(model(torch.tensor([ids[begin:]]), use_cache=False).logits[0, -1].argmax()))
+    return ids
+
+
+@pytest.mark.parametrize("keep", [1, 10, 16, 31])
+@pytest.mark.parametrize("use_extra_targets", [None, True])
+def test_rolling_is_the_plain_loop(model, keep, use_extra_targets):
+    expected = rolled(model, PROMPT[0].tolist(), 100, keep)
+    ids = model.generate(
+        PROMPT, max_length=100, do_sample=False, rolling_context=keep, use_extra_targets=use_extra_targets
+    )
+    assert ids[0].tolist() == expected
+
+
+def test_rolling_takes_prompts_longer_than_the_window(model):
+    prompt = torch.tensor([list(b"the rat and the cat sat on the mat and the hat and the bat ")])
+    expected = rolled(model, prompt[0].tolist(), 80, 12)
+    assert model.generate(prompt, max_length=80, do_sample=False, rolling_context=12)[0].tolist() == expected
+
+
+def test_rolling_a_batch_padded_on_the_left_is_one_by_one(model):
+    prompts = [list(b"the "), list(b"the cat sat"), list(b"o")]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[255] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    settings = {"max_new_tokens": 21, "do_sample": False}  # up to the window of the longest
+    plain = model.generate(ids, attention_mask=mask, **settings)
+    batch = model.generate(ids, attention_mask=mask, rolling_context=8, **(settings | {"max_new_tokens": 60}))
+    assert batch[:, : plain.shape[1]].equal(plain)
+    for row, prompt in enumerate(prompts):
+        single = model.generate(torch.tensor([prompt]), **settings)
+        assert plain[row, longest:].tolist() == single[0, len(prompt) :].tolist()
+    # The longest row rolls where it would by itself.
+    alone = model.generate(torch.tensor([prompts[1]]), do_sample=False, rolling_context=8, max_new_tokens=60)
+    assert batch[1].tolist() == alone[0].tolist()
+
+
+def test_half_the_window_is_the_default(model):
+    ids = model.generate(PROMPT, max_length=80, do_sample=False, rolling_context=True)
+    assert ids.equal(model.generate(PROMPT, max_length=80, do_sample=False, rolling_context=16))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rolling_context": 0}, "rolling_context is 0; it must be 1 to 31"),
+        ({"rolling_context": 32}, "rolling_context is 32"),
+        ({"rolling_context": 8, "use_cache": False}, "needs use_cache=True"),
+        ({"rolling_context": 8, "assistant_early_exit": 1}, "does not go with assistant_early_exit"),
+        ({"use_extra_targets": True, "num_beams": 2}, "does not go with beam search"),
+        ({"use_extra_targets": True, "assistant_early_exit": 1}, "two ways to draft"),
+        ({"use_extra_targets": True, "prompt_lookup_num_tokens": 3}, "two ways to draft"),
+        ({"assistant_early_exit": 3}, r"assistant_early_exit is 3; the layers .* are \[1, 2\]"),
+        ({"max_new_tokens": 29}, "more than the window .* or give rolling_context"),
+        ({"inputs": torch.zeros(1, 32, dtype=torch.long)}, "the prompt is 32 characters long"),
+        ({"inputs": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty"),
+        ({"inputs": PROMPT.repeat(2, 1), "use_extra_targets": True}, "batch_size = 1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(model, settings, message):
+    settings = {"inputs": PROMPT, "max_new_tokens": 8} | settings
+    with pytest.raises(ValueError, match=message):
+        model.generate(**settings)
+
+
+def test_a_model_without_extra_targets_says_so(make_model):
+    with pytest.raises(ValueError, match="num_targets of 2 or more.*num_targets=1"):
+        make_model(num_targets=1).generate(PROMPT, use_extra_targets=True)
