@@ -21,7 +21,8 @@ from charformer_training import (
     add_auxiliary_losses,
     load_auxiliary_losses,
 )
-from tests.helpers import loss_logs
+from modeling_charformer import CharformerConfig, CharformerForSequenceClassification
+from tests.helpers import TINY, loss_logs
 
 
 SIZES = {
@@ -436,6 +437,19 @@ class TestTrainer:
             logs.append(loss_logs(train(model, tmp_path, "class", batch, 8 // batch)))
         assert logs[0][0]["loss"] < 4.0  # a mean, about log 3 and what the auxiliary classifiers add
         assert ("loss_layer_1" in logs[0][0]) == added
+        assert_same_logs(*logs)
+
+    @pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
+    def test_a_charformer_that_classifies(self, weighting, tmp_path):
+        logs = []
+        for batch in (8, 2):
+            set_seed(0)
+            config = CharformerConfig(**(TINY | {"num_labels": 3, "loss_weighting": weighting}))
+            model = CharformerForSequenceClassification(config)
+            logs.append(loss_logs(train(model, tmp_path, "class", batch, 8 // batch)))
+        assert {"loss_classification", "loss_layer_1", "loss_layer_2"} <= set(logs[0][0])
+        assert ("loss_uncertainty" in logs[0][0]) == (weighting == "uncertainty")
+        assert logs[0][0]["loss_classification"] == pytest.approx(1.0986, rel=0.05)
         assert_same_logs(*logs)
 
     def test_a_model_with_only_a_loss(self, tmp_path):
