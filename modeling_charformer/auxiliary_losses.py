@@ -403,7 +403,7 @@ def chunked_cross_entropy_sum(
 
 
 def causal_lm_losses(
-    hidden_states: Mapping[int, Tensor],
+    hidden_states: Mapping[str, Tensor],
     heads: Mapping[str, Callable[[Tensor], Tensor]],
     terms: Sequence[LossTerm],
     labels: Tensor,
@@ -414,7 +414,7 @@ def causal_lm_losses(
     """The raw, unweighted value in nats of each of `terms`, as float32 scalars by name.
 
     Args:
-        hidden_states: Layer number to `h_l` `(B, S, hidden_size)`, for each layer that `terms` name.
+        hidden_states: Term name to what its classifier reads, `(B, S, hidden_size)`.
         heads: Term name to the classifier of that term, `(..., hidden_size)` to `(..., V)`; deterministic.
         terms: The terms to compute.
         labels: `(B, S)`; the symbol at position `t` is the target of position `t - offset`.
@@ -424,7 +424,7 @@ def causal_lm_losses(
     """
     losses = {}
     for term in terms:
-        hidden, targets = hidden_states[term.layer], shifted_targets(labels, term.offset)
+        hidden, targets = hidden_states[term.name], shifted_targets(labels, term.offset)
         if last_position_only:
             last = last_target_positions(targets)
             hidden, targets = hidden.take_along_dim(last[..., None], dim=1), targets.take_along_dim(last, dim=1)

@@ -19,6 +19,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_charformer.CharformerForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_charformer.CharformerForTokenClassification",
 }
+TARGET_HEADS = ("linear", "residual", "sequential")
 
 
 @strict
@@ -52,6 +53,10 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
         target_schedule: How they change in training: `"constant"`, `"forward"` (targets come in one after the other),
             or another of `modeling_charformer.schedule_names()`.
+        target_heads: What predicts targets 2..K of the final layer: `"linear"`, the paper's classifiers; `"residual"`, with
+            a residual block before each (as in Medusa, Cai et al. 2024, arXiv 2401.10774); `"sequential"`, whose blocks
+            also read the characters in between, one after the other (as in Hydra, Ankner et al. 2024, arXiv
+            2402.05109): the best drafts for `generate(use_extra_targets=True)`.
         intermediate_layers: Layers with losses of their own: `"all"`, a list of numbers in 1..n-1, or `None`.
         intermediate_weight: Factor on the losses of all intermediate layers; the paper's is 1.
         intermediate_schedule: How that factor changes in training: `"paper"` (layer `l` of `n` drops out when `l / (2n)`
@@ -68,7 +73,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     """
 
     model_type = "charformer"
-    keys_to_ignore_at_inference = ["past_key_values", "loss_dict", "loss_weights", "target_logits"]
+    keys_to_ignore_at_inference = ["past_key_values", "loss_dict", "loss_weights", "final_hidden_state"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -99,6 +104,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     num_targets: int = 2
     target_weights: list[float | int] | tuple[float | int, ...] | None = None
     target_schedule: str = "constant"
+    target_heads: str = "linear"
     intermediate_layers: str | list[int] | tuple[int, ...] | None = "all"
     intermediate_weight: float | int = 1.0
     intermediate_schedule: str = "paper"
@@ -155,6 +161,8 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
                 f"num_targets is {self.num_targets}; it must be 1 or more and below max_position_embeddings"
                 f" ({self.max_position_embeddings})"
             )
+        if self.target_heads not in TARGET_HEADS:
+            raise ValueError(f"target_heads is {self.target_heads!r}; it must be one of {TARGET_HEADS}")
         names = [
             *dict.fromkeys(term.name for term in (*self.loss_settings().terms, *self.classifier_settings().terms))
         ]

@@ -13,6 +13,13 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
 
+# The classifiers go on drafting while the probability that all of their drafts are right, by themselves, is above this.
+CONFIDENCE = 0.1
+# Where the last `LOOK_UP_MATCH` characters came before, among the last `LOOK_BACK`, what followed then is drafted, `LOOK_UP`
+# characters of it or fewer, while the classifiers give it this probability or more.
+LOOK_UP, LOOK_UP_MATCH, LOOK_BACK, AGREEMENT = 16, 8, 4096, 0.1
+
+
 class ExtraTargetCandidateGenerator(CandidateGenerator):
     """Drafts by the classifiers of targets 2..K of the final layer (Gloeckle et al. 2024, arXiv 2404.19737, section 2).
 
@@ -20,20 +27,23 @@ class ExtraTargetCandidateGenerator(CandidateGenerator):
     after that one. The model itself verifies the drafts in its next pass, which also brings the next drafts: no second
     model, no second cache. Where characters are sampled, so are drafts, and the verification accepts or resamples them
     such that the result has exactly the model's distribution (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
+
+    Where the text repeats itself, what followed last time is drafted (prompt look-up, Saxena 2023), as far as the
+    classifiers do not contradict it, and on beyond what they see.
     """
 
     requires_model_outputs = True
-    model_kwargs_overrides: dict[str, Any] = {"return_target_logits": True}
+    model_kwargs_overrides: dict[str, Any] = {"return_final_hidden_state": True}
 
     def __init__(
         self,
+        model: Any,
         generation_config: GenerationConfig,
         logits_processor: LogitsProcessorList | None,
-        window: int,
     ):
+        self.model = model
         self.generation_config = generation_config
         self.logits_processor = logits_processor or LogitsProcessorList()
-        self.window = window
 
     def get_candidates(  # type: ignore[override]  # the base class takes any keywords
         self,
@@ -47,28 +57,57 @@ class ExtraTargetCandidateGenerator(CandidateGenerator):
         """`input_ids` `(1, S)` and drafts after them, and the drafts' processed logits `(1, drafts, V)` where sampled."""
         if is_first_iteration:
             return input_ids, None
-        # Row -1 would do after a pass without drafts; after one with drafts it is that of the last accepted one.
-        row = min(int(n_last_matches), model_outputs.target_logits.shape[1] - 1)
-        target_logits = model_outputs.target_logits[:, row].float()  # (1, K - 1, V)
         room = min(
-            target_logits.shape[1],
             self.generation_config.max_length - input_ids.shape[1] - 1,
             # One more character goes through the model: the one before the drafts.
-            self.window - model_kwargs["past_key_values"].get_seq_length() - 1,
+            self.model.config.max_position_embeddings - model_kwargs["past_key_values"].get_seq_length() - 1,
         )
-        drafts, processed = input_ids, []
-        for number in range(room):
-            logits = self.logits_processor(cast(Any, drafts), cast(Any, target_logits[:, number]))
-            if self.generation_config.do_sample:
-                draft = torch.multinomial(logits.softmax(-1), 1)
+        # Row -1 would do after a pass without drafts; after one with drafts it is that of the last accepted one.
+        states = model_outputs.final_hidden_state
+        state = states[:, min(int(n_last_matches), states.shape[1] - 1)]
+        sample = self.generation_config.do_sample
+        looked_up = _continuation(input_ids[:, -LOOK_BACK:], min(LOOK_UP, room))
+        drafts, processed, confidence = [input_ids[:, -1:]], [], 1.0
+        for offset in range(2, min(self.model.loss_settings.num_targets, room + 1) + 1):
+            logits, state = self.model.draft(offset, state, drafts[-1][:, 0])
+            logits = logits.float()
+            if self.logits_processor:
+                logits = self.logits_processor(cast(Any, torch.cat([input_ids, *drafts[1:]], dim=-1)), cast(Any, logits))
+            probabilities = logits.softmax(-1)
+            known = looked_up[:, offset - 2 : offset - 1]
+            if known.shape[1] and probabilities[0, known[0, 0]] >= AGREEMENT:
+                drafts.append(known)
+                if sample:
+                    processed.append(_certain(logits, known))
+                continue
+            looked_up = looked_up[:, :0]
+            draft = torch.multinomial(probabilities, 1) if sample else probabilities.argmax(-1, keepdim=True)
+            drafts.append(draft)
+            if sample:
                 processed.append(logits)
-            else:
-                draft = logits.argmax(-1, keepdim=True)
-            drafts = torch.cat([drafts, draft], dim=-1)
-        return drafts, torch.stack(processed, dim=1) if processed else None
+            confidence *= float(probabilities[0, draft[0, 0]])
+            if confidence < CONFIDENCE:
+                break
+        rest = looked_up[:, len(drafts) - 1 :]
+        candidates = torch.cat([input_ids, *drafts[1:], rest], dim=-1)
+        if sample:
+            processed += [_certain(logits, rest[:, i : i + 1]) for i in range(rest.shape[1])]
+        return candidates, torch.stack(processed, dim=1) if processed else None
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Nothing to adapt: the drafts cost nothing that is not paid already."""
+
+
+def _certain(logits: Tensor, choice: Tensor) -> Tensor:
+    """Logits like these `(1, V)` of which `choice` `(1, 1)` is drawn for certain."""
+    return torch.full_like(logits, -torch.inf).scatter_(1, choice, 0.0)
+
+
+def _continuation(ids: Tensor, length: int) -> Tensor:
+    """Up to `length` of the ids that followed in `ids` `(1, S)` where the end of it came last before; `(1, 0)` if nowhere."""
+    text = ids[0].to(torch.uint8).cpu().numpy().tobytes()
+    start = text.rfind(text[-LOOK_UP_MATCH:], 0, -1) + LOOK_UP_MATCH
+    return ids[:, start : start + length] if start >= LOOK_UP_MATCH else ids[:, :0]
 
 
 class CharformerGenerationMixin:
@@ -146,7 +185,7 @@ class CharformerGenerationMixin:
         generation_config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
         window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
         if model_kwargs.get("use_extra_targets"):
-            return ExtraTargetCandidateGenerator(generation_config, kwargs["logits_processor"], window)
+            return ExtraTargetCandidateGenerator(self, generation_config, kwargs["logits_processor"])
         generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
         draft = generator.get_candidates
 

@@ -64,12 +64,12 @@ class CharformerCausalLMOutput(CausalLMOutputWithPast):
 
     `loss_dict` maps the name of each term to its raw, unweighted value (float32 scalars, nats) and `loss_weights` the
     same names to the weights in force, so that `loss == sum(loss_weights[name] * loss_dict[name])`. Learned weights are
-    tensors. `target_logits`, if asked for, are those of targets 2..K, `(B, S, K - 1, V)`.
+    tensors. `final_hidden_state` `(B, S, hidden_size)`, if asked for, is what the next-character classifier reads.
     """
 
     loss_dict: dict[str, Tensor] | None = None
     loss_weights: dict[str, Any] | None = None
-    target_logits: Tensor | None = None
+    final_hidden_state: Tensor | None = None
 
 
 @dataclass
@@ -194,10 +194,28 @@ class AuxiliaryHead(nn.Linear):
         """Nothing: `CharformerPreTrainedModel._init_weights` draws the weights, from a generator of their own."""
 
 
+class ResidualBlock(nn.Linear):
+    """`h + SiLU(W h)` on hidden states `(..., hidden_size)`; the identity at first (Medusa, section 2.1.1).
+
+    With `reads_previous`, `h + SiLU(W [h; e])` with the embedding `e` of the character before the one to predict.
+    """
+
+    def __init__(self, hidden_size: int, reads_previous: bool = False):
+        super().__init__(hidden_size * (2 if reads_previous else 1), hidden_size)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden_states: Tensor, previous: Tensor | None = None) -> Tensor:
+        inputs = hidden_states if previous is None else torch.cat([hidden_states, previous], dim=-1)
+        return hidden_states + nn.functional.silu(super().forward(inputs))
+
+
 Model = TypeVar("Model", bound="CharformerPreTrainedModel")
 
 # Beginnings of the names of weights that exist for training only.
-TRAINING_ONLY = ("auxiliary_heads.", "auxiliary_classifiers.", "loss_uncertainty.")
+TRAINING_ONLY = ("auxiliary_heads.", "target_blocks.", "auxiliary_classifiers.", "loss_uncertainty.")
 
 
 class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
@@ -233,6 +251,9 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
             draw = torch.empty(module.weight.shape).normal_(0.0, self.config.initializer_range, generator=generator)
             init.copy_(module.weight, draw)
             init.zeros_(module.bias)
+        elif isinstance(module, ResidualBlock):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, UncertaintyWeighting):
             for log_variance in module.log_variances.values():
                 init.zeros_(log_variance)
@@ -252,6 +273,7 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         """
         config = copy.deepcopy(self.config)
         config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
+        config.target_heads = "linear"
         config.classifier_layers, config.loss_weights, config.loss_weighting = None, None, "fixed"
         model, weights = type(self)(config), self.state_dict()
         model.to(self.device, self.dtype)  # type: ignore[arg-type]  # wrapped by Transformers
@@ -432,6 +454,9 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
     after the model's final norm: the sums that its layers pass on grow with depth, and classifiers that read them as
     they are train badly and hold the layers back. It costs no parameters, and is what a model that stops at layer `l`
     computes. Post-norm layers have normed outputs.
+
+    With `config.target_heads` other than `"linear"`, `target_blocks` holds what stands before the classifiers of targets
+    2..K of the final layer.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -448,6 +473,11 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
                 for index, term in enumerate(self.loss_settings.terms)
                 if not term.is_main
             }
+        )
+        blocks = [] if config.target_heads == "linear" else range(2, config.num_targets + 1)
+        sequential = config.target_heads == "sequential"
+        self.target_blocks = nn.ModuleDict(
+            {f"target_{k}": ResidualBlock(config.hidden_size, reads_previous=sequential) for k in blocks}
         )
         self.loss_uncertainty = self._uncertainty_weighting()
         self.post_init()
@@ -467,7 +497,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         training_step: int | None = None,
         target_counts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        return_target_logits: bool = False,
+        return_final_hidden_state: bool = False,
         **kwargs,
     ) -> CharformerCausalLMOutput:
         """
@@ -482,7 +512,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             training_step: Optimizer steps done, which schedules that change from step to step follow; `None` is 0.
             target_counts: `(2, K)`, see `mean_denominators`; counts over the whole optimizer step.
             num_items_in_batch: What `transformers.Trainer` passes: next characters in the whole optimizer step.
-            return_target_logits: Also compute the logits of targets 2..K of the final layer, where `logits` are.
+            return_final_hidden_state: Also return what the next-character classifier reads, where `logits` are.
 
         Raises:
             ValueError: As `CharformerModel.forward`, and if `labels` are of another shape than the input, have ids
@@ -522,7 +552,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
                 weights,
             )
             loss_dict |= causal_lm_losses(
-                {**(outputs.layer_hidden_states or {}), len(self.model.layers): hidden_states},
+                self._classifier_inputs(auxiliary_terms, outputs.layer_hidden_states or {}, hidden_states, input_ids, inputs_embeds),
                 {term.name: partial(self.classify, term) for term in auxiliary_terms},
                 auxiliary_terms,
                 labels,
@@ -545,12 +575,55 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             attentions=outputs.attentions,
             loss_dict=loss_dict,
             loss_weights=weights if labels is not None else None,
-            target_logits=self._target_logits(hidden_states[:, kept]) if return_target_logits else None,
+            final_hidden_state=hidden_states[:, kept] if return_final_hidden_state else None,
         )
 
-    def _target_logits(self, hidden_states: Tensor) -> Tensor:
-        targets = range(2, self.loss_settings.num_targets + 1)
-        return torch.stack([self.auxiliary_heads[f"target_{k}"](hidden_states) for k in targets], dim=2)
+    def _classifier_inputs(
+        self,
+        terms: list[LossTerm],
+        layer_hidden_states: dict[int, Tensor],
+        final_hidden_state: Tensor,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """What the classifier of each of `terms` reads, by the term's name; `(B, S, hidden_size)` each."""
+        last = len(self.model.layers)
+        inputs = {
+            term.name: final_hidden_state if term.layer == last else layer_hidden_states[term.layer] for term in terms
+        }
+        offsets = [term.offset for term in terms if term.layer == last]
+        if not self.target_blocks or not offsets:
+            return inputs
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        state = final_hidden_state
+        for offset in range(2, max(offsets) + 1):
+            # What is shifted in at the end has no target.
+            previous = nn.functional.pad(inputs_embeds, (0, 0, 0, offset - 1))[:, offset - 1 :]
+            state = self._target_state(offset, state if self._is_sequential else final_hidden_state, previous)
+            if offset in offsets:
+                inputs[f"target_{offset}"] = state
+        return inputs
+
+    @property
+    def _is_sequential(self) -> bool:
+        return self.config.target_heads == "sequential"
+
+    def _target_state(self, offset: int, state: Tensor, previous: Tensor) -> Tensor:
+        """What the classifier of target `offset` reads, of `state` and the embedding of the character before it."""
+        if not self.target_blocks:
+            return state
+        return self.target_blocks[f"target_{offset}"](state, previous if self._is_sequential else None)
+
+    def draft(self, offset: int, state: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `(B, V)` of the character `offset` (2..K) steps ahead, and the state for the one after it.
+
+        Args:
+            state: `(B, hidden_size)`; for target 2 a position's `final_hidden_state`, then what the last call returned.
+            previous: `(B,)` ids of the characters `offset - 1` steps ahead, known or drafted.
+        """
+        read = self._target_state(offset, state, self.model.embed_tokens(previous))
+        return self.auxiliary_heads[f"target_{offset}"](read), read if self._is_sequential else state
 
     def classify(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         """Logits `(..., V)` of an auxiliary term's classifier, from its layer's output (the last one's after the norm)."""

@@ -411,8 +411,54 @@ def test_losses_of_plain_tensors_without_a_model():
     labels = torch.randint(0, 7, (2, 5))
     terms = AuxiliaryLossSettings(2, num_targets=1).terms
     losses = causal_lm_losses(
-        {1: hidden * 2, 2: hidden}, heads, terms, labels, mean_denominators(labels, 1, None, None), vocab_size=7
+        {"layer_1": hidden * 2, "next_char": hidden}, heads, terms, labels, mean_denominators(labels, 1, None, None), vocab_size=7
     )
     for name, scale in (("next_char", 1), ("layer_1", 2)):
         logits = heads[name](hidden * scale)[:, :-1].reshape(-1, 7)
         torch.testing.assert_close(losses[name], torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1)))
+
+
+@pytest.mark.parametrize("target_heads", ["residual", "sequential"])
+def test_targets_with_blocks_against_the_definition(make_model, make_ids, target_heads):
+    model, ids = make_model(num_targets=4, target_heads=target_heads), make_ids()
+    for block in model.target_blocks.values():
+        torch.nn.init.normal_(block.weight, std=0.2)
+        torch.nn.init.normal_(block.bias, std=0.2)
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+    output = model(ids, labels=labels)
+    embedded = model.model.embed_tokens(ids)
+    hidden = model(ids, return_final_hidden_state=True).final_hidden_state
+    silu = torch.nn.functional.silu
+    states = {1: hidden}
+    for k in (2, 3, 4):
+        block = model.target_blocks[f"target_{k}"]
+        if target_heads == "residual":
+            states[k] = hidden + silu(hidden @ block.weight.T + block.bias)
+        else:
+            before = states[k - 1][:, : 20 - k + 1]
+            read = torch.cat([before, embedded[:, k - 1 :]], dim=-1)
+            states[k] = before + silu(read @ block.weight.T + block.bias)
+        logits = model.auxiliary_heads[f"target_{k}"](states[k])[:, : 20 - k]
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, k:].flatten())
+        torch.testing.assert_close(output.loss_dict[f"target_{k}"], expected)
+    # Drafting computes the same, one position at a time.
+    state = hidden[:, 3]
+    for k in (2, 3, 4):
+        logits, state = model.draft(k, state, ids[:, 3 + k - 1])
+        torch.testing.assert_close(logits, model.auxiliary_heads[f"target_{k}"](states[k])[:, 3])
+    torch.testing.assert_close(model(inputs_embeds=embedded, labels=labels).loss, output.loss)
+    output.loss.backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.target_blocks.parameters())
+
+
+def test_blocks_begin_as_the_identity_and_change_no_other_weight(make_model, make_ids, tmp_path):
+    linear, ids = make_model(num_targets=3), make_ids()
+    for target_heads in ("residual", "sequential"):
+        model = make_model(num_targets=3, target_heads=target_heads)
+        torch.testing.assert_close(model(ids, labels=ids).loss, linear(ids, labels=ids).loss)
+        torch.nn.init.normal_(model.target_blocks["target_3"].weight)
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path).train()
+        assert again(ids, labels=ids).loss == model(ids, labels=ids).loss
+        assert again.without_auxiliary_heads().num_parameters() == linear.without_auxiliary_heads().num_parameters()

@@ -39,6 +39,7 @@ def test_defaults_are_the_papers_t12():
         ({"intermediate_layers": [1], "num_hidden_layers": 1}, "there are none"),
         ({"intermediate_schedule": "papr"}, r"'papr'; known schedules: \['constant', 'cosine', .*'paper'"),
         ({"target_schedule": "papr"}, "target_schedule is 'papr'"),
+        ({"target_heads": "mlp"}, "target_heads is 'mlp'; it must be one of"),
         ({"loss_weights": {"layer_12": 1.0}}, r"loss_weights names \['layer_12'\]; the terms"),
         ({"loss_weighting": "free"}, "loss_weighting is 'free'"),
         ({"classifier_layers": [12]}, r"classifier_layers contains \[12\].* 1 to 11"),

@@ -1,17 +1,25 @@
 """Drafts by the extra heads change nothing, and text goes on past the window as a plain loop would write it."""
 
+import copy
+import functools
+
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, pipeline
+from transformers import LogitsProcessor, LogitsProcessorList, pipeline, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_charformer import CharformerTokenizer
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer, generation_charformer
+from tests.helpers import TINY
 
 
-@pytest.fixture
-def model(make_model):
+@functools.cache
+def half_trained(target_heads: str) -> CharformerForCausalLM:
     """One whose drafts are right now and then: it has learned a text by heart, half-way."""
-    model = make_model(num_targets=4, intermediate_schedule="constant", max_position_embeddings=32)
+    set_seed(0)
+    settings = {"num_targets": 4, "intermediate_schedule": "constant", "max_position_embeddings": 32}
+    model = CharformerForCausalLM(
+        CharformerConfig(**(TINY | {"initializer_range": 0.1} | settings), target_heads=target_heads)
+    )
     ids = torch.tensor([list(b"the rat and the cat sat on the mat; ")[:32]] * 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -19,6 +27,11 @@ def model(make_model):
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+@pytest.fixture(params=["linear", "sequential"])
+def model(request):
+    return copy.deepcopy(half_trained(request.param))
 
 
 PROMPT = torch.tensor([list(b"the ")])
@@ -90,15 +103,39 @@ def test_untrained_heads_do_no_harm(make_model):
         assert model.generate(ids, max_new_tokens=20, do_sample=False, use_extra_targets=True).equal(plain)
 
 
+def test_what_came_before_is_looked_up(make_model, monkeypatch):
+    """Drafts from the text itself are longer than the heads see ahead, and change nothing."""
+    model = make_model(num_targets=2, max_position_embeddings=512, initializer_range=0.3).eval()
+    for layer in model.model.layers:  # each character then depends on the one before alone, so that greedy text circles
+        torch.nn.init.zeros_(layer.position_embeddings.weight)
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    settings = {"max_new_tokens": 400, "do_sample": False}
+    monkeypatch.setattr(generation_charformer, "AGREEMENT", 0.0)  # the heads have learned nothing
+    plain, _ = passes(model, **settings)
+    drafted, count = passes(model, use_extra_targets=True, **settings)
+    assert drafted.equal(plain)
+    assert count < 400 / 2  # the heads alone see no more than one character further
+    monkeypatch.setattr(generation_charformer, "LOOK_UP", 0)
+    drafted, count = passes(model, use_extra_targets=True, **settings)
+    assert drafted.equal(plain)
+    assert count >= 400 / 2
+
+
 def chi_squared(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     expected = counts.sum() * probabilities
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-def test_sampled_text_has_the_models_distribution(make_model):
+@pytest.mark.parametrize("drafts", ["linear", "sequential", "looked up"])
+def test_sampled_text_has_the_models_distribution(make_model, drafts, monkeypatch):
     """Of the third character, after one that was drafted; greedy drafts passed off as sampled ones would show."""
     torch.manual_seed(0)
-    model = make_model(num_targets=3, vocab_size=4, initializer_range=0.5).eval()
+    heads = "linear" if drafts == "looked up" else drafts
+    model = make_model(num_targets=3, vocab_size=4, initializer_range=0.5, target_heads=heads).eval()
+    for block in model.target_blocks.values():
+        torch.nn.init.normal_(block.weight, std=0.3)
+    if drafts == "looked up":
+        monkeypatch.setattr(generation_charformer, "LOOK_UP_MATCH", 1)
     prompt, temperature, draws = torch.tensor([[1, 2]]), 0.9, 700
     exact = torch.zeros(4, 4, 4)
     for first in range(4):

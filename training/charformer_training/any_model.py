@@ -31,7 +31,7 @@ from modeling_charformer.auxiliary_losses import (
     shifted_targets,
     weighted_loss,
 )
-from modeling_charformer.modeling_charformer import TRAINING_ONLY, AuxiliaryHead
+from modeling_charformer.modeling_charformer import TRAINING_ONLY, AuxiliaryHead, ResidualBlock
 
 
 HEADS_FILE = "auxiliary_heads.safetensors"
@@ -109,19 +109,6 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike) -> Mode
     path = cached_file(str(name_or_path), HEADS_FILE)
     cast(_WithAuxiliaryLosses, base).load_auxiliary_heads(Path(str(path)).parent)
     return model
-
-
-class ResidualBlock(nn.Module):
-    """`h + SiLU(W h)` on hidden states `(..., hidden_size)`; the identity at first (Medusa, section 2.1.1)."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, hidden_size)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states + nn.functional.silu(self.linear(hidden_states))
 
 
 class _WithAuxiliaryLosses(PreTrainedModel):
@@ -313,7 +300,7 @@ class _CausalLM(_WithAuxiliaryLosses):
             total = cross_entropy_sum(logits, targets.take_along_dim(last, dim=1))
             losses["last_position"] = total / denominators[1, 0]
         return losses | causal_lm_losses(
-            {term.layer: outputs.hidden_states[term.layer] for term in terms},
+            {term.name: outputs.hidden_states[term.layer] for term in terms},
             {term.name: functools.partial(self._classify, term) for term in terms},
             terms,
             labels,

@@ -54,6 +54,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "How these change: constant, forward (one target after the other comes in), ..."},
     )
+    target_heads: str | None = field(
+        default=None,
+        metadata={"help": "What predicts them: linear, residual, or sequential (the best drafts for generation)."},
+    )
     intermediate_layers: list[str] | None = field(
         default=None, metadata={"help": "Layers with losses of their own: 'all', 'none', or their numbers."}
     )

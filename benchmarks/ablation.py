@@ -1,0 +1,455 @@
+"""Do the auxiliary losses help? A grid of them, with seeds and retuned learning rates; a report drawn from the runs.
+
+    python benchmarks/ablation.py run cpu --data tinyshakespeare.txt [--workers 2] [--output benchmarks/results/ablation_cpu.jsonl]
+    python benchmarks/ablation.py report benchmarks/results/ablation_cpu.jsonl
+
+`run` goes through the grid cell by cell and appends one JSON line for each finished run; runs that are there already are
+not run again, so that the same command goes on where it was stopped. First each cell is run with one seed at each learning
+rate of the grid, since a comparison at one rate favours the cell it was tuned for; then, at the cell's best rate, with
+further seeds. The data order of a seed is the same in every cell, and so are the initial weights of what cells share.
+
+`report` writes a Markdown page and a figure beside the JSON lines.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import TrainerCallback, set_seed
+from transformers.utils import logging
+
+from charformer_training.train import build_model, build_trainer, parse_arguments
+from charformer_training.data import load_corpus, split_corpus
+from modeling_charformer import CharformerTokenizer
+
+
+ROOT = Path(__file__).resolve().parent.parent
+NONE = {"num_targets": 1, "intermediate_layers": "none"}
+LAYERS = {"num_targets": 1, "intermediate_layers": "all"}
+BOTH = {"num_targets": 2, "intermediate_layers": "all", "intermediate_schedule": "paper"}
+POST = {"norm_placement": "post"}
+# The paper's optimizer; its learning rate is 0.003.
+MOMENTUM = {"optim": "sgd", "optim_args": "momentum=0.99", "weight_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells by name, each with the fields of a recipe that make it; learning rates and seeds to run them at."""
+
+    recipe: str
+    fields: dict[str, Any]
+    cells: dict[str, dict[str, Any]]
+    learning_rates: tuple[float, ...]
+    momentum_learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (1, 2, 3)
+    baselines: dict[str, str] = field(default_factory=dict)
+    """What a cell is compared with; `none` where nothing is said."""
+
+
+def deep(layers: int, steps: int) -> Grid:
+    losses = {
+        "none": NONE,
+        "layers, paper's schedule, 1": {**LAYERS, "intermediate_weight": 1.0},
+        "layers, paper's schedule, 0.1": {**LAYERS, "intermediate_weight": 0.1},
+    }
+    variants = {"": {}, "post-norm: ": POST, "post-norm, momentum SGD, no warm-up: ": POST | MOMENTUM | {"warmup_steps": 0}}
+    return Grid(
+        "shakespeare-cpu.yaml",
+        {
+            "num_hidden_layers": layers,
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_attention_heads": 2,
+            "max_steps": steps,
+            "eval_steps": steps // 10,
+        },
+        {prefix + name: fields | more for prefix, more in variants.items() for name, fields in losses.items()},
+        learning_rates=(1e-3, 2e-3, 4e-3),
+        momentum_learning_rates=(1e-3, 3e-3, 1e-2),
+        baselines={prefix + name: f"{prefix}none" for prefix in variants for name in losses},
+    )
+
+
+GRIDS = {
+    # nanoGPT's CPU setting: 4 layers, width 128, window 64, batch 12, 2,000 steps.
+    "cpu": Grid(
+        "shakespeare-cpu.yaml",
+        {"eval_steps": 200},
+        {
+            "none": NONE,
+            "last position only": NONE | {"position_loss": "last"},
+            "layers, paper's schedule, 1": LAYERS | {"intermediate_weight": 1.0},
+            "layers, paper's schedule, 0.3": LAYERS | {"intermediate_weight": 0.3},
+            "layers, paper's schedule, 0.1": LAYERS | {"intermediate_weight": 0.1},
+            "layers, constant, 0.1": LAYERS | {"intermediate_weight": 0.1, "intermediate_schedule": "constant"},
+            "every second layer, constant, 0.1": LAYERS
+            | {"intermediate_layers": [2], "intermediate_weight": 0.1, "intermediate_schedule": "constant"},
+            "2 targets": NONE | {"num_targets": 2},
+            "4 targets, 0.2 each": NONE | {"num_targets": 4, "target_weights": [0.2] * 3},
+            "8 targets, 0.1 each": NONE | {"num_targets": 8, "target_weights": [0.1] * 7},
+            "all of the paper's": BOTH | {"intermediate_weight": 1.0},
+            "2 targets; layers, paper's schedule, 0.1": BOTH | {"intermediate_weight": 0.1},
+        },
+        learning_rates=(2e-3, 4e-3, 8e-3),
+    ),
+    # Deep and thin; norms, optimizer and warm-up as the paper's and as today's.
+    "depth-12": deep(12, 1000),
+    "depth-24": deep(24, 1000),
+    # nanoGPT's GPU setting: 6 layers, width 384, window 256, batch 64, 5,000 steps.
+    "gpu": Grid(
+        "shakespeare-gpu.yaml",
+        {"report_to": "none", "eval_steps": 250},
+        {
+            "none": NONE,
+            "layers, paper's schedule, 0.1": LAYERS | {"intermediate_weight": 0.1},
+            "2 targets": NONE | {"num_targets": 2},
+            "4 targets, 0.2 each": NONE | {"num_targets": 4, "target_weights": [0.2] * 3},
+            "8 targets, 0.1 each": NONE | {"num_targets": 8, "target_weights": [0.1] * 7},
+            "all of the paper's": BOTH | {"intermediate_weight": 1.0},
+        },
+        learning_rates=(1e-3, 2e-3),
+    ),
+}
+
+
+class Curve(TrainerCallback):
+    """Validation bits per character, seconds of training alone, and the gradient that each term has on the layers."""
+
+    def __init__(self, batch: dict[str, torch.Tensor]):
+        self.batch, self.seconds, self.points, self.gradients = batch, 0.0, [], []  # type: ignore[var-annotated]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.begin
+
+    def on_evaluate(self, args, state, control, metrics, model, **kwargs):
+        self.points.append([state.global_step, round(self.seconds, 2), round(metrics["eval_bpc"], 5)])
+        self.gradients.append({"step": state.global_step, **self.gradient_norms(model, state)})
+
+    def gradient_norms(self, model: Any, state: Any) -> dict[str, float]:
+        """Norm of the weighted gradient of each term of the loss, on all layers together."""
+        progress = min(state.global_step / state.max_steps, 0.999)
+        batch = {name: value.to(model.device) for name, value in self.batch.items()}
+        model.train()
+        outputs = model(**batch, use_cache=False, training_progress=progress, training_step=state.global_step)
+        trunk = list(model.model.layers.parameters())
+        norms = {}
+        for name, value in outputs.loss_dict.items():
+            if outputs.loss_weights[name]:
+                gradients = torch.autograd.grad(value, trunk, retain_graph=True, allow_unused=True)
+                norm = math.sqrt(sum(float(g.float().square().sum()) for g in gradients if g is not None))
+                norms[name] = round(outputs.loss_weights[name] * norm, 5)
+        return norms
+
+
+def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str) -> dict[str, Any]:
+    """A run from start to end, in this process."""
+    logging.set_verbosity_error()
+    fields = {**GRIDS[grid].fields, **GRIDS[grid].cells[cell], "learning_rate": learning_rate, "seed": seed}
+    with tempfile.TemporaryDirectory() as folder:
+        words = [str(ROOT / "training" / "configs" / GRIDS[grid].recipe)]
+        fields |= {"data_path": data, "output_dir": f"{folder}/run", "sample_length": 0, "save_strategy": "no"}
+        fields |= {"load_best_model_at_end": False, "disable_tqdm": True, "logging_steps": fields["eval_steps"]}
+        fields["lr_scheduler_kwargs"] = json.dumps({"min_lr": learning_rate / 10})
+        for name, value in fields.items():
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        arguments = parse_arguments(words)
+        model_arguments, data_arguments, _, training = arguments
+        set_seed(seed)
+        model = build_model(model_arguments)
+        corpus = load_corpus(data_arguments)
+        splits = split_corpus(corpus, data_arguments.train_share, data_arguments.validation_share)
+        trainer = build_trainer(arguments, model, CharformerTokenizer(), splits)
+        rows = [trainer.train_dataset[index] for index in range(training.per_device_train_batch_size)]  # type: ignore[index]
+        curve = Curve({name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]})
+        trainer.add_callback(curve)
+        diverged = None
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            diverged = str(error)
+    return {
+        "grid": grid,
+        "cell": cell,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "final_bpc": curve.points[-1][2] if curve.points and diverged is None else None,
+        "best_bpc": min((point[2] for point in curve.points), default=None),
+        "seconds_per_step": round(curve.seconds / max(1, trainer.state.global_step), 5),
+        "curve": curve.points,
+        "gradient_norms": curve.gradients,
+        "diverged": diverged,
+        "steps": training.max_steps,
+        "parameters": model.num_parameters(),
+        "inference_parameters": model.without_auxiliary_heads().num_parameters(),
+        "data_sha256": hashlib.sha256(corpus.data).hexdigest(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def final(run: dict[str, Any]) -> float:
+    """Validation bits per character at the end; infinite if the run diverged."""
+    return math.inf if run["final_bpc"] is None else float(run["final_bpc"])
+
+
+def of_cell(runs: list[dict[str, Any]], cell: str) -> list[dict[str, Any]]:
+    """The runs of a cell at the learning rate that is best with the first seed."""
+    own = [run for run in runs if run["cell"] == cell]
+    if not own:
+        return []
+    first = min(run["seed"] for run in own)
+    best = min((run for run in own if run["seed"] == first), key=final)["learning_rate"]
+    return [run for run in own if run["learning_rate"] == best]
+
+
+class Sweep:
+    """Runs what is missing, some at a time, each in a process of its own."""
+
+    def __init__(self, grid: str, data: str, output: Path, workers: int):
+        self.grid, self.data, self.output, self.workers = grid, data, output, workers
+
+    def _missing(self, wanted: Iterator[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
+        done = {(run["cell"], run["learning_rate"], run["seed"]) for run in read(self.output) if run["grid"] == self.grid}
+        return [key for key in wanted if key not in done]
+
+    def _run(self, key: tuple[str, float, int]) -> None:
+        cell, learning_rate, seed = key
+        one = json.dumps({"grid": self.grid, "cell": cell, "learning_rate": learning_rate, "seed": seed, "data": self.data})
+        threads = str(max(1, (os.cpu_count() or 1) // self.workers))
+        result = subprocess.run(
+            [sys.executable, __file__, "one", one],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        )
+        if result.returncode:
+            raise RuntimeError(f"{key}: {result.stderr[-3000:]}")
+        with self.output.open("a", encoding="utf-8") as file:
+            file.write(result.stdout.splitlines()[-1] + "\n")
+
+    def _all(self, keys: list[tuple[str, float, int]], name: str) -> None:
+        with ThreadPoolExecutor(self.workers) as pool:
+            for _ in tqdm(pool.map(self._run, keys), total=len(keys), desc=name, unit="run"):
+                pass
+
+    def run(self) -> None:
+        grid = GRIDS[self.grid]
+        first, *others = grid.seeds
+
+        def rates(cell: str) -> tuple[float, ...]:
+            return grid.momentum_learning_rates if "optim" in grid.cells[cell] else grid.learning_rates
+
+        tuning = ((cell, rate, first) for cell in grid.cells for rate in rates(cell))
+        self._all(self._missing(tuning), f"{self.grid}: learning rates")
+        runs = [run for run in read(self.output) if run["grid"] == self.grid]
+        best = {cell: of_cell(runs, cell)[0]["learning_rate"] for cell in grid.cells}
+        seeds = ((cell, best[cell], seed) for seed in others for cell in grid.cells)
+        self._all(self._missing(seeds), f"{self.grid}: seeds")
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def reaches(curve: list[list[float]], bpc: float, axis: int) -> float | None:
+    """Steps (axis 0) or seconds (axis 1) until a curve is down at `bpc`, between two points along a straight line."""
+    for before, after in zip(curve, curve[1:], strict=False):
+        if after[2] <= bpc < before[2]:
+            return float(before[axis] + (after[axis] - before[axis]) * (before[2] - bpc) / (before[2] - after[2]))
+    return None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell in the report. Ratios are to the cell's baseline, seed by seed; `None` if one seed never gets there."""
+
+    cell: str
+    learning_rate: float
+    seeds: int
+    bpc: float
+    error: float
+    gain: float
+    gain_error: float
+    steps_ratio: float | None
+    seconds_ratio: float | None
+    step_cost: float
+    parameters: int
+    training_only: int
+
+
+def rows(runs: list[dict[str, Any]], grid: Grid) -> list[Row]:
+    table = []
+    for cell in grid.cells:
+        own = {run["seed"]: run for run in of_cell(runs, cell)}
+        base = {run["seed"]: run for run in of_cell(runs, grid.baselines.get(cell, "none"))}
+        shared = sorted(own.keys() & base.keys())
+        if not shared:
+            continue
+        bpc, error = mean_and_error([final(own[seed]) for seed in shared])
+        gain, gain_error = mean_and_error([final(base[seed]) - final(own[seed]) for seed in shared])
+        # Seconds by the cost of a step that is typical of all runs of a cell: the machine is not equally busy at all times.
+        cost = statistics.median(run["seconds_per_step"] for run in own.values()) / statistics.median(
+            run["seconds_per_step"] for run in base.values()
+        )
+        steps = [reaches(own[seed]["curve"], final(base[seed]), 0) for seed in shared]
+        reached = [found / own[seed]["steps"] for found, seed in zip(steps, shared, strict=True) if found is not None]
+        steps_ratio = statistics.mean(reached) if len(reached) == len(shared) else None
+        first = own[shared[0]]
+        table.append(
+            Row(
+                cell,
+                first["learning_rate"],
+                len(shared),
+                bpc,
+                error,
+                gain,
+                gain_error,
+                steps_ratio,
+                None if steps_ratio is None else steps_ratio * cost,
+                cost,
+                first["inference_parameters"],
+                first["parameters"] - first["inference_parameters"],
+            )
+        )
+    return table
+
+
+def report(path: Path) -> str:
+    """A Markdown page of the runs in `path`; draws a figure of each grid beside it."""
+    runs = read(path)
+    pages = ["# Ablation of the auxiliary losses", ""]
+    for name in dict.fromkeys(run["grid"] for run in runs):
+        own = [run for run in runs if run["grid"] == name]
+        grid, table = GRIDS[name], rows(own, GRIDS[name])
+        one = own[0]
+        figure = path.with_name(f"{path.stem}_{name}.png")
+        draw(own, grid, figure)
+        pages += [
+            f"## {name}",
+            "",
+            f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}; {one['device']}, torch {one['torch']}, transformers"
+            f" {one['transformers']}; data sha256 {one['data_sha256']}; seeds {list(grid.seeds)}.",
+            "",
+            "Final validation bits per character, mean and standard error over seeds; gain over the baseline seed by seed"
+            " (same data order); steps and seconds to the baseline's final value, as shares of the baseline's; cost of a"
+            " step. A dash: not reached with every seed.",
+            "",
+            "| Cell | learning rate | seeds | bpc | gain | steps | seconds | cost of a step |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in table:
+            steps, seconds = ("-" if value is None else f"{value:.2f}" for value in (row.steps_ratio, row.seconds_ratio))
+            pages.append(
+                f"| {row.cell} | {row.learning_rate:g} | {row.seeds} | {row.bpc:.4f} +- {row.error:.4f} |"
+                f" {row.gain:+.4f} +- {row.gain_error:.4f} | {steps} | {seconds} | {row.step_cost:.2f} |"
+            )
+        pages += ["", f"![Learning curves]({figure.name})", "", *conclusions(table, grid), ""]
+    return "\n".join(pages)
+
+
+def conclusions(table: list[Row], grid: Grid) -> list[str]:
+    """What the table says, by a rule: a difference counts if it is more than twice its standard error."""
+    lines = []
+    for row in table:
+        if row.cell in grid.baselines.values() or row.cell == "none":
+            continue
+        verdict = "makes no difference that these seeds can show"
+        if math.isnan(row.gain_error):
+            verdict = "has one seed only"
+        elif abs(row.gain) > 2 * row.gain_error:
+            verdict = "helps" if row.gain > 0 else "hurts"
+        lines.append(f"- {row.cell}: {verdict} ({row.gain:+.4f} +- {row.gain_error:.4f} bpc, {row.step_cost:.2f} x a step).")
+    return lines
+
+
+def draw(runs: list[dict[str, Any]], grid: Grid, path: Path) -> None:
+    """Validation bpc against steps and against seconds: the mean of the seeds of each cell."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
+    lowest = math.inf
+    for number, cell in enumerate(grid.cells):
+        own = [run for run in of_cell(runs, cell) if run["final_bpc"] is not None]
+        if not own:
+            continue
+        points = list(zip(*(run["curve"] for run in own), strict=True))
+        bpc = [statistics.mean(point[2] for point in group) for group in points]
+        cost = statistics.median(run["seconds_per_step"] for run in own)
+        steps = [group[0][0] for group in points]
+        lowest = min(lowest, min(bpc))
+        style = {
+            "label": cell,
+            "color": plt.get_cmap("tab20")(number % 20),
+            "linewidth": 2.5 if cell == "none" else 1.2,
+            "linestyle": "-" if number < 10 else "--",
+        }
+        axes[0].plot(steps, bpc, **style)
+        axes[1].plot([step * cost for step in steps], bpc, **style)
+    axes[0].set(xlabel="steps", ylabel="validation bits per character")
+    axes[1].set(xlabel="seconds of training")
+    axes[0].set_ylim(lowest - 0.03, lowest + 0.6)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="run what is missing of a grid")
+    running.add_argument("grid", choices=GRIDS)
+    running.add_argument("--data", required=True, help="tiny Shakespeare, 1,115,394 bytes, or another text")
+    running.add_argument("--workers", type=int, default=1, help="runs at a time, which share the cores")
+    running.add_argument("--output", type=Path)
+    reporting = commands.add_parser("report", help="a page and figures of the runs in a file")
+    reporting.add_argument("runs", type=Path)
+    one = commands.add_parser("one", help="one run, in JSON; what `run` calls")
+    one.add_argument("settings", type=json.loads)
+    arguments = parser.parse_args()
+    if arguments.command == "one":
+        print(json.dumps(run_one(**arguments.settings)))
+    elif arguments.command == "run":
+        if not Path(arguments.data).is_file():
+            sys.exit(f"--data: there is no file {arguments.data!r}; give the text to train on")
+        output = arguments.output or ROOT / "benchmarks" / "results" / f"ablation_{arguments.grid}.jsonl"
+        Sweep(arguments.grid, arguments.data, output, arguments.workers).run()
+        print(f"Runs: {output}; now: python benchmarks/ablation.py report {output}")
+    else:
+        page = report(arguments.runs)
+        arguments.runs.with_suffix(".md").write_text(page, encoding="utf-8")
+        print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Speed of generation, batch 1: drafting beside plain, rolling beside inside the window, and T12's shape beside GPT-2.
+
+    python benchmarks/generate.py runs/drafting [--prompts 8] [--output benchmarks/results/generate_cpu.json]
+
+The model is one that `charformer-train training/configs/drafting.yaml` trained; prompts are the first half windows of
+functions of the validation part of its text. All ways to generate take turns, prompt by prompt, so that whatever else the
+machine does hits all alike. A figure is the ratio of the medians over prompts. Without a model, only what needs no trained
+one is measured.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measure import in_own_process
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+from charformer_training.data import DataArguments, load_corpus, split_corpus
+from modeling_charformer import CharformerConfig, CharformerForCausalLM
+
+
+DRAFTING: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "use_extra_targets": {"use_extra_targets": True},
+    "look-up alone (prompt_lookup_num_tokens=8)": {"prompt_lookup_num_tokens": 8},
+}
+DECODING: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "temperature 0.7": {"do_sample": True, "temperature": 0.7, "top_k": 0},
+    "temperature 1": {"do_sample": True, "temperature": 1.0, "top_k": 0},
+}
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    result = function()
+    return time.perf_counter() - begin, result
+
+
+def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[str, Any]:
+    """For each way to decode: seconds and passes of each way to draft, over the same prompts."""
+    room = model.config.max_position_embeddings - prompts[0].shape[1]
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.model.register_forward_hook(count)
+    report = {}
+    for decoding, settings in DECODING.items():
+        seconds: dict[str, list[float]] = {way: [] for way in DRAFTING}
+        per_pass: dict[str, list[float]] = {way: [] for way in DRAFTING}
+        texts: dict[str, list[torch.Tensor]] = {way: [] for way in DRAFTING}
+        for number, prompt in enumerate(tqdm(prompts, desc=decoding)):
+            for way, more in DRAFTING.items():
+                set_seed(number)
+                passes = 0
+                taken, ids = timed(lambda s=settings | more, p=prompt: model.generate(p, max_new_tokens=room, **s))  # type: ignore[misc]
+                seconds[way].append(taken / room)
+                per_pass[way].append(room / passes)
+                texts[way].append(ids)
+        if decoding == "greedy" and not all(
+            a.equal(b) for a, b in zip(texts["plain"], texts["use_extra_targets"], strict=True)
+        ):
+            raise AssertionError("drafting changed greedy text")
+        plain = statistics.median(seconds["plain"])
+        report[decoding] = {
+            way: {
+                "characters_per_pass": round(statistics.mean(per_pass[way]), 3),
+                "milliseconds_per_pass": round(
+                    1000 * statistics.median(s * p for s, p in zip(seconds[way], per_pass[way], strict=True)), 3
+                ),
+                "speed_ratio": round(plain / statistics.median(seconds[way]), 3),
+                "speed_ratio_of_each_prompt": [
+                    round(a / b, 2) for a, b in zip(seconds["plain"], seconds[way], strict=True)
+                ],
+            }
+            for way in DRAFTING
+        }
+    return report
+
+
+def rolling(model: CharformerForCausalLM, repeats: int) -> dict[str, float]:
+    """Time of a character when the window rolls, beside that of one inside the window."""
+    window = model.config.max_position_embeddings
+    prompt = torch.tensor([[10]])
+    inside, rolled = [], []
+    for _ in tqdm(range(repeats), desc="rolling"):
+        length = window - 1
+        inside.append(timed(lambda: model.generate(prompt, max_new_tokens=window - 1, do_sample=False))[0] / length)
+        length = 10 * window
+        rolled.append(
+            timed(
+                lambda n=length: model.generate(prompt, max_new_tokens=n, do_sample=False, rolling_context=True)  # type: ignore[misc]
+            )[0]
+            / length
+        )
+    return {"time_ratio": round(statistics.median(rolled) / statistics.median(inside), 3)}
+
+
+def t12_beside_gpt2(repeats: int, length: int = 256) -> dict[str, float]:
+    shape = {"attention_dropout": 0.0, "activation_dropout": 0.0}
+    models: dict[str, Any] = {
+        "charformer": CharformerForCausalLM(CharformerConfig(**shape)).without_auxiliary_heads().eval(),
+        "gpt2": GPT2LMHeadModel(
+            GPT2Config(vocab_size=256, n_positions=512, n_embd=512, n_layer=12, n_head=2, bos_token_id=0, eos_token_id=None)
+        ).eval(),
+    }
+    prompt = torch.tensor([[10]])
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in tqdm(range(repeats + 1), desc="T12's shape"):
+        for name, model in models.items():
+            taken = timed(lambda m=model: m.generate(prompt, max_new_tokens=length, do_sample=False, pad_token_id=0))[0]  # type: ignore[misc]
+            if number:  # the first warms up
+                seconds[name].append(taken / length)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "milliseconds_per_character": round(1000 * medians["charformer"], 2),
+        "gpt2_milliseconds_per_character": round(1000 * medians["gpt2"], 2),
+        "speed_ratio": round(medians["gpt2"] / medians["charformer"], 3),
+    }
+
+
+def load(folder: str, what: str) -> float:
+    """Seconds, or the peak of memory in MiB beyond what an empty one takes, of loading a model and running it once."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, model = timed(lambda: CharformerForCausalLM.from_pretrained(folder))
+    if what == "seconds":
+        return seconds
+    model.generate(torch.tensor([[10]]), max_new_tokens=2, do_sample=False)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def loading(repeats: int) -> dict[str, float]:
+    """T12 with all heads, as it is trained, and the model for inference alone."""
+    full = CharformerForCausalLM(CharformerConfig())
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        full.save_pretrained(f"{folder}/full")
+        full.without_auxiliary_heads().save_pretrained(f"{folder}/inference")
+        for what in ("seconds", "memory_mib"):
+            values: dict[str, list[float]] = {"full": [], "inference": []}
+            for _ in range(repeats):
+                for name, found in values.items():
+                    found.append(in_own_process(__file__, "--load", f"{folder}/{name}", what))
+            medians = {name: statistics.median(found) for name, found in values.items()}
+            results[f"full_{what}"] = round(medians["full"], 3)
+            results[f"inference_{what}_ratio"] = round(medians["inference"] / medians["full"], 3)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="a folder with a trained model that drafts")
+    parser.add_argument("--text", default="python-stdlib", help="what it was trained on")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.load:
+        print(load(*arguments.load))
+        return
+
+    results: dict[str, Any] = {
+        "device": f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if arguments.model:
+        model = CharformerForCausalLM.from_pretrained(arguments.model).eval()
+        window = model.config.max_position_embeddings
+        text = split_corpus(load_corpus(DataArguments(data_path=arguments.text)), 0.9, 0.05)["validation"].data
+        starts = range(0, len(text) - window, (len(text) - window) // arguments.prompts)
+        prompts = [torch.tensor([text[i : i + window // 4].tolist()]) for i in starts[: arguments.prompts]]
+        results["model"] = {
+            name: getattr(model.config, name)
+            for name in ("num_hidden_layers", "hidden_size", "max_position_embeddings", "num_targets", "target_heads")
+        }
+        results["drafting"] = drafting(model, prompts)
+        results["rolling"] = rolling(model, 3)
+    results["t12"] = t12_beside_gpt2(arguments.repeats)
+    results["t12_loading"] = loading(arguments.repeats)
+    print(json.dumps(results, indent=2))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Compress a text with a trained model, and restore it.
+
+python examples/compress.py runs/quickstart compress my_text.txt my_text.compressed
+python examples/compress.py runs/quickstart restore my_text.compressed my_text.txt
+
+Needs `pip install constriction` for the arithmetic coder. What the model finds probable takes few bits, so the size of the
+file is the model's bits per byte (`charformer-evaluate`) times the length of the text. Restoring needs the same model, and
+the same machine and library versions: the probabilities must come out the same to the last bit.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import constriction
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from modeling_charformer import CharformerForCausalLM
+
+
+LENGTH_BYTES = 8
+MODEL = constriction.stream.model.Categorical(perfect=False)
+
+
+class Predictor:
+    """Probabilities of the next byte, of the bytes so far: `charformer-evaluate`'s, with stride half a window."""
+
+    def __init__(self, model: CharformerForCausalLM):
+        self.model = model.eval()
+        self.window = model.config.max_position_embeddings
+        self.stride = max(1, self.window // 2)
+        self.seen: list[int] = []
+        self.cache = None
+
+    @torch.no_grad()
+    def __call__(self) -> np.ndarray:
+        """`(1, 256)` float32. Nothing comes before the first byte, so all values are as probable."""
+        if not self.seen:
+            return np.full((1, 256), 1 / 256, np.float32)
+        past = 0 if self.cache is None else self.cache.get_seq_length()
+        if past == self.window:  # full: the later part of it is encoded anew
+            self.cache, past = None, self.stride
+            new = self.seen[-(self.window - self.stride + 1) :]
+        else:
+            new = self.seen[-1:]
+        outputs = self.model(
+            torch.tensor([new]), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        self.cache = outputs.past_key_values
+        return outputs.logits[:, -1].double().softmax(-1).float().numpy()
+
+
+def compress(model: CharformerForCausalLM, text: bytes) -> bytes:
+    """The length of `text`, and the arithmetic code of its bytes."""
+    predict, encoder = Predictor(model), constriction.stream.queue.RangeEncoder()
+    for value in tqdm(text, desc="compress", unit="byte"):
+        encoder.encode(np.array([value], np.int32), MODEL, predict())
+        predict.seen.append(value)
+    code = encoder.get_compressed().astype("<u4").tobytes()
+    return len(text).to_bytes(LENGTH_BYTES, "little") + code
+
+
+def restore(model: CharformerForCausalLM, compressed: bytes) -> bytes:
+    """The text that `compress` was given."""
+    length = int.from_bytes(compressed[:LENGTH_BYTES], "little")
+    code = np.frombuffer(compressed[LENGTH_BYTES:], "<u4").astype(np.uint32)
+    predict, decoder = Predictor(model), constriction.stream.queue.RangeDecoder(code)
+    for _ in tqdm(range(length), desc="restore", unit="byte"):
+        predict.seen.append(int(decoder.decode(MODEL, predict())[0]))
+    return bytes(predict.seen)
+
+
+def main() -> None:
+    if len(sys.argv) != 5 or sys.argv[2] not in ("compress", "restore"):
+        sys.exit(f"usage: {sys.argv[0]} MODEL compress|restore INPUT OUTPUT")
+    folder, action, source, target = sys.argv[1:]
+    model = CharformerForCausalLM.from_pretrained(folder)
+    data = Path(source).read_bytes()
+    result = compress(model, data) if action == "compress" else restore(model, data)
+    Path(target).write_bytes(result)
+    text, code = (data, result) if action == "compress" else (result, data)
+    print(f"{len(text):,} bytes of text, {len(code):,} compressed: {8 * len(code) / len(text):.4f} bits per byte")
+
+
+if __name__ == "__main__":
+    main()
