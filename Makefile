@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart test test-oldest check format clean
+.PHONY: help quickstart ablation test test-oldest check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about four minutes), show the result"
+	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (under an hour)"
 	@echo "make test         install, run all tests"
 	@echo "make test-oldest  the same with the oldest versions supported"
 	@echo "make check        lint, format and types"
@@ -16,6 +18,10 @@ help:
 
 quickstart: $(VENV)/train.stamp
 	$(BIN)/charformer-train training/configs/quickstart.yaml --overwrite_output_dir
+
+ablation: $(VENV)/train.stamp
+	$(BIN)/python benchmarks/ablation.py run cpu --workers 2 --data $(DATA) --output runs/ablation/cpu.jsonl
+	$(BIN)/python benchmarks/ablation.py report runs/ablation/cpu.jsonl
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,18 +34,18 @@ from tqdm import tqdm
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
-from charformer_training.train import build_model, build_trainer, parse_arguments
 from charformer_training.data import load_corpus, split_corpus
+from charformer_training.train import build_model, build_trainer, parse_arguments
 from modeling_charformer import CharformerTokenizer
 
 
 ROOT = Path(__file__).resolve().parent.parent
-NONE = {"num_targets": 1, "intermediate_layers": "none"}
-LAYERS = {"num_targets": 1, "intermediate_layers": "all"}
-BOTH = {"num_targets": 2, "intermediate_layers": "all", "intermediate_schedule": "paper"}
-POST = {"norm_placement": "post"}
+NONE: dict[str, Any] = {"num_targets": 1, "intermediate_layers": "none"}
+LAYERS: dict[str, Any] = {"num_targets": 1, "intermediate_layers": "all"}
+BOTH: dict[str, Any] = {"num_targets": 2, "intermediate_layers": "all", "intermediate_schedule": "paper"}
+POST: dict[str, Any] = {"norm_placement": "post"}
 # The paper's optimizer; its learning rate is 0.003.
-MOMENTUM = {"optim": "sgd", "optim_args": "momentum=0.99", "weight_decay": 0.0}
+MOMENTUM: dict[str, Any] = {"optim": "sgd", "optim_args": "momentum=0.99", "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,16 @@ class Grid:
 
 
 def deep(layers: int, steps: int) -> Grid:
-    losses = {
+    losses: dict[str, dict[str, Any]] = {
         "none": NONE,
         "layers, paper's schedule, 1": {**LAYERS, "intermediate_weight": 1.0},
         "layers, paper's schedule, 0.1": {**LAYERS, "intermediate_weight": 0.1},
     }
-    variants = {"": {}, "post-norm: ": POST, "post-norm, momentum SGD, no warm-up: ": POST | MOMENTUM | {"warmup_steps": 0}}
+    variants: dict[str, dict[str, Any]] = {
+        "": {},
+        "post-norm: ": POST,
+        "post-norm, momentum SGD, no warm-up: ": POST | MOMENTUM | {"warmup_steps": 0},
+    }
     return Grid(
         "shakespeare-cpu.yaml",
         {
@@ -103,6 +107,10 @@ GRIDS = {
             "2 targets": NONE | {"num_targets": 2},
             "4 targets, 0.2 each": NONE | {"num_targets": 4, "target_weights": [0.2] * 3},
             "8 targets, 0.1 each": NONE | {"num_targets": 8, "target_weights": [0.1] * 7},
+            "4 targets, 0.2 each, sequential": NONE
+            | {"num_targets": 4, "target_weights": [0.2] * 3, "target_heads": "sequential"},
+            "8 targets, 0.1 each, sequential": NONE
+            | {"num_targets": 8, "target_weights": [0.1] * 7, "target_heads": "sequential"},
             "all of the paper's": BOTH | {"intermediate_weight": 1.0},
             "2 targets; layers, paper's schedule, 0.1": BOTH | {"intermediate_weight": 0.1},
         },
@@ -140,7 +148,8 @@ class Curve(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.begin
 
-    def on_evaluate(self, args, state, control, metrics, model, **kwargs):
+    def on_evaluate(self, args, state, control, **kwargs):
+        metrics, model = kwargs["metrics"], kwargs["model"]
         self.points.append([state.global_step, round(self.seconds, 2), round(metrics["eval_bpc"], 5)])
         self.gradients.append({"step": state.global_step, **self.gradient_norms(model, state)})
 
@@ -233,13 +242,17 @@ class Sweep:
     def __init__(self, grid: str, data: str, output: Path, workers: int):
         self.grid, self.data, self.output, self.workers = grid, data, output, workers
 
-    def _missing(self, wanted: Iterator[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
-        done = {(run["cell"], run["learning_rate"], run["seed"]) for run in read(self.output) if run["grid"] == self.grid}
+    def _missing(self, wanted: Iterable[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
+        done = {
+            (run["cell"], run["learning_rate"], run["seed"]) for run in read(self.output) if run["grid"] == self.grid
+        }
         return [key for key in wanted if key not in done]
 
     def _run(self, key: tuple[str, float, int]) -> None:
         cell, learning_rate, seed = key
-        one = json.dumps({"grid": self.grid, "cell": cell, "learning_rate": learning_rate, "seed": seed, "data": self.data})
+        one = json.dumps(
+            {"grid": self.grid, "cell": cell, "learning_rate": learning_rate, "seed": seed, "data": self.data}
+        )
         threads = str(max(1, (os.cpu_count() or 1) // self.workers))
         result = subprocess.run(
             [sys.executable, __file__, "one", one],
@@ -258,6 +271,7 @@ class Sweep:
                 pass
 
     def run(self) -> None:
+        self.output.parent.mkdir(parents=True, exist_ok=True)
         grid = GRIDS[self.grid]
         first, *others = grid.seeds
 
@@ -364,7 +378,9 @@ def report(path: Path) -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in table:
-            steps, seconds = ("-" if value is None else f"{value:.2f}" for value in (row.steps_ratio, row.seconds_ratio))
+            steps, seconds = (
+                "-" if value is None else f"{value:.2f}" for value in (row.steps_ratio, row.seconds_ratio)
+            )
             pages.append(
                 f"| {row.cell} | {row.learning_rate:g} | {row.seeds} | {row.bpc:.4f} +- {row.error:.4f} |"
                 f" {row.gain:+.4f} +- {row.gain_error:.4f} | {steps} | {seconds} | {row.step_cost:.2f} |"
@@ -384,7 +400,9 @@ def conclusions(table: list[Row], grid: Grid) -> list[str]:
             verdict = "has one seed only"
         elif abs(row.gain) > 2 * row.gain_error:
             verdict = "helps" if row.gain > 0 else "hurts"
-        lines.append(f"- {row.cell}: {verdict} ({row.gain:+.4f} +- {row.gain_error:.4f} bpc, {row.step_cost:.2f} x a step).")
+        lines.append(
+            f"- {row.cell}: {verdict} ({row.gain:+.4f} +- {row.gain_error:.4f} bpc, {row.step_cost:.2f} x a step)."
+        )
     return lines
 
 

@@ -13,10 +13,8 @@ import json
 import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +40,11 @@ DECODING: dict[str, dict[str, Any]] = {
 }
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+def write(model: Any, prompt: torch.Tensor, length: int, **settings: Any) -> tuple[float, torch.Tensor]:
+    """Seconds, and the text."""
     begin = time.perf_counter()
-    result = function()
-    return time.perf_counter() - begin, result
+    ids = model.generate(prompt, max_new_tokens=length, **settings)
+    return time.perf_counter() - begin, ids
 
 
 def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[
             for way, more in DRAFTING.items():
                 set_seed(number)
                 passes = 0
-                taken, ids = timed(lambda s=settings | more, p=prompt: model.generate(p, max_new_tokens=room, **s))  # type: ignore[misc]
+                taken, ids = write(model, prompt, room, **settings, **more)
                 seconds[way].append(taken / room)
                 per_pass[way].append(room / passes)
                 texts[way].append(ids)
@@ -98,31 +97,25 @@ def rolling(model: CharformerForCausalLM, repeats: int) -> dict[str, float]:
     prompt = torch.tensor([[10]])
     inside, rolled = [], []
     for _ in tqdm(range(repeats), desc="rolling"):
-        length = window - 1
-        inside.append(timed(lambda: model.generate(prompt, max_new_tokens=window - 1, do_sample=False))[0] / length)
-        length = 10 * window
-        rolled.append(
-            timed(
-                lambda n=length: model.generate(prompt, max_new_tokens=n, do_sample=False, rolling_context=True)  # type: ignore[misc]
-            )[0]
-            / length
-        )
+        inside.append(write(model, prompt, window - 1, do_sample=False)[0] / (window - 1))
+        rolled.append(write(model, prompt, 10 * window, do_sample=False, rolling_context=True)[0] / (10 * window))
     return {"time_ratio": round(statistics.median(rolled) / statistics.median(inside), 3)}
 
 
 def t12_beside_gpt2(repeats: int, length: int = 256) -> dict[str, float]:
-    shape = {"attention_dropout": 0.0, "activation_dropout": 0.0}
     models: dict[str, Any] = {
-        "charformer": CharformerForCausalLM(CharformerConfig(**shape)).without_auxiliary_heads().eval(),
+        "charformer": CharformerForCausalLM(CharformerConfig()).without_auxiliary_heads().eval(),
         "gpt2": GPT2LMHeadModel(
-            GPT2Config(vocab_size=256, n_positions=512, n_embd=512, n_layer=12, n_head=2, bos_token_id=0, eos_token_id=None)
+            GPT2Config(
+                vocab_size=256, n_positions=512, n_embd=512, n_layer=12, n_head=2, bos_token_id=0, eos_token_id=None
+            )
         ).eval(),
     }
     prompt = torch.tensor([[10]])
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for number in tqdm(range(repeats + 1), desc="T12's shape"):
         for name, model in models.items():
-            taken = timed(lambda m=model: m.generate(prompt, max_new_tokens=length, do_sample=False, pad_token_id=0))[0]  # type: ignore[misc]
+            taken, _ = write(model, prompt, length, do_sample=False, pad_token_id=0)
             if number:  # the first warms up
                 seconds[name].append(taken / length)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -136,10 +129,11 @@ def t12_beside_gpt2(repeats: int, length: int = 256) -> dict[str, float]:
 def load(folder: str, what: str) -> float:
     """Seconds, or the peak of memory in MiB beyond what an empty one takes, of loading a model and running it once."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, model = timed(lambda: CharformerForCausalLM.from_pretrained(folder))
+    begin = time.perf_counter()
+    model = CharformerForCausalLM.from_pretrained(folder)
     if what == "seconds":
-        return seconds
-    model.generate(torch.tensor([[10]]), max_new_tokens=2, do_sample=False)
+        return time.perf_counter() - begin
+    write(model, torch.tensor([[10]]), 2, do_sample=False)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
 
 
@@ -200,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,7 +9,6 @@ the same machine and library versions: the probabilities must come out the same 
 """
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import constriction
@@ -41,13 +40,11 @@ class Predictor:
             return np.full((1, 256), 1 / 256, np.float32)
         past = 0 if self.cache is None else self.cache.get_seq_length()
         if past == self.window:  # full: the later part of it is encoded anew
-            self.cache, past = None, self.stride
+            self.cache = None
             new = self.seen[-(self.window - self.stride + 1) :]
         else:
             new = self.seen[-1:]
-        outputs = self.model(
-            torch.tensor([new]), past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        outputs = self.model(torch.tensor([new]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = outputs.past_key_values
         return outputs.logits[:, -1].double().softmax(-1).float().numpy()
 

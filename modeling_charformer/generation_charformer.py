@@ -3,8 +3,8 @@
 Both are exact: what is generated is what the model's next-character classifier says.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -13,23 +13,23 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
 
-# The classifiers go on drafting while the probability that all of their drafts are right, by themselves, is above this.
+# Drafting goes on while the probability that all drafts are right, by the drafter's own account, is above this.
 CONFIDENCE = 0.1
 # Where the last `LOOK_UP_MATCH` characters came before, among the last `LOOK_BACK`, what followed then is drafted, `LOOK_UP`
-# characters of it or fewer, while the classifiers give it this probability or more.
+# characters of it or fewer, while the drafter gives it this probability or more.
 LOOK_UP, LOOK_UP_MATCH, LOOK_BACK, AGREEMENT = 16, 8, 4096, 0.1
+# Drafts of an early exit, each of which costs a pass through some layers.
+MAX_EARLY_DRAFTS = 8
 
 
-class ExtraTargetCandidateGenerator(CandidateGenerator):
-    """Drafts by the classifiers of targets 2..K of the final layer (Gloeckle et al. 2024, arXiv 2404.19737, section 2).
+class SelfDraftingCandidateGenerator(CandidateGenerator):
+    """Drafts by a part of the model itself, which the model verifies in its next pass.
 
-    At the position whose next character was just accepted, the classifier of target `k` predicts the character `k - 1`
-    after that one. The model itself verifies the drafts in its next pass, which also brings the next drafts: no second
-    model, no second cache. Where characters are sampled, so are drafts, and the verification accepts or resamples them
-    such that the result has exactly the model's distribution (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
+    Where characters are sampled, so are drafts, and the verification accepts or resamples them such that the result has
+    exactly the model's distribution (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
 
-    Where the text repeats itself, what followed last time is drafted (prompt look-up, Saxena 2023), as far as the
-    classifiers do not contradict it, and on beyond what they see.
+    Where the text repeats itself, what followed last time is drafted (prompt look-up, Saxena 2023), as far as the drafter
+    does not contradict it, and on beyond its last draft.
     """
 
     requires_model_outputs = True
@@ -45,6 +45,17 @@ class ExtraTargetCandidateGenerator(CandidateGenerator):
         self.generation_config = generation_config
         self.logits_processor = logits_processor or LogitsProcessorList()
 
+    max_drafts: int
+
+    def drafter(
+        self, model_kwargs: dict[str, Any], state: Tensor
+    ) -> AbstractContextManager[Callable[[int, Tensor], Tensor]]:
+        """A function to logits `(1, V)` from the number (0, 1, ...) of a draft and the character `(1,)` before it.
+
+        `state` `(1, hidden_size)` is what the next-character classifier read when it predicted the last known character.
+        """
+        raise NotImplementedError
+
     def get_candidates(  # type: ignore[override]  # the base class takes any keywords
         self,
         input_ids: Tensor,
@@ -57,45 +68,102 @@ class ExtraTargetCandidateGenerator(CandidateGenerator):
         """`input_ids` `(1, S)` and drafts after them, and the drafts' processed logits `(1, drafts, V)` where sampled."""
         if is_first_iteration:
             return input_ids, None
+        sample = self.generation_config.do_sample
         room = min(
             self.generation_config.max_length - input_ids.shape[1] - 1,
             # One more character goes through the model: the one before the drafts.
             self.model.config.max_position_embeddings - model_kwargs["past_key_values"].get_seq_length() - 1,
         )
+        if room < 1:
+            return input_ids, None
+        looked_up = _continuation(input_ids[:, -LOOK_BACK:], min(LOOK_UP, room))
         # Row -1 would do after a pass without drafts; after one with drafts it is that of the last accepted one.
         states = model_outputs.final_hidden_state
         state = states[:, min(int(n_last_matches), states.shape[1] - 1)]
-        sample = self.generation_config.do_sample
-        looked_up = _continuation(input_ids[:, -LOOK_BACK:], min(LOOK_UP, room))
         drafts, processed, confidence = [input_ids[:, -1:]], [], 1.0
-        for offset in range(2, min(self.model.loss_settings.num_targets, room + 1) + 1):
-            logits, state = self.model.draft(offset, state, drafts[-1][:, 0])
-            logits = logits.float()
-            if self.logits_processor:
-                logits = self.logits_processor(cast(Any, torch.cat([input_ids, *drafts[1:]], dim=-1)), cast(Any, logits))
-            probabilities = logits.softmax(-1)
-            known = looked_up[:, offset - 2 : offset - 1]
-            if known.shape[1] and probabilities[0, known[0, 0]] >= AGREEMENT:
-                drafts.append(known)
-                if sample:
+        with self.drafter(model_kwargs, state) as draft:
+            for number in range(min(self.max_drafts, room)):
+                logits = draft(number, drafts[-1][:, 0]).float()
+                if self.logits_processor:
+                    written = torch.cat([input_ids, *drafts[1:]], dim=-1)
+                    logits = self.logits_processor(cast(Any, written), cast(Any, logits))
+                probabilities = logits.softmax(-1)
+                known = looked_up[:, number : number + 1]
+                if known.shape[1] and probabilities[0, known[0, 0]] >= AGREEMENT:
+                    drafts.append(known)
                     processed.append(_certain(logits, known))
-                continue
-            looked_up = looked_up[:, :0]
-            draft = torch.multinomial(probabilities, 1) if sample else probabilities.argmax(-1, keepdim=True)
-            drafts.append(draft)
-            if sample:
+                    continue
+                looked_up = looked_up[:, :0]
+                drafts.append(
+                    torch.multinomial(probabilities, 1) if sample else probabilities.argmax(-1, keepdim=True)
+                )
                 processed.append(logits)
-            confidence *= float(probabilities[0, draft[0, 0]])
-            if confidence < CONFIDENCE:
-                break
+                confidence *= float(probabilities[0, drafts[-1][0, 0]])
+                if confidence < CONFIDENCE:
+                    break
         rest = looked_up[:, len(drafts) - 1 :]
         candidates = torch.cat([input_ids, *drafts[1:], rest], dim=-1)
-        if sample:
-            processed += [_certain(logits, rest[:, i : i + 1]) for i in range(rest.shape[1])]
-        return candidates, torch.stack(processed, dim=1) if processed else None
+        if not sample:
+            return candidates, None
+        processed += [_certain(logits, rest[:, i : i + 1]) for i in range(rest.shape[1])]
+        return candidates, torch.stack(processed, dim=1)
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        """Nothing to adapt: the drafts cost nothing that is not paid already."""
+        """Nothing to adapt: how many are drafted follows from how sure the drafter is."""
+
+
+class ExtraTargetCandidateGenerator(SelfDraftingCandidateGenerator):
+    """Drafts by the classifiers of targets 2..K of the final layer (Gloeckle et al. 2024, arXiv 2404.19737, section 2).
+
+    At the position whose next character was just accepted, the classifier of target `k` predicts the character `k - 1`
+    after that one. The pass that verifies also brings the next drafts: no second model, no second cache.
+    """
+
+    @property
+    def max_drafts(self) -> int:  # type: ignore[override]
+        return self.model.loss_settings.num_targets - 1
+
+    @contextmanager
+    def drafter(self, model_kwargs, state):
+        def draft(number: int, previous: Tensor) -> Tensor:
+            nonlocal state
+            logits, state = self.model.draft(number + 2, state, previous)
+            return logits
+
+        yield draft
+
+
+class EarlyExitCandidateGenerator(SelfDraftingCandidateGenerator):
+    """Drafts by the first layers and the classifier of the last of them (LayerSkip, Elhoushi et al. 2024, section 4.3).
+
+    They use the model's own cache, and take out of it what they put in.
+    """
+
+    max_drafts = MAX_EARLY_DRAFTS
+
+    @contextmanager
+    def drafter(self, model_kwargs, state):
+        layer, cache = self.generation_config.assistant_early_exit, model_kwargs["past_key_values"]
+        past, mask = cache.get_seq_length(), model_kwargs.get("attention_mask")
+        term = next(term for term in self.model.loss_settings.terms if (term.layer, term.offset) == (layer, 1))
+        if mask is not None:
+            mask = None if bool(mask[:, -past - 1 :].all()) else mask[:, -past - 1 :]
+        drafted = 0
+
+        def draft(number: int, previous: Tensor) -> Tensor:
+            nonlocal drafted
+            seen = None if mask is None else torch.nn.functional.pad(mask, (0, number), value=1)
+            outputs = self.model.model(
+                previous[:, None], attention_mask=seen, past_key_values=cache, use_cache=True, num_layers=layer
+            )
+            drafted += 1
+            return self.model.auxiliary_heads[term.name](outputs.last_hidden_state[:, -1])
+
+        try:
+            yield draft
+        finally:
+            for cached in cache.layers[:layer]:
+                cached.crop(-drafted)
 
 
 def _certain(logits: Tensor, choice: Tensor) -> Tensor:
@@ -115,15 +183,10 @@ class CharformerGenerationMixin:
 
     - `use_extra_targets=True`: the classifiers of targets 2..K draft, the model verifies. Same characters as without
       (greedy), or the same distribution (sampled); one prompt at a time.
+    - `assistant_early_exit=l`: layer `l` and its classifier draft instead.
     - `rolling_context=m` (or `True` for half the window): when the window is full, the last `m` characters are encoded
       anew and generation goes on, as long as you like. Positions are learned, so what is cached cannot be shifted.
     """
-
-    def generate(self, *args, **kwargs):
-        """See `transformers.GenerationMixin.generate`, and the class."""
-        config: Any = self.config  # type: ignore[attr-defined]
-        with _unchanged_depth(config):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
         rolling_context, use_extra_targets = kwargs.pop("rolling_context", None), kwargs.pop("use_extra_targets", None)
@@ -151,11 +214,6 @@ class CharformerGenerationMixin:
             )
         if generation_config.use_cache is False:
             raise ValueError("rolling_context needs use_cache=True: the cache tells how full the window is")
-        if generation_config.assistant_early_exit is not None:
-            raise ValueError(
-                "rolling_context does not go with assistant_early_exit: the two caches would roll at different places, and"
-                " the text would be another one. use_extra_targets does"
-            )
         return int(rolling_context)
 
     def _checked_num_drafts(self, generation_config: GenerationConfig) -> int:
@@ -186,6 +244,8 @@ class CharformerGenerationMixin:
         window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
         if model_kwargs.get("use_extra_targets"):
             return ExtraTargetCandidateGenerator(self, generation_config, kwargs["logits_processor"])
+        if generation_config.assistant_early_exit is not None:
+            return EarlyExitCandidateGenerator(self, generation_config, kwargs["logits_processor"])
         generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
         draft = generator.get_candidates
 
@@ -262,14 +322,3 @@ class CharformerGenerationMixin:
                 f" than the window of max_position_embeddings={window}. Set max_new_tokens to {window - prompt_length} or"
                 f" less, or shorten the prompt{rolling}"
             )
-
-
-@contextmanager
-def _unchanged_depth(config: Any) -> Iterator[None]:
-    """Early exit lowers `num_hidden_layers` while it drafts, and leaves it so if it fails."""
-    depth = config.num_hidden_layers
-    try:
-        yield
-    finally:
-        if config.num_hidden_layers != depth:
-            config.num_hidden_layers = depth

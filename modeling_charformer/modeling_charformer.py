@@ -336,6 +336,7 @@ class CharformerModel(CharformerPreTrainedModel):
         use_cache: bool | None = None,
         layers_to_return: Iterable[int] = (),
         positions_to_keep: int = 0,
+        num_layers: int | None = None,
         **kwargs,
     ) -> CharformerModelOutput:
         """
@@ -346,6 +347,7 @@ class CharformerModel(CharformerPreTrainedModel):
             layers_to_return: Numbers (1..n) of the layers whose outputs `layer_hidden_states` is to hold.
             positions_to_keep: Compute only so many last positions in the last layer, where no other needs the rest; 0 is
                 all.
+            num_layers: Stop after so many layers (1..n); `last_hidden_state` is then their output after the final norm.
 
         Raises:
             ValueError: If the sequence, with what is cached, is longer than the window, or an id is outside the
@@ -371,8 +373,7 @@ class CharformerModel(CharformerPreTrainedModel):
         hidden_states = inputs_embeds
         layer_hidden_states = {}
         last_mask = self._mask_of_last_positions(causal_mask, hidden_states, positions_to_keep)
-        # The slice is what Transformers' early exit relies on: it lowers num_hidden_layers for a while.
-        layers = self.layers[: self.config.num_hidden_layers]
+        layers = self.layers[:num_layers]
         for number, layer in enumerate(layers, start=1):
             is_last = number == len(layers)
             hidden_states = layer(
@@ -536,11 +537,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         )
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        # Early exit, for which Transformers lowers the number of layers, asks the classifier of the last one left.
-        depth = self.config.num_hidden_layers
-        exits_early = depth < len(self.model.layers) and f"layer_{depth}" in self.auxiliary_heads
-        head = self.auxiliary_heads[f"layer_{depth}"] if exits_early else self.lm_head
-        logits = head(hidden_states[:, kept])
+        logits = self.lm_head(hidden_states[:, kept])
 
         loss, loss_dict = None, None
         if labels is not None:
@@ -552,7 +549,9 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
                 weights,
             )
             loss_dict |= causal_lm_losses(
-                self._classifier_inputs(auxiliary_terms, outputs.layer_hidden_states or {}, hidden_states, input_ids, inputs_embeds),
+                self._classifier_inputs(
+                    auxiliary_terms, outputs.layer_hidden_states or {}, hidden_states, input_ids, inputs_embeds
+                ),
                 {term.name: partial(self.classify, term) for term in auxiliary_terms},
                 auxiliary_terms,
                 labels,

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from charformer_training import bits_per_character
 from modeling_charformer import CharformerTokenizer
 from tests.conftest import ROOT
 
@@ -20,6 +21,7 @@ def test_no_example_is_left_out():
     # Those of the Hub are run beside its other tests.
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
         "any_model.py",
+        "compress.py",
         "generate.py",
         "load_from_hub.py",
         "own_training_loop.py",
@@ -50,3 +52,22 @@ def test_any_model(tmp_path):
     shown = run("any_model.py", tmp_path / "run")
     assert "loss_layer_2" in shown and "loss_confidence" in shown and "'eval_loss_next_token'" in shown
     assert "GPT2LMHeadModel" in shown and "(layer_3_target_2): ResidualBlock(" in shown
+
+
+def test_compress_and_restore(make_model, tmp_path):
+    """The size of the file is the reported code length: the figure is honest."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"the rat and the cat sat on the mat; " * 12 + bytes(range(0, 250, 7)) * 40)
+    model = make_model(max_position_embeddings=32).eval()
+    model.save_pretrained(tmp_path / "model")
+    code, restored = tmp_path / "code", tmp_path / "restored"
+    shown = run("compress.py", tmp_path / "model", "compress", text, code)
+    assert "bits per byte" in shown
+    run("compress.py", tmp_path / "model", "restore", code, restored)
+    assert restored.read_bytes() == text.read_bytes()
+
+    result = bits_per_character(model, text, stride=16, progress=False)
+    # Beside the model's code length: the length of the text, the first byte, which costs 8 bits, and the rest of a word.
+    bits = 8 * (code.stat().st_size - 8) - 8
+    expected = result.bpb * result.counted_bytes
+    assert -0.001 * expected < bits - expected < 0.001 * expected + 64

@@ -411,7 +411,12 @@ def test_losses_of_plain_tensors_without_a_model():
     labels = torch.randint(0, 7, (2, 5))
     terms = AuxiliaryLossSettings(2, num_targets=1).terms
     losses = causal_lm_losses(
-        {"layer_1": hidden * 2, "next_char": hidden}, heads, terms, labels, mean_denominators(labels, 1, None, None), vocab_size=7
+        {"layer_1": hidden * 2, "next_char": hidden},
+        heads,
+        terms,
+        labels,
+        mean_denominators(labels, 1, None, None),
+        vocab_size=7,
     )
     for name, scale in (("next_char", 1), ("layer_1", 2)):
         logits = heads[name](hidden * scale)[:, :-1].reshape(-1, 7)

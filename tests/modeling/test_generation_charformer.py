@@ -106,7 +106,8 @@ def test_untrained_heads_do_no_harm(make_model):
 def test_what_came_before_is_looked_up(make_model, monkeypatch):
     """Drafts from the text itself are longer than the heads see ahead, and change nothing."""
     model = make_model(num_targets=2, max_position_embeddings=512, initializer_range=0.3).eval()
-    for layer in model.model.layers:  # each character then depends on the one before alone, so that greedy text circles
+    # Each character depends on the one before alone, so that greedy text goes round in circles.
+    for layer in model.model.layers:
         torch.nn.init.zeros_(layer.position_embeddings.weight)
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     settings = {"max_new_tokens": 400, "do_sample": False}
@@ -126,11 +127,12 @@ def chi_squared(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-@pytest.mark.parametrize("drafts", ["linear", "sequential", "looked up"])
+@pytest.mark.parametrize("drafts", ["linear", "sequential", "looked up", "early exit"])
 def test_sampled_text_has_the_models_distribution(make_model, drafts, monkeypatch):
     """Of the third character, after one that was drafted; greedy drafts passed off as sampled ones would show."""
     torch.manual_seed(0)
-    heads = "linear" if drafts == "looked up" else drafts
+    heads = drafts if drafts == "sequential" else "linear"
+    how: dict = {"assistant_early_exit": 2} if drafts == "early exit" else {"use_extra_targets": True}
     model = make_model(num_targets=3, vocab_size=4, initializer_range=0.5, target_heads=heads).eval()
     for block in model.target_blocks.values():
         torch.nn.init.normal_(block.weight, std=0.3)
@@ -153,9 +155,9 @@ def test_sampled_text_has_the_models_distribution(make_model, drafts, monkeypatc
             found[tuple(ids[0, 2:].tolist())] += 1
         return found
 
-    drafted = chi_squared(counts(use_extra_targets=True).flatten(), exact.detach().flatten())
+    drafted = chi_squared(counts(**how).flatten(), exact.detach().flatten())
     assert drafted < 103.4  # the 99.9% quantile with 63 degrees of freedom
-    biased = chi_squared(counts(use_extra_targets=True, top_p=0.8).flatten(), exact.detach().flatten())
+    biased = chi_squared(counts(**how, top_p=0.8).flatten(), exact.detach().flatten())
     assert biased > 103.4  # the test would notice
 
 
@@ -170,14 +172,26 @@ def test_through_the_pipeline(model):
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_early_exit_uses_the_classifier_of_its_layer(model, layer):
+def test_early_exit_uses_the_classifier_of_its_layer_and_the_cache_that_is_there(model, layer):
     settings = {"max_new_tokens": 20, "do_sample": False}
     plain = model.generate(PROMPT, **settings)
-    used = []
-    handle = model.auxiliary_heads[f"layer_{layer}"].register_forward_hook(lambda *_: used.append(1))
+    used, lengths = [], []
+    handles = [
+        model.auxiliary_heads[f"layer_{layer}"].register_forward_hook(lambda *_: used.append(1)),
+        model.model.layers[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1])),
+    ]
     assert model.generate(PROMPT, assistant_early_exit=layer, **settings).equal(plain)
-    handle.remove()
-    assert used and model.config.num_hidden_layers == 3
+    for handle in handles:
+        handle.remove()
+    assert used
+    assert lengths.count(PROMPT.shape[1]) <= 2  # the prompt is not encoded for the drafts again
+
+
+def test_early_exit_of_a_padded_prompt(model):
+    settings = {"max_new_tokens": 20, "do_sample": False, "assistant_early_exit": 2}
+    ids, mask = torch.nn.functional.pad(PROMPT, (3, 0)), torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    padded = model.generate(ids, attention_mask=mask, **settings)
+    assert padded[:, 3:].equal(model.generate(PROMPT, **settings))
 
 
 def test_an_error_while_drafting_leaves_the_model_as_it_was(model):
@@ -188,7 +202,6 @@ def test_an_error_while_drafting_leaves_the_model_as_it_was(model):
     with pytest.raises(RuntimeError, match="in the draft"):
         model.generate(PROMPT, assistant_early_exit=2, max_new_tokens=20)
     handle.remove()
-    assert model.config.num_hidden_layers == 3
     assert model.generate(PROMPT, max_new_tokens=5).shape == (1, 9)
 
 
@@ -203,12 +216,10 @@ def rolled(model, prompt: list[int], length: int, keep: int) -> list[int]:
 
 
 @pytest.mark.parametrize("keep", [1, 10, 16, 31])
-@pytest.mark.parametrize("use_extra_targets", [None, True])
-def test_rolling_is_the_plain_loop(model, keep, use_extra_targets):
+@pytest.mark.parametrize("drafting", [{}, {"use_extra_targets": True}, {"assistant_early_exit": 2}], ids=str)
+def test_rolling_is_the_plain_loop(model, keep, drafting):
     expected = rolled(model, PROMPT[0].tolist(), 100, keep)
-    ids = model.generate(
-        PROMPT, max_length=100, do_sample=False, rolling_context=keep, use_extra_targets=use_extra_targets
-    )
+    ids = model.generate(PROMPT, max_length=100, do_sample=False, rolling_context=keep, **drafting)
     assert ids[0].tolist() == expected
 
 
@@ -246,7 +257,6 @@ def test_half_the_window_is_the_default(model):
         ({"rolling_context": 0}, "rolling_context is 0; it must be 1 to 31"),
         ({"rolling_context": 32}, "rolling_context is 32"),
         ({"rolling_context": 8, "use_cache": False}, "needs use_cache=True"),
-        ({"rolling_context": 8, "assistant_early_exit": 1}, "does not go with assistant_early_exit"),
         ({"use_extra_targets": True, "num_beams": 2}, "does not go with beam search"),
         ({"use_extra_targets": True, "assistant_early_exit": 1}, "two ways to draft"),
         ({"use_extra_targets": True, "prompt_lookup_num_tokens": 3}, "two ways to draft"),

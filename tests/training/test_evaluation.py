@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from charformer_training import bits_per_character, evaluation
 from charformer_training.evaluate import main
 from charformer_training.evaluation import bits_by_position
 from modeling_charformer import CharformerForCausalLM
+from tests.conftest import ROOT
 
 
 TEXT = ("Größe und Maß; " * 9).encode()[:100]
@@ -215,3 +217,21 @@ class TestProgram:
         assert "give a model and a text" in capsys.readouterr().err
         assert main([model_folder, str(tmp_path / "gone"), "--device", "cpu"]) == 1
         assert "there is no file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # of a library's making
+def test_metric_of_the_library_evaluate(make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
+    model = make_model().eval()
+    model.save_pretrained(tmp_path / "model")
+    metric = evaluate.load(str(ROOT / "training" / "bits_per_character"))
+    texts = ["Größe und Maß; " * 5, "mit Muße"]
+    found = metric.compute(predictions=texts, model_id=str(tmp_path / "model"), stride=7)
+    one, two = (bits_per_character(model, text, stride=7, progress=False) for text in texts)
+    bits = one.bpb * one.counted_bytes + two.bpb * two.counted_bytes
+    assert found["bpc"] == pytest.approx(bits / (one.counted_characters + two.counted_characters))
+    assert found["bpb"] == pytest.approx(bits / (one.counted_bytes + two.counted_bytes))
+    assert [text["sha256"] for text in found["texts"]] == [one.sha256, two.sha256]
+    with pytest.raises(ValueError, match="stride is 0"):
+        metric.compute(predictions=texts, model_id=str(tmp_path / "model"), stride=0)

@@ -65,9 +65,7 @@ class BitsPerCharacter(evaluate.Metric):
     ) -> dict[str, Any]:
         model: Any = CharformerForCausalLM.from_pretrained(model_id)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        results = [
-            bits_per_character(model, text, window, stride, batch_size, progress=False) for text in predictions
-        ]
+        results = [bits_per_character(model, text, window, stride, batch_size, progress=False) for text in predictions]
         bits = sum(result.bpb * result.counted_bytes for result in results)
         return {
             "bpc": bits / sum(result.counted_characters for result in results),

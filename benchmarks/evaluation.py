@@ -1,6 +1,6 @@
 """Cost of exact evaluation at stride 1 (each byte predicted with the full window before it), at T12's shape.
 
-    python benchmarks/evaluate.py [--windows 96] [--batch 16] [--repeats 5] [--output benchmarks/results/evaluate_cpu.json]
+    python benchmarks/evaluation.py [--windows 96] [--batch 16] [--repeats 5] [--output benchmarks/results/evaluation_cpu.json]
 
 `bits_per_character` beside two others in the same run: the naive loop (a forward pass for each byte, one window at a time),
 and the floor: what a batched forward pass of all positions takes, times the share of its floating-point operations that
@@ -46,7 +46,9 @@ def main() -> None:
     ids = torch.from_numpy(text[:window].astype(np.int64))[None]
     batch = ids.repeat(arguments.batch, 1)
     full = operations(lambda: model(ids, use_cache=False))
-    needed = operations(lambda: model.lm_head(model.model(ids, use_cache=False, positions_to_keep=1).last_hidden_state))
+    needed = operations(
+        lambda: model.lm_head(model.model(ids, use_cache=False, positions_to_keep=1).last_hidden_state)
+    )
 
     def naive() -> None:
         for end in range(window, window + 4):
