@@ -35,7 +35,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
 from charformer_training.data import load_corpus, split_corpus
-from charformer_training.train import build_model, build_trainer, parse_arguments
+from charformer_training.train import Arguments, build_model, build_trainer, parse_arguments
 from modeling_charformer import CharformerTokenizer
 
 
@@ -43,6 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NONE: dict[str, Any] = {"num_targets": 1, "intermediate_layers": "none"}
 LAYERS: dict[str, Any] = {"num_targets": 1, "intermediate_layers": "all"}
 BOTH: dict[str, Any] = {"num_targets": 2, "intermediate_layers": "all", "intermediate_schedule": "paper"}
+FOUR: dict[str, Any] = {"num_targets": 4, "target_weights": [0.2] * 3}
+EIGHT: dict[str, Any] = {"num_targets": 8, "target_weights": [0.1] * 7}
 POST: dict[str, Any] = {"norm_placement": "post"}
 # The paper's optimizer; its learning rate is 0.003.
 MOMENTUM: dict[str, Any] = {"optim": "sgd", "optim_args": "momentum=0.99", "weight_decay": 0.0}
@@ -99,19 +101,30 @@ GRIDS = {
             "none": NONE,
             "last position only": NONE | {"position_loss": "last"},
             "layers, paper's schedule, 1": LAYERS | {"intermediate_weight": 1.0},
-            "layers, paper's schedule, 0.3": LAYERS | {"intermediate_weight": 0.3},
             "layers, paper's schedule, 0.1": LAYERS | {"intermediate_weight": 0.1},
-            "layers, constant, 0.1": LAYERS | {"intermediate_weight": 0.1, "intermediate_schedule": "constant"},
             "every second layer, constant, 0.1": LAYERS
             | {"intermediate_layers": [2], "intermediate_weight": 0.1, "intermediate_schedule": "constant"},
             "2 targets": NONE | {"num_targets": 2},
-            "4 targets, 0.2 each": NONE | {"num_targets": 4, "target_weights": [0.2] * 3},
-            "8 targets, 0.1 each": NONE | {"num_targets": 8, "target_weights": [0.1] * 7},
-            "4 targets, 0.2 each, sequential": NONE
-            | {"num_targets": 4, "target_weights": [0.2] * 3, "target_heads": "sequential"},
-            "8 targets, 0.1 each, sequential": NONE
-            | {"num_targets": 8, "target_weights": [0.1] * 7, "target_heads": "sequential"},
+            "4 targets, 0.2 each": NONE | FOUR,
+            "4 targets, 0.2 each, sequential": NONE | FOUR | {"target_heads": "sequential"},
             "all of the paper's": BOTH | {"intermediate_weight": 1.0},
+        },
+        learning_rates=(2e-3, 4e-3),
+    ),
+    # What `make ablation` has no time for.
+    "cpu-more": Grid(
+        "shakespeare-cpu.yaml",
+        {"eval_steps": 200},
+        {
+            "none": NONE,
+            "layers, paper's schedule, 0.3": LAYERS | {"intermediate_weight": 0.3},
+            "layers, constant, 0.1": LAYERS | {"intermediate_weight": 0.1, "intermediate_schedule": "constant"},
+            "2 targets, sequential": NONE | {"num_targets": 2, "target_heads": "sequential"},
+            "8 targets, 0.1 each": NONE | EIGHT,
+            "8 targets, 0.1 each, sequential": NONE | EIGHT | {"target_heads": "sequential"},
+            "8 targets, 0.1 each, sequential, forward": NONE
+            | EIGHT
+            | {"target_heads": "sequential", "target_schedule": "forward"},
             "2 targets; layers, paper's schedule, 0.1": BOTH | {"intermediate_weight": 0.1},
         },
         learning_rates=(2e-3, 4e-3, 8e-3),
@@ -127,8 +140,9 @@ GRIDS = {
             "none": NONE,
             "layers, paper's schedule, 0.1": LAYERS | {"intermediate_weight": 0.1},
             "2 targets": NONE | {"num_targets": 2},
-            "4 targets, 0.2 each": NONE | {"num_targets": 4, "target_weights": [0.2] * 3},
-            "8 targets, 0.1 each": NONE | {"num_targets": 8, "target_weights": [0.1] * 7},
+            "4 targets, 0.2 each": NONE | FOUR,
+            "4 targets, 0.2 each, sequential": NONE | FOUR | {"target_heads": "sequential"},
+            "8 targets, 0.1 each": NONE | EIGHT,
             "all of the paper's": BOTH | {"intermediate_weight": 1.0},
         },
         learning_rates=(1e-3, 2e-3),
@@ -169,18 +183,23 @@ class Curve(TrainerCallback):
         return norms
 
 
+def arguments_of(grid: str, cell: str, learning_rate: float, seed: int, data: str, folder: str) -> Arguments:
+    """What `charformer-train` would be called with, for one run."""
+    fields = {**GRIDS[grid].fields, **GRIDS[grid].cells[cell], "learning_rate": learning_rate, "seed": seed}
+    fields |= {"data_path": data, "output_dir": folder, "sample_length": 0, "save_strategy": "no"}
+    fields |= {"load_best_model_at_end": False, "disable_tqdm": True, "logging_steps": fields["eval_steps"]}
+    fields["lr_scheduler_kwargs"] = json.dumps({"min_lr": learning_rate / 10})
+    words = [str(ROOT / "training" / "configs" / GRIDS[grid].recipe)]
+    for name, value in fields.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return parse_arguments(words)
+
+
 def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str) -> dict[str, Any]:
     """A run from start to end, in this process."""
     logging.set_verbosity_error()
-    fields = {**GRIDS[grid].fields, **GRIDS[grid].cells[cell], "learning_rate": learning_rate, "seed": seed}
     with tempfile.TemporaryDirectory() as folder:
-        words = [str(ROOT / "training" / "configs" / GRIDS[grid].recipe)]
-        fields |= {"data_path": data, "output_dir": f"{folder}/run", "sample_length": 0, "save_strategy": "no"}
-        fields |= {"load_best_model_at_end": False, "disable_tqdm": True, "logging_steps": fields["eval_steps"]}
-        fields["lr_scheduler_kwargs"] = json.dumps({"min_lr": learning_rate / 10})
-        for name, value in fields.items():
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-        arguments = parse_arguments(words)
+        arguments = arguments_of(grid, cell, learning_rate, seed, data, f"{folder}/run")
         model_arguments, data_arguments, _, training = arguments
         set_seed(seed)
         model = build_model(model_arguments)

@@ -2,8 +2,8 @@
 
     python benchmarks/generate.py runs/drafting [--prompts 8] [--output benchmarks/results/generate_cpu.json]
 
-The model is one that `charformer-train training/configs/drafting.yaml` trained; prompts are the first half windows of
-functions of the validation part of its text. All ways to generate take turns, prompt by prompt, so that whatever else the
+The model is one that `charformer-train training/configs/drafting.yaml` trained; prompts are
+pieces of the validation part of its text, a quarter of the window long. All ways to generate take turns, prompt by prompt, so that whatever else the
 machine does hits all alike. A figure is the ratio of the medians over prompts. Without a model, only what needs no trained
 one is measured.
 """
@@ -11,7 +11,6 @@ one is measured.
 import argparse
 import json
 import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -23,10 +22,14 @@ import transformers
 from measure import in_own_process
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers.generation.streamers import BaseStreamer
 
 from charformer_training.data import DataArguments, load_corpus, split_corpus
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
+
+LENGTH = 300
+"""Characters that follow a prompt."""
 
 DRAFTING: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -49,7 +52,6 @@ def write(model: Any, prompt: torch.Tensor, length: int, **settings: Any) -> tup
 
 def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[str, Any]:
     """For each way to decode: seconds and passes of each way to draft, over the same prompts."""
-    room = model.config.max_position_embeddings - prompts[0].shape[1]
     passes = 0
 
     def count(*_: Any) -> None:
@@ -66,9 +68,9 @@ def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[
             for way, more in DRAFTING.items():
                 set_seed(number)
                 passes = 0
-                taken, ids = write(model, prompt, room, **settings, **more)
-                seconds[way].append(taken / room)
-                per_pass[way].append(room / passes)
+                taken, ids = write(model, prompt, LENGTH, rolling_context=True, **settings, **more)
+                seconds[way].append(taken / LENGTH)
+                per_pass[way].append(LENGTH / passes)
                 texts[way].append(ids)
         if decoding == "greedy" and not all(
             a.equal(b) for a, b in zip(texts["plain"], texts["use_extra_targets"], strict=True)
@@ -91,15 +93,41 @@ def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[
     return report
 
 
-def rolling(model: CharformerForCausalLM, repeats: int) -> dict[str, float]:
-    """Time of a character when the window rolls, beside that of one inside the window."""
-    window = model.config.max_position_embeddings
-    prompt = torch.tensor([[10]])
-    inside, rolled = [], []
+def peak_mib() -> float:
+    """The most memory that this process has held."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) / 2**10
+
+
+class Memory(BaseStreamer):
+    """Notes how much memory the process has held at most, by how many characters are written."""
+
+    def __init__(self) -> None:
+        self.peaks: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.peaks.append(peak_mib())
+
+    def end(self) -> None:
+        pass
+
+
+def rolling(model: CharformerForCausalLM, length: int, repeats: int = 5) -> dict[str, float]:
+    """Time of a character when the window rolls, beside that of one inside the window; memory over one long text."""
+    window, prompt = model.config.max_position_embeddings, torch.tensor([[10]])
+    inside, rolled, memory = [], [], Memory()
     for _ in tqdm(range(repeats), desc="rolling"):
         inside.append(write(model, prompt, window - 1, do_sample=False)[0] / (window - 1))
         rolled.append(write(model, prompt, 10 * window, do_sample=False, rolling_context=True)[0] / (10 * window))
-    return {"time_ratio": round(statistics.median(rolled) / statistics.median(inside), 3)}
+    settings = {"do_sample": True, "rolling_context": True, "streamer": memory}
+    seconds, _ = write(model, prompt, length, **settings)
+    peaks = memory.peaks
+    return {
+        "time_ratio": round(statistics.median(rolled) / statistics.median(inside), 3),
+        "long_text_characters": length,
+        "long_text_seconds": round(seconds, 1),
+        "mib_more_after_the_first_tenth": round(peaks[-1] - peaks[len(peaks) // 10], 1),
+    }
 
 
 def t12_beside_gpt2(repeats: int, length: int = 256) -> dict[str, float]:
@@ -128,13 +156,14 @@ def t12_beside_gpt2(repeats: int, length: int = 256) -> dict[str, float]:
 
 def load(folder: str, what: str) -> float:
     """Seconds, or the peak of memory in MiB beyond what an empty one takes, of loading a model and running it once."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of what was imported is not the model's
+    before = peak_mib()
     begin = time.perf_counter()
     model = CharformerForCausalLM.from_pretrained(folder)
     if what == "seconds":
         return time.perf_counter() - begin
     write(model, torch.tensor([[10]]), 2, do_sample=False)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return peak_mib() - before
 
 
 def loading(repeats: int) -> dict[str, float]:
@@ -160,6 +189,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a folder with a trained model that drafts")
     parser.add_argument("--text", default="python-stdlib", help="what it was trained on")
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--rolling-length", type=int, default=10_000, help="characters of the long text")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
@@ -185,7 +215,7 @@ def main() -> None:
             for name in ("num_hidden_layers", "hidden_size", "max_position_embeddings", "num_targets", "target_heads")
         }
         results["drafting"] = drafting(model, prompts)
-        results["rolling"] = rolling(model, 3)
+        results["rolling"] = rolling(model, arguments.rolling_length)
     results["t12"] = t12_beside_gpt2(arguments.repeats)
     results["t12_loading"] = loading(arguments.repeats)
     print(json.dumps(results, indent=2))

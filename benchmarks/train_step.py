@@ -1,6 +1,10 @@
-"""Time and peak memory of a training step at T12's shape: with all the paper's losses, with none, and GPT-2's.
+"""Time and peak memory of a training step at T12's shape: with the paper's losses, with none, and beside the peers.
 
     python benchmarks/train_step.py [--batch 4] [--repeats 5] [--output benchmarks/results/train_step_cpu.json]
+
+The peers are GPT-2 and Llama of Transformers, and x-transformers (`pip install x-transformers`; left out otherwise), of the
+same depth, width and heads, and as many weights in the feed-forward layers. `all_averaged` is the mean over training of a
+step with the paper's schedule, by which layers drop out.
 
 Steps of the variants take turns in one process, so that whatever else the machine does hits all alike; the figures are
 ratios of median times. Memory is what a process of its own needs beyond its imports, at its peak, with an allocator that
@@ -9,23 +13,34 @@ in bf16, eager and compiled.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from measure import Step, in_own_process, peak_memory, times_by_turns
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
 
 WINDOW = 512
-VARIANTS = ("none", "all", "gpt2")
-LABELS = {"none": "Charformer, no auxiliary losses", "all": "Charformer, all paper losses", "gpt2": "GPT2LMHeadModel"}
+LABELS = {
+    "none": "Charformer, no auxiliary losses",
+    "all": "Charformer, all paper losses",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "x-transformers": "x-transformers",
+}
+PEERS = ("gpt2", "llama", *(["x-transformers"] if importlib.util.find_spec("x_transformers") else []))
+VARIANTS = ("none", "all", *PEERS)
+# The schedule drops layers during the first half of training; after it a step costs what it does at the half.
+PROGRESS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def build(variant: str) -> nn.Module:
@@ -39,8 +54,31 @@ def build(variant: str) -> nn.Module:
                 bos_token_id=None, eos_token_id=None,
             )
         )  # fmt: skip
+    if variant == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=256, hidden_size=512, num_hidden_layers=12, num_attention_heads=2, intermediate_size=1365,
+                max_position_embeddings=WINDOW, bos_token_id=None, eos_token_id=None,
+            )
+        )  # fmt: skip
+    if variant == "x-transformers":
+        return XTransformer()
     losses: dict[str, Any] = {} if variant == "all" else {"num_targets": 1, "intermediate_layers": None}
     return CharformerForCausalLM(CharformerConfig(attention_dropout=0.0, activation_dropout=0.0, **losses))
+
+
+class XTransformer(nn.Module):
+    """That of x-transformers, called as a model of Transformers is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+
+        layers = Decoder(dim=512, depth=12, heads=2, attn_dim_head=256, attn_flash=True)
+        self.model = AutoregressiveWrapper(TransformerWrapper(num_tokens=256, max_seq_len=WINDOW, attn_layers=layers))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(loss=self.model(input_ids))
 
 
 def make_step(variant: str, batch: int, device: str, compiled: bool = False) -> Step:
@@ -48,11 +86,20 @@ def make_step(variant: str, batch: int, device: str, compiled: bool = False) -> 
 
 
 def ratios(values: dict[str, float]) -> dict[str, float]:
-    """The two comparisons that count."""
-    return {
-        "all_paper_losses_to_none": round(values["all"] / values["none"], 3),
-        "none_to_gpt2": round(values["none"] / values["gpt2"], 3),
-    }
+    """The comparisons that count."""
+    compared = {"all_paper_losses_to_none": ("all", "none"), **{f"none_to_{peer}": ("none", peer) for peer in PEERS}}
+    return {name: round(values[one] / values[other], 3) for name, (one, other) in compared.items()}
+
+
+def averaged_cost(batch: int, device: str, repeats: int, compiled: bool) -> float:
+    """Time of a step with all of the paper's losses, averaged over its schedule, as a ratio to one with none."""
+    ids = torch.randint(0, 256, (batch, WINDOW))
+    steps = {"none": Step(build("none"), ids, device, compiled)}
+    steps |= {str(at): Step(build("all"), ids, device, compiled, training_progress=at) for at in PROGRESS}
+    times = times_by_turns(steps, repeats, "averaged over the schedule")
+    at = [times[str(progress)] for progress in PROGRESS]
+    first_half = sum((one + other) / 2 for one, other in zip(at, at[1:], strict=False)) / (len(at) - 1)
+    return (first_half + at[-1]) / 2 / times["none"]
 
 
 def main() -> None:
@@ -83,7 +130,8 @@ def main() -> None:
         steps = {variant: make_step(variant, arguments.batch, arguments.device, compiled) for variant in VARIANTS}
         times = times_by_turns(steps, arguments.repeats, mode)
         results[f"{mode}_seconds"] = {variant: round(value, 4) for variant, value in times.items()}
-        results[f"{mode}_time_ratios"] = ratios(times)
+        averaged = averaged_cost(arguments.batch, arguments.device, arguments.repeats, compiled)
+        results[f"{mode}_time_ratios"] = ratios(times) | {"all_averaged_to_none": round(averaged, 3)}
         for variant, value in times.items():
             print(f"{LABELS[variant]:<34} {value:8.3f} s  {memory[variant]:8.0f} MiB  ({mode})")
     print(json.dumps({name: value for name, value in results.items() if name.endswith("ratios")}, indent=2))

@@ -91,13 +91,15 @@ class SelfDraftingCandidateGenerator(CandidateGenerator):
                 known = looked_up[:, number : number + 1]
                 if known.shape[1] and probabilities[0, known[0, 0]] >= AGREEMENT:
                     drafts.append(known)
-                    processed.append(_certain(logits, known))
+                    if sample:
+                        processed.append(_certain(logits, known))
                     continue
                 looked_up = looked_up[:, :0]
                 drafts.append(
                     torch.multinomial(probabilities, 1) if sample else probabilities.argmax(-1, keepdim=True)
                 )
-                processed.append(logits)
+                if sample:
+                    processed.append(logits)
                 confidence *= float(probabilities[0, drafts[-1][0, 0]])
                 if confidence < CONFIDENCE:
                     break
