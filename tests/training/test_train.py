@@ -123,7 +123,12 @@ def test_fine_tuning_begins_with_the_given_model(command, tmp_path):
 @pytest.mark.parametrize("place", ["recipe", "command line"])
 def test_weights_of_single_terms_reach_the_saved_model(command, tmp_path, place):
     weights = {"target_2": 0.4, "layer_1": 0.8}
-    words = command(loss_weighting="uncertainty", target_schedule="forward", intermediate_schedule="rotate_2")
+    words = command(
+        loss_weighting="uncertainty",
+        target_schedule="forward",
+        target_heads="sequential",
+        intermediate_schedule="rotate_2",
+    )
     if place == "recipe":
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(yaml.safe_dump({**yaml.safe_load(Path(QUICKSTART).read_text()), "loss_weights": weights}))
@@ -133,6 +138,7 @@ def test_weights_of_single_terms_reach_the_saved_model(command, tmp_path, place)
     assert main(words) == 0
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "run").config
     assert config.loss_weights == weights and config.loss_weighting == "uncertainty"
+    assert config.target_heads == "sequential"
     first, *_, last = training_entries(tmp_path / "run")
     assert "loss_uncertainty" in first
     assert "loss_target_2" not in first and "loss_target_2" in last  # comes in after a quarter of training
