@@ -3,15 +3,17 @@
     python benchmarks/ablation.py run cpu --data tinyshakespeare.txt [--workers 2] [--output benchmarks/results/ablation_cpu.jsonl]
     python benchmarks/ablation.py report benchmarks/results/ablation_cpu.jsonl
 
-`run` goes through the grid cell by cell and appends one JSON line for each finished run; runs that are there already are
-not run again, so that the same command goes on where it was stopped. First each cell is run with one seed at each learning
-rate of the grid, since a comparison at one rate favours the cell it was tuned for; then, at the cell's best rate, with
-further seeds. The data order of a seed is the same in every cell, and so are the initial weights of what cells share.
+`run` goes through the grid cell by cell and appends one JSON line for each finished run; runs that are there already, of the
+same settings, text, threads and device, are not run again, so that the same command goes on where it was stopped. First each
+cell is run with one seed at each learning rate of the grid, since a comparison at one rate favours the cell it was tuned for;
+then, at the cell's best rate, with other seeds, which alone count. The data order of a seed is the same in every cell, and so
+are the initial weights of what cells share. Last, the time of a training step is measured for all cells by turns.
 
 `report` writes a Markdown page and a figure beside the JSON lines.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 import transformers
+from measure import Step, times_by_turns
 from tqdm import tqdm
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
@@ -45,6 +48,11 @@ LAYERS: dict[str, Any] = {"num_targets": 1, "intermediate_layers": "all"}
 BOTH: dict[str, Any] = {"num_targets": 2, "intermediate_layers": "all", "intermediate_schedule": "paper"}
 FOUR: dict[str, Any] = {"num_targets": 4, "target_weights": [0.2] * 3}
 EIGHT: dict[str, Any] = {"num_targets": 8, "target_weights": [0.1] * 7}
+KEY = ("grid", "cell", "learning_rate", "seed", "settings", "data_sha256", "device", "threads")
+# Shares of training done at which the cost of a step is measured: schedules drop layers in the first half.
+PROGRESS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+# Two-sided 95% quantiles of Student's t, by degrees of freedom.
+T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 POST: dict[str, Any] = {"norm_placement": "post"}
 # The paper's optimizer; its learning rate is 0.003.
 MOMENTUM: dict[str, Any] = {"optim": "sgd", "optim_args": "momentum=0.99", "weight_decay": 0.0}
@@ -59,7 +67,8 @@ class Grid:
     cells: dict[str, dict[str, Any]]
     learning_rates: tuple[float, ...]
     momentum_learning_rates: tuple[float, ...] = ()
-    seeds: tuple[int, ...] = (1, 2, 3)
+    tuning_seed: int = 1
+    seeds: tuple[int, ...] = (2, 3, 4)
     baselines: dict[str, str] = field(default_factory=dict)
     """What a cell is compared with; `none` where nothing is said."""
 
@@ -99,7 +108,6 @@ GRIDS = {
         {"eval_steps": 200},
         {
             "none": NONE,
-            "last position only": NONE | {"position_loss": "last"},
             "layers, paper's schedule, 1": LAYERS | {"intermediate_weight": 1.0},
             "layers, paper's schedule, 0.1": LAYERS | {"intermediate_weight": 0.1},
             "every second layer, constant, 0.1": LAYERS
@@ -215,10 +223,7 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str) ->
         except FloatingPointError as error:
             diverged = str(error)
     return {
-        "grid": grid,
-        "cell": cell,
-        "learning_rate": learning_rate,
-        "seed": seed,
+        **key_of(grid, cell, learning_rate, seed, data),
         "final_bpc": curve.points[-1][2] if curve.points and diverged is None else None,
         "best_bpc": min((point[2] for point in curve.points), default=None),
         "seconds_per_step": round(curve.seconds / max(1, trainer.state.global_step), 5),
@@ -228,16 +233,33 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str) ->
         "steps": training.max_steps,
         "parameters": model.num_parameters(),
         "inference_parameters": model.without_auxiliary_heads().num_parameters(),
-        "data_sha256": hashlib.sha256(corpus.data).hexdigest(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 
 
+def key_of(grid: str, cell: str, learning_rate: float, seed: int, data: str) -> dict[str, Any]:
+    """What tells one run from another: two with the same key would come to the same."""
+    on_gpu = torch.cuda.is_available() and "gpu" in GRIDS[grid].recipe
+    return {
+        "grid": grid,
+        "cell": cell,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "settings": {**GRIDS[grid].fields, **GRIDS[grid].cells[cell]},
+        "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
+        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+    }
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The runs in a file; one whose line was cut off is not there."""
+    runs = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            runs.append(json.loads(line))
+    return runs
 
 
 def final(run: dict[str, Any]) -> float:
@@ -245,14 +267,17 @@ def final(run: dict[str, Any]) -> float:
     return math.inf if run["final_bpc"] is None else float(run["final_bpc"])
 
 
-def of_cell(runs: list[dict[str, Any]], cell: str) -> list[dict[str, Any]]:
-    """The runs of a cell at the learning rate that is best with the first seed."""
-    own = [run for run in runs if run["cell"] == cell]
-    if not own:
-        return []
-    first = min(run["seed"] for run in own)
-    best = min((run for run in own if run["seed"] == first), key=final)["learning_rate"]
-    return [run for run in own if run["learning_rate"] == best]
+def best_rate(runs: list[dict[str, Any]], cell: str, grid: Grid) -> float | None:
+    """The learning rate that is best for a cell with the seed that is there for choosing it."""
+    own = [run for run in runs if run["cell"] == cell and run["seed"] == grid.tuning_seed]
+    return min(own, key=final)["learning_rate"] if own else None
+
+
+def of_cell(runs: list[dict[str, Any]], cell: str, grid: Grid) -> dict[int, dict[str, Any]]:
+    """The runs of a cell that count, by their seeds: those at its best learning rate that did not choose it."""
+    rate = best_rate(runs, cell, grid)
+    own = [run for run in runs if run["cell"] == cell and run["learning_rate"] == rate]
+    return {run["seed"]: run for run in own if run["seed"] in grid.seeds}
 
 
 class Sweep:
@@ -260,24 +285,23 @@ class Sweep:
 
     def __init__(self, grid: str, data: str, output: Path, workers: int):
         self.grid, self.data, self.output, self.workers = grid, data, output, workers
+        self.threads = max(1, (os.cpu_count() or 1) // workers)
 
     def _missing(self, wanted: Iterable[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
-        done = {
-            (run["cell"], run["learning_rate"], run["seed"]) for run in read(self.output) if run["grid"] == self.grid
-        }
-        return [key for key in wanted if key not in done]
+        done = [{name: run.get(name) for name in KEY} for run in read(self.output)]
+        here = {"threads": self.threads}  # those of a run, not of this process
+        return [key for key in wanted if key_of(self.grid, *key, self.data) | here not in done]
 
     def _run(self, key: tuple[str, float, int]) -> None:
         cell, learning_rate, seed = key
         one = json.dumps(
             {"grid": self.grid, "cell": cell, "learning_rate": learning_rate, "seed": seed, "data": self.data}
         )
-        threads = str(max(1, (os.cpu_count() or 1) // self.workers))
         result = subprocess.run(
             [sys.executable, __file__, "one", one],
             capture_output=True,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": threads},
+            env=os.environ | {"OMP_NUM_THREADS": str(self.threads)},
         )
         if result.returncode:
             raise RuntimeError(f"{key}: {result.stderr[-3000:]}")
@@ -292,20 +316,38 @@ class Sweep:
     def run(self) -> None:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         grid = GRIDS[self.grid]
-        first, *others = grid.seeds
 
         def rates(cell: str) -> tuple[float, ...]:
             return grid.momentum_learning_rates if "optim" in grid.cells[cell] else grid.learning_rates
 
-        tuning = ((cell, rate, first) for cell in grid.cells for rate in rates(cell))
+        tuning = ((cell, rate, grid.tuning_seed) for cell in grid.cells for rate in rates(cell))
         self._all(self._missing(tuning), f"{self.grid}: learning rates")
         runs = [run for run in read(self.output) if run["grid"] == self.grid]
-        best = {cell: of_cell(runs, cell)[0]["learning_rate"] for cell in grid.cells}
-        seeds = ((cell, best[cell], seed) for seed in others for cell in grid.cells)
+        best = {cell: best_rate(runs, cell, grid) for cell in grid.cells}
+        seeds = [(cell, rate, seed) for seed in grid.seeds for cell, rate in best.items() if rate is not None]
         self._all(self._missing(seeds), f"{self.grid}: seeds")
+        costs = self.output.with_name(f"{self.output.stem}_{self.grid}_costs.json")
+        costs.write_text(json.dumps(step_costs(self.grid, self.data), indent=2) + "\n", encoding="utf-8")
+
+
+def step_costs(name: str, data: str, repeats: int = 30) -> dict[str, float]:
+    """Seconds of a training step of each cell, averaged over its schedule. All take turns in this process."""
+    grid = GRIDS[name]
+    steps: dict[tuple[str, float], Step] = {}
+    for cell in grid.cells:
+        model_arguments, _, _, training = arguments_of(name, cell, 1e-3, 1, data, "unused")
+        model = build_model(model_arguments)
+        ids = torch.randint(0, 256, (training.per_device_train_batch_size, model.config.max_position_embeddings))
+        device = "cuda" if torch.cuda.is_available() and "gpu" in grid.recipe else "cpu"
+        steps |= {(cell, at): Step(model, ids, device, training_progress=at) for at in PROGRESS}
+    times = times_by_turns(steps, repeats, f"{name}: cost of a step")
+    return {cell: statistics.mean(times[cell, at] for at in PROGRESS) for cell in grid.cells}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error; not a number where a run diverged or there is one only."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.mean(values), error
 
@@ -324,7 +366,10 @@ class Row:
 
     cell: str
     learning_rate: float
+    at_edge: bool
+    """Whether the best learning rate is the grid's lowest or highest: a better one may lie beyond."""
     seeds: int
+    diverged: int
     bpc: float
     error: float
     gain: float
@@ -335,30 +380,41 @@ class Row:
     parameters: int
     training_only: int
 
+    @property
+    def verdict(self) -> str:
+        """By a paired t-test at 5%."""
+        if self.diverged:
+            return f"diverged with {self.diverged} of {self.seeds} seeds"
+        if math.isnan(self.gain_error):
+            return "has too few seeds to tell"
+        if abs(self.gain) <= T_QUANTILES[self.seeds - 1] * self.gain_error:
+            return "makes no difference that these seeds can show"
+        return "helps" if self.gain > 0 else "hurts"
 
-def rows(runs: list[dict[str, Any]], grid: Grid) -> list[Row]:
+
+def rows(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float]) -> list[Row]:
     table = []
     for cell in grid.cells:
-        own = {run["seed"]: run for run in of_cell(runs, cell)}
-        base = {run["seed"]: run for run in of_cell(runs, grid.baselines.get(cell, "none"))}
+        baseline = grid.baselines.get(cell, "none")
+        own, base = of_cell(runs, cell, grid), of_cell(runs, baseline, grid)
         shared = sorted(own.keys() & base.keys())
         if not shared:
             continue
         bpc, error = mean_and_error([final(own[seed]) for seed in shared])
         gain, gain_error = mean_and_error([final(base[seed]) - final(own[seed]) for seed in shared])
-        # Seconds by the cost of a step that is typical of all runs of a cell: the machine is not equally busy at all times.
-        cost = statistics.median(run["seconds_per_step"] for run in own.values()) / statistics.median(
-            run["seconds_per_step"] for run in base.values()
-        )
         steps = [reaches(own[seed]["curve"], final(base[seed]), 0) for seed in shared]
         reached = [found / own[seed]["steps"] for found, seed in zip(steps, shared, strict=True) if found is not None]
         steps_ratio = statistics.mean(reached) if len(reached) == len(shared) else None
+        cost = costs[cell] / costs[baseline]
         first = own[shared[0]]
+        tried = sorted({run["learning_rate"] for run in runs if run["cell"] == cell})
         table.append(
             Row(
                 cell,
                 first["learning_rate"],
+                first["learning_rate"] in (tried[0], tried[-1]),
                 len(shared),
+                sum(math.isinf(final(own[seed])) for seed in shared),
                 bpc,
                 error,
                 gain,
@@ -374,58 +430,61 @@ def rows(runs: list[dict[str, Any]], grid: Grid) -> list[Row]:
 
 
 def report(path: Path) -> str:
-    """A Markdown page of the runs in `path`; draws a figure of each grid beside it."""
+    """A Markdown page of the runs in `path`; draws a figure of each grid beside it.
+
+    Raises:
+        ValueError: If the runs of a grid are not of one text, device and number of threads.
+    """
     runs = read(path)
     pages = ["# Ablation of the auxiliary losses", ""]
     for name in dict.fromkeys(run["grid"] for run in runs):
-        own = [run for run in runs if run["grid"] == name]
-        grid, table = GRIDS[name], rows(own, GRIDS[name])
-        one = own[0]
+        grid = GRIDS[name]
+        settings = {cell: {**grid.fields, **fields} for cell, fields in grid.cells.items()}
+        own = [run for run in runs if run["grid"] == name and settings.get(run["cell"]) == run["settings"]]
+        for field_name in ("data_sha256", "device", "threads"):
+            if len(values := {run[field_name] for run in own}) > 1:
+                raise ValueError(f"{path}: the runs of {name} differ in {field_name}: {sorted(map(str, values))}")
+        costs = json.loads(path.with_name(f"{path.stem}_{name}_costs.json").read_text(encoding="utf-8"))
+        table, one = rows(own, grid, costs), own[0]
         figure = path.with_name(f"{path.stem}_{name}.png")
-        draw(own, grid, figure)
+        draw(own, grid, costs, figure)
         pages += [
             f"## {name}",
             "",
-            f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}; {one['device']}, torch {one['torch']}, transformers"
-            f" {one['transformers']}; data sha256 {one['data_sha256']}; seeds {list(grid.seeds)}.",
+            f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}; {one['device']}, {one['threads']} thread(s) a run,"
+            f" torch {one['torch']}, transformers {one['transformers']}; data sha256 {one['data_sha256']}. The learning rate"
+            f" is the best of {list(grid.learning_rates)} with seed {grid.tuning_seed}; the figures are of seeds"
+            f" {list(grid.seeds)}.",
             "",
-            "Final validation bits per character, mean and standard error over seeds; gain over the baseline seed by seed"
-            " (same data order); steps and seconds to the baseline's final value, as shares of the baseline's; cost of a"
-            " step. A dash: not reached with every seed.",
+            "Final validation bits per character, mean and standard error; gain over the baseline seed by seed (same data"
+            " order); steps and seconds to the baseline's final value, as shares of the baseline's (a dash: not reached with"
+            " every seed); cost of a step. `*`: the best learning rate is at the edge of those tried.",
             "",
             "| Cell | learning rate | seeds | bpc | gain | steps | seconds | cost of a step |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in table:
-            steps, seconds = (
-                "-" if value is None else f"{value:.2f}" for value in (row.steps_ratio, row.seconds_ratio)
-            )
+            ratios = ["-" if value is None else f"{value:.2f}" for value in (row.steps_ratio, row.seconds_ratio)]
             pages.append(
-                f"| {row.cell} | {row.learning_rate:g} | {row.seeds} | {row.bpc:.4f} +- {row.error:.4f} |"
-                f" {row.gain:+.4f} +- {row.gain_error:.4f} | {steps} | {seconds} | {row.step_cost:.2f} |"
+                f"| {row.cell} | {row.learning_rate:g}{'*' if row.at_edge else ''} | {row.seeds} |"
+                f" {row.bpc:.4f} +- {row.error:.4f} | {row.gain:+.4f} +- {row.gain_error:.4f} | {ratios[0]} | {ratios[1]} |"
+                f" {row.step_cost:.2f} |"
             )
         pages += ["", f"![Learning curves]({figure.name})", "", *conclusions(table, grid), ""]
     return "\n".join(pages)
 
 
 def conclusions(table: list[Row], grid: Grid) -> list[str]:
-    """What the table says, by a rule: a difference counts if it is more than twice its standard error."""
-    lines = []
-    for row in table:
-        if row.cell in grid.baselines.values() or row.cell == "none":
-            continue
-        verdict = "makes no difference that these seeds can show"
-        if math.isnan(row.gain_error):
-            verdict = "has one seed only"
-        elif abs(row.gain) > 2 * row.gain_error:
-            verdict = "helps" if row.gain > 0 else "hurts"
-        lines.append(
-            f"- {row.cell}: {verdict} ({row.gain:+.4f} +- {row.gain_error:.4f} bpc, {row.step_cost:.2f} x a step)."
-        )
-    return lines
+    """What the table says of each cell that is not a baseline."""
+    baselines = {"none", *grid.baselines.values()}
+    return [
+        f"- {row.cell}: {row.verdict} ({row.gain:+.4f} +- {row.gain_error:.4f} bpc, {row.step_cost:.2f} x a step)."
+        for row in table
+        if row.cell not in baselines
+    ]
 
 
-def draw(runs: list[dict[str, Any]], grid: Grid, path: Path) -> None:
+def draw(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float], path: Path) -> None:
     """Validation bpc against steps and against seconds: the mean of the seeds of each cell."""
     import matplotlib
 
@@ -435,12 +494,11 @@ def draw(runs: list[dict[str, Any]], grid: Grid, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
     lowest = math.inf
     for number, cell in enumerate(grid.cells):
-        own = [run for run in of_cell(runs, cell) if run["final_bpc"] is not None]
+        own = [run for run in of_cell(runs, cell, grid).values() if run["final_bpc"] is not None]
         if not own:
             continue
         points = list(zip(*(run["curve"] for run in own), strict=True))
         bpc = [statistics.mean(point[2] for point in group) for group in points]
-        cost = statistics.median(run["seconds_per_step"] for run in own)
         steps = [group[0][0] for group in points]
         lowest = min(lowest, min(bpc))
         style = {
@@ -450,7 +508,7 @@ def draw(runs: list[dict[str, Any]], grid: Grid, path: Path) -> None:
             "linestyle": "-" if number < 10 else "--",
         }
         axes[0].plot(steps, bpc, **style)
-        axes[1].plot([step * cost for step in steps], bpc, **style)
+        axes[1].plot([step * costs[cell] for step in steps], bpc, **style)
     axes[0].set(xlabel="steps", ylabel="validation bits per character")
     axes[1].set(xlabel="seconds of training")
     axes[0].set_ylim(lowest - 0.03, lowest + 0.6)

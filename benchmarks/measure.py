@@ -6,12 +6,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
+
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Step:
@@ -37,11 +40,11 @@ class Step:
         return time.perf_counter() - begin
 
 
-def times_by_turns(steps: Mapping[str, Step], repeats: int, name: str) -> dict[str, float]:
+def times_by_turns(steps: Mapping[Key, Step], repeats: int, name: str) -> dict[Key, float]:
     """Median seconds of each step. They take turns, so that whatever else the machine does hits all alike."""
     for step in steps.values():
         step(), step()
-    times: dict[str, list[float]] = {variant: [] for variant in steps}
+    times: dict[Key, list[float]] = {variant: [] for variant in steps}
     for _ in tqdm(range(repeats), desc=name):
         for variant, step in steps.items():
             times[variant].append(step())

@@ -5,10 +5,13 @@ python examples/compress.py runs/quickstart restore my_text.compressed my_text.t
 
 Needs `pip install constriction` for the arithmetic coder. What the model finds probable takes few bits, so the size of the
 file is the model's bits per byte (`charformer-evaluate`) times the length of the text. Restoring needs the same model, and
-the same machine and library versions: the probabilities must come out the same to the last bit.
+the same machine and library versions: the probabilities must come out the same to the last bit. If they do not, a checksum
+tells.
 """
 
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import constriction
@@ -19,7 +22,7 @@ from tqdm import tqdm
 from modeling_charformer import CharformerForCausalLM
 
 
-LENGTH_BYTES = 8
+HEADER = struct.Struct("<QI")  # length and checksum (CRC-32) of the text
 MODEL = constriction.stream.model.Categorical(perfect=False)
 
 
@@ -50,31 +53,43 @@ class Predictor:
 
 
 def compress(model: CharformerForCausalLM, text: bytes) -> bytes:
-    """The length of `text`, and the arithmetic code of its bytes."""
+    """Length and checksum of `text`, and the arithmetic code of its bytes."""
     predict, encoder = Predictor(model), constriction.stream.queue.RangeEncoder()
     for value in tqdm(text, desc="compress", unit="byte"):
         encoder.encode(np.array([value], np.int32), MODEL, predict())
         predict.seen.append(value)
     code = encoder.get_compressed().astype("<u4").tobytes()
-    return len(text).to_bytes(LENGTH_BYTES, "little") + code
+    return HEADER.pack(len(text), zlib.crc32(text)) + code
 
 
 def restore(model: CharformerForCausalLM, compressed: bytes) -> bytes:
-    """The text that `compress` was given."""
-    length = int.from_bytes(compressed[:LENGTH_BYTES], "little")
-    code = np.frombuffer(compressed[LENGTH_BYTES:], "<u4").astype(np.uint32)
+    """The text that `compress` was given.
+
+    Raises:
+        ValueError: If it is another one: the model, the machine or the libraries are not those that compressed it.
+    """
+    length, checksum = HEADER.unpack_from(compressed)
+    code = np.frombuffer(compressed[HEADER.size :], "<u4").astype(np.uint32)
     predict, decoder = Predictor(model), constriction.stream.queue.RangeDecoder(code)
     for _ in tqdm(range(length), desc="restore", unit="byte"):
         predict.seen.append(int(decoder.decode(MODEL, predict())[0]))
-    return bytes(predict.seen)
+    text = bytes(predict.seen)
+    if zlib.crc32(text) != checksum:
+        raise ValueError(
+            "the text is not the one that was compressed: another model, machine or library version did it"
+        )
+    return text
 
 
 def main() -> None:
     if len(sys.argv) != 5 or sys.argv[2] not in ("compress", "restore"):
         sys.exit(f"usage: {sys.argv[0]} MODEL compress|restore INPUT OUTPUT")
     folder, action, source, target = sys.argv[1:]
+    torch.set_num_threads(1)  # sums may come out otherwise with another number
     model = CharformerForCausalLM.from_pretrained(folder)
     data = Path(source).read_bytes()
+    if not data:
+        sys.exit(f"{source} is empty")
     result = compress(model, data) if action == "compress" else restore(model, data)
     Path(target).write_bytes(result)
     text, code = (data, result) if action == "compress" else (result, data)

@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
 
 
-# Drafting goes on while the probability that all drafts are right, by the drafter's own account, is above this.
+# Drafting goes on while the probability that all drafts which the text did not give are right, by the drafter's own
+# account, is above this.
 CONFIDENCE = 0.1
 # Where the last `LOOK_UP_MATCH` characters came before, among the last `LOOK_BACK`, what followed then is drafted, `LOOK_UP`
 # characters of it or fewer, while the drafter gives it this probability or more.
@@ -83,7 +93,7 @@ class SelfDraftingCandidateGenerator(CandidateGenerator):
         drafts, processed, confidence = [input_ids[:, -1:]], [], 1.0
         with self.drafter(model_kwargs, state) as draft:
             for number in range(min(self.max_drafts, room)):
-                logits = draft(number, drafts[-1][:, 0]).float()
+                logits = draft(number, drafts[-1][:, 0]).float().to(input_ids.device)
                 if self.logits_processor:
                     written = torch.cat([input_ids, *drafts[1:]], dim=-1)
                     logits = self.logits_processor(cast(Any, written), cast(Any, logits))
@@ -180,6 +190,39 @@ def _continuation(ids: Tensor, length: int) -> Tensor:
     return ids[:, start : start + length] if start >= LOOK_UP_MATCH else ids[:, :0]
 
 
+class _FirstStop(StoppingCriteria):
+    """Whether `criteria` are met by a text `(1, S)` or by what was written before its end; `length` is the first."""
+
+    def __init__(self, criteria: StoppingCriteriaList, prompt: Tensor):
+        self.criteria, self.seen = criteria, prompt.shape[1]
+        self.length: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        while self.length is None and self.seen < input_ids.shape[1]:
+            self.seen += 1
+            if bool(self.criteria(cast(Any, input_ids[:, : self.seen]), scores, **kwargs).all()):
+                self.length = self.seen
+        return torch.full((1,), self.length is not None, device=input_ids.device)
+
+
+class _StreamToStop(BaseStreamer):
+    """Passes on what comes before the first stop."""
+
+    def __init__(self, streamer: BaseStreamer, first: _FirstStop, prompt: Tensor):
+        self.streamer, self.first, self.text = streamer, first, prompt
+
+    def put(self, value: Tensor) -> None:
+        before = self.text.shape[1]
+        self.text = torch.cat([self.text, value.reshape(1, -1).to(self.text.device)], dim=-1)
+        self.first(self.text, None)
+        new = self.text[:, before : self.first.length]
+        if new.shape[1]:
+            self.streamer.put(new.cpu())
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
 class CharformerGenerationMixin:
     """What `generate` of a Charformer takes beside the arguments of every model of Transformers.
 
@@ -193,6 +236,10 @@ class CharformerGenerationMixin:
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, *args, **kwargs):
         rolling_context, use_extra_targets = kwargs.pop("rolling_context", None), kwargs.pop("use_extra_targets", None)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]
+        # They may also stand in a GenerationConfig, or in the model's.
+        rolling_context = getattr(prepared, "rolling_context", None) if rolling_context is None else rolling_context
+        if use_extra_targets is None:
+            use_extra_targets = getattr(prepared, "use_extra_targets", None)
         prepared.rolling_context = None
         if rolling_context is not None and rolling_context is not False:
             prepared.rolling_context = self._checked_rolling_context(rolling_context, prepared)
@@ -262,6 +309,32 @@ class CharformerGenerationMixin:
 
         generator.get_candidates = draft_inside_window
         return generator
+
+    def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        """As everywhere in Transformers, which looks at the criteria once a pass; here after each of its characters."""
+        own = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)]
+        decode: Any = super()._assisted_decoding  # type: ignore[misc]
+        if not own or input_ids.shape[0] > 1:
+            return decode(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        first = _FirstStop(StoppingCriteriaList(own), input_ids)
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = _StreamToStop(kwargs["streamer"], first, input_ids)
+        others = [c for c in stopping_criteria if c not in own]
+        result = decode(
+            input_ids, logits_processor, StoppingCriteriaList([*others, first]), generation_config, **kwargs
+        )
+        if not isinstance(result, ModelOutput):
+            return result[:, : first.length]
+        sequences: Any = result["sequences"]
+        excess = sequences.shape[1] - first.length if first.length is not None else 0
+        if excess:
+            result["sequences"] = sequences[:, :-excess]
+            for name in ("scores", "logits", "attentions", "hidden_states"):
+                if result.get(name) is not None:
+                    result[name] = result[name][:-excess]
+            if result.get("past_key_values") is not None:
+                result["past_key_values"].crop(-excess)
+        return result
 
     def prepare_inputs_for_generation(
         self,

@@ -194,22 +194,27 @@ class AuxiliaryHead(nn.Linear):
         """Nothing: `CharformerPreTrainedModel._init_weights` draws the weights, from a generator of their own."""
 
 
-class ResidualBlock(nn.Linear):
+class ZeroLinear(nn.Linear):
+    """A linear layer that begins with zeros."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class ResidualBlock(nn.Module):
     """`h + SiLU(W h)` on hidden states `(..., hidden_size)`; the identity at first (Medusa, section 2.1.1).
 
     With `reads_previous`, `h + SiLU(W [h; e])` with the embedding `e` of the character before the one to predict.
     """
 
     def __init__(self, hidden_size: int, reads_previous: bool = False):
-        super().__init__(hidden_size * (2 if reads_previous else 1), hidden_size)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        super().__init__()
+        self.linear = ZeroLinear(hidden_size * (2 if reads_previous else 1), hidden_size)
 
     def forward(self, hidden_states: Tensor, previous: Tensor | None = None) -> Tensor:
         inputs = hidden_states if previous is None else torch.cat([hidden_states, previous], dim=-1)
-        return hidden_states + nn.functional.silu(super().forward(inputs))
+        return hidden_states + nn.functional.silu(self.linear(inputs))
 
 
 Model = TypeVar("Model", bound="CharformerPreTrainedModel")
@@ -251,7 +256,7 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
             draw = torch.empty(module.weight.shape).normal_(0.0, self.config.initializer_range, generator=generator)
             init.copy_(module.weight, draw)
             init.zeros_(module.bias)
-        elif isinstance(module, ResidualBlock):
+        elif isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, UncertaintyWeighting):
@@ -373,6 +378,8 @@ class CharformerModel(CharformerPreTrainedModel):
         hidden_states = inputs_embeds
         layer_hidden_states = {}
         last_mask = self._mask_of_last_positions(causal_mask, hidden_states, positions_to_keep)
+        if num_layers is not None and not 1 <= num_layers <= len(self.layers):
+            raise ValueError(f"num_layers is {num_layers}; it must be 1 to {len(self.layers)}")
         layers = self.layers[:num_layers]
         for number, layer in enumerate(layers, start=1):
             is_last = number == len(layers)
@@ -593,26 +600,28 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         offsets = [term.offset for term in terms if term.layer == last]
         if not self.target_blocks or not offsets:
             return inputs
-        if inputs_embeds is None:
+        if self._is_sequential and inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         state = final_hidden_state
         for offset in range(2, max(offsets) + 1):
-            # What is shifted in at the end has no target.
-            previous = nn.functional.pad(inputs_embeds, (0, 0, 0, offset - 1))[:, offset - 1 :]
-            state = self._target_state(offset, state if self._is_sequential else final_hidden_state, previous)
+            previous = None
+            if self._is_sequential and inputs_embeds is not None:
+                # What is shifted in at the end has no target.
+                previous = nn.functional.pad(inputs_embeds, (0, 0, 0, offset - 1))[:, offset - 1 :]
+            read = self._target_state(offset, state, previous)
+            if self._is_sequential:
+                state = read
             if offset in offsets:
-                inputs[f"target_{offset}"] = state
+                inputs[f"target_{offset}"] = read
         return inputs
 
     @property
     def _is_sequential(self) -> bool:
         return self.config.target_heads == "sequential"
 
-    def _target_state(self, offset: int, state: Tensor, previous: Tensor) -> Tensor:
-        """What the classifier of target `offset` reads, of `state` and the embedding of the character before it."""
-        if not self.target_blocks:
-            return state
-        return self.target_blocks[f"target_{offset}"](state, previous if self._is_sequential else None)
+    def _target_state(self, offset: int, state: Tensor, previous: Tensor | None) -> Tensor:
+        """What the classifier of target `offset` reads, of `state` and, if sequential, the embedding of what is before it."""
+        return self.target_blocks[f"target_{offset}"](state, previous) if self.target_blocks else state
 
     def draft(self, offset: int, state: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `(B, V)` of the character `offset` (2..K) steps ahead, and the state for the one after it.
@@ -621,7 +630,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             state: `(B, hidden_size)`; for target 2 a position's `final_hidden_state`, then what the last call returned.
             previous: `(B,)` ids of the characters `offset - 1` steps ahead, known or drafted.
         """
-        read = self._target_state(offset, state, self.model.embed_tokens(previous))
+        read = self._target_state(offset, state, self.model.embed_tokens(previous) if self._is_sequential else None)
         return self.auxiliary_heads[f"target_{offset}"](read), read if self._is_sequential else state
 
     def classify(self, term: LossTerm, hidden_states: Tensor) -> Tensor:

@@ -2,23 +2,28 @@
 
 import importlib.util
 import json
-import math
+import sys
 
 import pytest
+import scipy.stats
 import torch
 
 from tests.conftest import ROOT
 
 
+sys.path.insert(0, str(ROOT / "benchmarks"))  # for what the programs there share
 spec = importlib.util.spec_from_file_location("ablation", ROOT / "benchmarks" / "ablation.py")
 assert spec is not None and spec.loader is not None
 ablation = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ablation)
 
-GRID = ablation.Grid("recipe.yaml", {}, {"none": {}, "better": {}, "worse": {}, "unsure": {}}, (0.1, 0.2))
+GRID = ablation.Grid(
+    "recipe.yaml", {}, {"none": {}, "better": {}, "worse": {}, "unsure": {}, "wild": {}}, (0.1, 0.2), seeds=(2, 3)
+)
+COSTS = {"none": 2.0, "better": 3.0, "worse": 2.0, "unsure": 2.0, "wild": 2.0}
 
 
-def run(cell: str, learning_rate: float, seed: int, final: float | None, cost: float = 1.0) -> dict:
+def run(cell: str, learning_rate: float, seed: int, final: float | None) -> dict:
     """Falls in a straight line from 3 bits at step 0 to `final` at step 100."""
     last = 9.0 if final is None else final
     return {
@@ -26,13 +31,14 @@ def run(cell: str, learning_rate: float, seed: int, final: float | None, cost: f
         "cell": cell,
         "learning_rate": learning_rate,
         "seed": seed,
+        "settings": {},
         "final_bpc": final,
-        "seconds_per_step": cost,
-        "curve": [[0, 0.0, 3.0], [100, 100 * cost, last]],
+        "curve": [[0, 0.0, 3.0], [100, 7.0, last]],
         "steps": 100,
         "parameters": 30,
         "inference_parameters": 20,
         "device": "a machine",
+        "threads": 1,
         "torch": "2",
         "transformers": "5",
         "data_sha256": "0",
@@ -40,22 +46,30 @@ def run(cell: str, learning_rate: float, seed: int, final: float | None, cost: f
 
 
 RUNS = [
-    run("none", 0.1, 1, 2.6),
-    run("none", 0.2, 1, 2.5),
-    run("none", 0.2, 2, 2.52),
-    run("better", 0.1, 1, 2.0, cost=1.5),
+    # The first seed chooses the learning rate, and counts no further.
+    *(run("none", rate, 1, final) for rate, final in ((0.1, 2.6), (0.2, 2.4), (0.3, 2.5))),
+    run("none", 0.2, 2, 2.5),
+    run("none", 0.2, 3, 2.52),
+    run("better", 0.1, 1, 2.0),
     run("better", 0.2, 1, None),
-    run("better", 0.1, 2, 2.04, cost=1.5),
+    run("better", 0.1, 2, 2.0),
+    run("better", 0.1, 3, 2.04),
     run("worse", 0.2, 1, 2.7),
-    run("worse", 0.2, 2, 2.71),
+    run("worse", 0.2, 2, 2.7),
+    run("worse", 0.2, 3, 2.71),
     run("unsure", 0.2, 1, 2.4),
-    run("unsure", 0.2, 2, 2.6),
+    run("unsure", 0.2, 2, 2.4),
+    run("unsure", 0.2, 3, 2.6),
+    run("wild", 0.2, 1, 2.4),
+    run("wild", 0.2, 2, None),
+    run("wild", 0.2, 3, 2.4),
 ]
 
 
 def test_each_cell_is_compared_at_its_own_best_learning_rate():
-    none, better, worse, unsure = ablation.rows(RUNS, GRID)
+    none, better, worse, unsure, wild = ablation.rows(RUNS, GRID, COSTS)
     assert (none.learning_rate, better.learning_rate) == (0.2, 0.1)  # a run that diverged is the worst
+    assert (none.at_edge, better.at_edge) == (False, True)
     assert better.bpc == pytest.approx(2.02) and better.error == pytest.approx(0.02)
     assert better.gain == pytest.approx((0.5 + 0.48) / 2) and better.gain_error == pytest.approx(0.01)
     # From 3 to 2 in 100 steps, at 2.5 after half of them; each step costs one and a half.
@@ -66,12 +80,16 @@ def test_each_cell_is_compared_at_its_own_best_learning_rate():
     assert none.training_only == 10
 
 
-def test_conclusions_need_more_than_twice_the_error():
-    lines = "\n".join(ablation.conclusions(ablation.rows(RUNS, GRID), GRID))
-    assert "- better: helps (+0.4900" in lines and "- worse: hurts" in lines
-    assert "- unsure: makes no difference that these seeds can show" in lines
-    one_seed = [found for found in RUNS if found["seed"] == 1]
-    assert "better: has one seed only" in "\n".join(ablation.conclusions(ablation.rows(one_seed, GRID), GRID))
+def test_conclusions_are_those_of_a_t_test():
+    better, worse, unsure, wild = ablation.conclusions(ablation.rows(RUNS, GRID, COSTS), GRID)
+    assert better.startswith("- better: helps (+0.4900") and worse.startswith("- worse: hurts")
+    # -0.1950 +- 0.0050 would do with two errors; with two seeds it takes 12.7.
+    assert unsure.startswith("- unsure: makes no difference that these seeds can show")
+    assert wild.startswith("- wild: diverged with 1 of 2 seeds")
+    two_seeds = [found for found in RUNS if found["seed"] < 3]
+    assert "better: has too few seeds to tell" in ablation.conclusions(ablation.rows(two_seeds, GRID, COSTS), GRID)[0]
+    freedom = 2
+    assert ablation.T_QUANTILES[freedom] == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=1e-3)
 
 
 def test_a_value_is_reached_on_the_line_between_two_evaluations():
@@ -84,11 +102,29 @@ def test_a_value_is_reached_on_the_line_between_two_evaluations():
 def test_report_and_figure(tmp_path, monkeypatch):
     monkeypatch.setitem(ablation.GRIDS, "cpu", GRID)
     path = tmp_path / "runs.jsonl"
-    path.write_text("".join(json.dumps(found) + "\n" for found in RUNS))
+    whole = "".join(json.dumps(found) + "\n" for found in RUNS)
+    path.write_text(whole + whole[:50])  # of a run that was killed while it wrote
+    (tmp_path / "runs_cpu_costs.json").write_text(json.dumps(COSTS))
     page = ablation.report(path)
-    assert "| better | 0.1 | 2 | 2.0200 +- 0.0200 | +0.4900 +- 0.0100 | 0.50 | 0.75 | 1.50 |" in page
+    assert "| better | 0.1* | 2 | 2.0200 +- 0.0200 | +0.4900 +- 0.0100 | 0.50 | 0.75 | 1.50 |" in page
     assert (tmp_path / "runs_cpu.png").stat().st_size > 10_000
-    assert math.isinf(ablation.final(RUNS[4]))
+    other = run("none", 0.2, 4, 2.0) | {"threads": 2}
+    path.write_text(whole + json.dumps(other) + "\n")
+    with pytest.raises(ValueError, match="differ in threads"):
+        ablation.report(path)
+
+
+def test_what_is_done_is_not_run_again(tmp_path):
+    data = tmp_path / "text.txt"
+    data.write_text("text")
+    sweep = ablation.Sweep("cpu", str(data), tmp_path / "runs.jsonl", workers=1)
+    keys = [("none", 0.002, 1), ("none", 0.004, 1)]
+    assert sweep._missing(keys) == keys
+    done = ablation.key_of("cpu", *keys[0], str(data)) | {"threads": sweep.threads, "final_bpc": 2.0}
+    sweep.output.write_text(json.dumps(done) + "\n")
+    assert sweep._missing(keys) == keys[1:]
+    data.write_text("another text")
+    assert sweep._missing(keys) == keys
 
 
 def test_the_cells_of_all_grids_are_settings_that_exist(tmp_path):

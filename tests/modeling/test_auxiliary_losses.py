@@ -427,8 +427,8 @@ def test_losses_of_plain_tensors_without_a_model():
 def test_targets_with_blocks_against_the_definition(make_model, make_ids, target_heads):
     model, ids = make_model(num_targets=4, target_heads=target_heads), make_ids()
     for block in model.target_blocks.values():
-        torch.nn.init.normal_(block.weight, std=0.2)
-        torch.nn.init.normal_(block.bias, std=0.2)
+        torch.nn.init.normal_(block.linear.weight, std=0.2)
+        torch.nn.init.normal_(block.linear.bias, std=0.2)
     labels = ids.clone()
     labels[0, 5:9] = -100
     output = model(ids, labels=labels)
@@ -437,7 +437,7 @@ def test_targets_with_blocks_against_the_definition(make_model, make_ids, target
     silu = torch.nn.functional.silu
     states = {1: hidden}
     for k in (2, 3, 4):
-        block = model.target_blocks[f"target_{k}"]
+        block = model.target_blocks[f"target_{k}"].linear
         if target_heads == "residual":
             states[k] = hidden + silu(hidden @ block.weight.T + block.bias)
         else:
@@ -462,7 +462,7 @@ def test_blocks_begin_as_the_identity_and_change_no_other_weight(make_model, mak
     for target_heads in ("residual", "sequential"):
         model = make_model(num_targets=3, target_heads=target_heads)
         torch.testing.assert_close(model(ids, labels=ids).loss, linear(ids, labels=ids).loss)
-        torch.nn.init.normal_(model.target_blocks["target_3"].weight)
+        torch.nn.init.normal_(model.target_blocks["target_3"].linear.weight)
         model.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path).train()
         assert again(ids, labels=ids).loss == model(ids, labels=ids).loss

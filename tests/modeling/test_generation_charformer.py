@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, pipeline, set_seed
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer, generation_charformer
@@ -135,7 +135,7 @@ def test_sampled_text_has_the_models_distribution(make_model, drafts, monkeypatc
     how: dict = {"assistant_early_exit": 2} if drafts == "early exit" else {"use_extra_targets": True}
     model = make_model(num_targets=3, vocab_size=4, initializer_range=0.5, target_heads=heads).eval()
     for block in model.target_blocks.values():
-        torch.nn.init.normal_(block.weight, std=0.3)
+        torch.nn.init.normal_(block.linear.weight, std=0.3)
     if drafts == "looked up":
         monkeypatch.setattr(generation_charformer, "LOOK_UP_MATCH", 1)
     prompt, temperature, draws = torch.tensor([[1, 2]]), 0.9, 700
@@ -159,6 +159,57 @@ def test_sampled_text_has_the_models_distribution(make_model, drafts, monkeypatc
     assert drafted < 103.4  # the 99.9% quantile with 63 degrees of freedom
     biased = chi_squared(counts(**how, top_p=0.8).flatten(), exact.detach().flatten())
     assert biased > 103.4  # the test would notice
+
+
+def test_long_drafts_are_sampled_from_the_models_distribution(make_model, monkeypatch):
+    """Of six characters out of two, most drafted in chains, some of which stop early."""
+    torch.manual_seed(0)
+    model = make_model(num_targets=4, vocab_size=2, initializer_range=0.5, target_heads="sequential").eval()
+    for block in model.target_blocks.values():
+        torch.nn.init.normal_(block.linear.weight, std=0.3)
+    monkeypatch.setattr(generation_charformer, "CONFIDENCE", 0.3)
+    lengths = []
+    draft = generation_charformer.ExtraTargetCandidateGenerator.get_candidates
+
+    def counted(self, input_ids, *args, **kwargs):
+        candidates, logits = draft(self, input_ids, *args, **kwargs)
+        lengths.append(candidates.shape[1] - input_ids.shape[1])
+        return candidates, logits
+
+    monkeypatch.setattr(generation_charformer.ExtraTargetCandidateGenerator, "get_candidates", counted)
+    texts = torch.tensor([[1, 0, *(number >> bit & 1 for bit in range(6))] for number in range(64)])
+    log_probabilities = model(texts).logits.log_softmax(-1)[:, 1:-1]
+    exact = log_probabilities.gather(-1, texts[:, 2:, None]).sum((1, 2)).exp().detach()
+    counts = torch.zeros(64)
+    for _ in range(600):
+        ids = model.generate(texts[:1, :2], max_new_tokens=6, do_sample=True, top_k=0, use_extra_targets=True)
+        counts[int((ids[0, 2:] << torch.arange(6)).sum())] += 1
+    assert chi_squared(counts, exact) < 103.4  # the 99.9% quantile with 63 degrees of freedom
+    assert {1, 2, 3} <= set(lengths)
+
+
+@pytest.mark.parametrize("drafting", [{"use_extra_targets": True}, {"assistant_early_exit": 2}], ids=str)
+@pytest.mark.parametrize("stop", ["cat", "sat", "t on"])
+def test_stop_strings_end_the_text_where_they_end_plain_text(model, drafting, stop):
+    settings = {"max_new_tokens": 28, "do_sample": False, "stop_strings": [stop], "tokenizer": CharformerTokenizer()}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
+    plain, streamer = model.generate(PROMPT, **settings), Collect()
+    drafted = model.generate(PROMPT, streamer=streamer, **settings, **drafting)
+    assert bytes(plain.sequences[0].tolist()).endswith(stop.encode())
+    assert drafted.sequences.equal(plain.sequences)
+    assert streamer.ids == plain.sequences[0].tolist()
+    assert len(drafted.scores) == len(plain.scores)
+    assert drafted.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+
+
+def test_settings_may_stand_in_a_generation_config(model):
+    settings = GenerationConfig(max_new_tokens=60, do_sample=False, rolling_context=8, use_extra_targets=True)
+    expected = model.generate(PROMPT, max_new_tokens=60, do_sample=False, rolling_context=8)
+    used = []
+    handle = model.auxiliary_heads["target_2"].register_forward_hook(lambda *_: used.append(1))
+    assert model.generate(PROMPT, generation_config=settings).equal(expected)
+    handle.remove()
+    assert used
 
 
 def test_through_the_pipeline(model):

@@ -141,6 +141,7 @@ def test_an_interrupted_evaluation_goes_on(make_model, tmp_path, monkeypatch):
         ({"window": 8, "stride": 9}, "stride is 9; it must be 1 to the window, 8"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"text": b"x"}, "the text has 1 bytes; it must have 2 or more"),
+        ({"text": "é"}, "the text is a single character"),
         ({"text": np.zeros(9)}, "array of float64"),
     ],
     ids=str,

@@ -151,6 +151,19 @@ def test_fine_tuning_keeps_the_architecture(command, tmp_path, capsys):
     assert "hidden_size is 32, but the model to fine-tune" in capsys.readouterr().err
 
 
+def test_fine_tuning_gives_linear_heads_blocks_but_changes_none(command, tmp_path, capsys):
+    assert main(command(target_heads="sequential")) == 0
+    tuned = {"model_name_or_path": tmp_path / "run", "output_dir": tmp_path / "tuned"}
+    for heads in ("linear", "residual"):
+        assert main(command(**tuned, target_heads=heads)) == 1
+        assert f"target_heads is {heads!r}, but the model to fine-tune" in capsys.readouterr().err
+    assert main(command(**tuned)) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").config.target_heads == "sequential"
+    linear = {"overwrite_output_dir": "true", "output_dir": tmp_path / "run"}
+    assert main(command(**linear)) == 0
+    assert main(command(**tuned, overwrite_output_dir="true", target_heads="sequential")) == 0
+
+
 def test_a_dataset_replaces_the_recipes_text(text_file, tmp_path):
     Dataset.from_dict({"text": ["one text", "another"]}).to_parquet(tmp_path / "part.parquet")
     _, data, _, _ = parse_arguments([QUICKSTART, "--dataset_name", str(tmp_path)])

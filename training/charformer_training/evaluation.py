@@ -76,7 +76,7 @@ def bits_per_character(
             from it, and removes it at the end.
 
     Raises:
-        ValueError: If the text is shorter than two bytes, or window, stride or batch size are out of range.
+        ValueError: If the text is shorter than two bytes or than two characters, or window, stride or batch size are out of range.
     """
     data = _bytes_of(text)
     limit = model.config.max_position_embeddings
@@ -89,6 +89,11 @@ def bits_per_character(
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
     if len(data) < 2:
         raise ValueError(f"the text has {len(data)} bytes; it must have 2 or more: nothing comes before the first")
+    characters = _characters(data)
+    if not characters:
+        raise ValueError(
+            "the text is a single character; bits per character need one that begins after the first byte"
+        )
     windows = _Windows(len(data) - 1, window, stride, batch_size)
     processes = PartialState()
     rank = processes.process_index
@@ -115,7 +120,13 @@ def bits_per_character(
     finally:
         model.train(was_training)
     result = _evaluation(
-        data, np.sum(gather_object([state.bits]), axis=0), sha256, window, stride, max(gather_object([state.seconds]))
+        data,
+        characters,
+        np.sum(gather_object([state.bits]), axis=0),
+        sha256,
+        window,
+        stride,
+        max(gather_object([state.seconds])),
     )
     state.remove()
     return result
@@ -233,11 +244,9 @@ class _State:
 
 
 def _evaluation(
-    data: np.ndarray, bits: np.ndarray, sha256: str, window: int, stride: int, seconds: float
+    data: np.ndarray, characters: int, bits: np.ndarray, sha256: str, window: int, stride: int, seconds: float
 ) -> Evaluation:
     counted = len(data) - 1
-    # A character of UTF-8 is one byte that is not a continuation byte (10xxxxxx), and those that follow.
-    characters = int((np.asarray(data[1:]) & 0xC0 != 0x80).sum())
     sizes = np.full(len(bits), BLOCK)
     sizes[0] -= 1
     sizes[-1] -= len(bits) * BLOCK - len(data)
@@ -259,6 +268,11 @@ def _evaluation(
         stride=stride,
         seconds=round(seconds, 3),
     )
+
+
+def _characters(data: np.ndarray) -> int:
+    """How many begin after the first byte: in UTF-8, bytes that are not continuation bytes (10xxxxxx)."""
+    return int((np.asarray(data[1:]) & 0xC0 != 0x80).sum())
 
 
 def _bytes_of(text: str | bytes | np.ndarray | os.PathLike) -> np.ndarray:

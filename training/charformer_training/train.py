@@ -218,7 +218,9 @@ def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
     if name is None:
         return CharformerForCausalLM(CharformerConfig(**settings))
     config = CharformerConfig.from_pretrained(name)
-    for field_name in SHAPE_FIELDS & settings.keys():
+    # Blocks begin as the identity, so linear heads can be given some; blocks that were trained have no other shape.
+    fixed = SHAPE_FIELDS if config.target_heads == "linear" else SHAPE_FIELDS | {"target_heads"}
+    for field_name in fixed & settings.keys():
         if settings[field_name] != getattr(config, field_name):
             raise ValueError(
                 f"{field_name} is {settings[field_name]!r}, but the model to fine-tune, {name}, has"
