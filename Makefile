@@ -20,8 +20,8 @@ quickstart: $(VENV)/train.stamp
 	$(BIN)/charformer-train training/configs/quickstart.yaml --overwrite_output_dir
 
 ablation: $(VENV)/train.stamp
-	$(BIN)/python benchmarks/ablation.py run cpu --workers 2 --data $(DATA) --output runs/ablation/cpu.jsonl
-	$(BIN)/python benchmarks/ablation.py report runs/ablation/cpu.jsonl
+	$(BIN)/python benchmarks/ablation.py run cpu --workers 2 --data $(DATA) --output runs/ablation/ablation.jsonl
+	$(BIN)/python benchmarks/ablation.py report runs/ablation/ablation.jsonl
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

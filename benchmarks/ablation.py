@@ -1,7 +1,7 @@
 """Do the auxiliary losses help? A grid of them, with seeds and retuned learning rates; a report drawn from the runs.
 
-    python benchmarks/ablation.py run cpu --data tinyshakespeare.txt [--workers 2] [--output benchmarks/results/ablation_cpu.jsonl]
-    python benchmarks/ablation.py report benchmarks/results/ablation_cpu.jsonl
+    python benchmarks/ablation.py run cpu --data tinyshakespeare.txt [--workers 2] [--output benchmarks/results/ablation.jsonl]
+    python benchmarks/ablation.py report benchmarks/results/ablation.jsonl
 
 `run` goes through the grid cell by cell and appends one JSON line for each finished run; runs that are there already, of the
 same settings, text, threads and device, are not run again, so that the same command goes on where it was stopped. First each
@@ -537,7 +537,7 @@ def main() -> None:
     elif arguments.command == "run":
         if not Path(arguments.data).is_file():
             sys.exit(f"--data: there is no file {arguments.data!r}; give the text to train on")
-        output = arguments.output or ROOT / "benchmarks" / "results" / f"ablation_{arguments.grid}.jsonl"
+        output = arguments.output or ROOT / "benchmarks" / "results" / "ablation.jsonl"
         Sweep(arguments.grid, arguments.data, output, arguments.workers).run()
         print(f"Runs: {output}; now: python benchmarks/ablation.py report {output}")
     else:
