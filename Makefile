@@ -9,7 +9,7 @@ DATA ?= data/tinyshakespeare.txt
 
 help:
 	@echo "make quickstart   install, train on real text (about four minutes), show the result"
-	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (under an hour)"
+	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
 	@echo "make test         install, run all tests"
 	@echo "make test-oldest  the same with the oldest versions supported"
 	@echo "make check        lint, format and types"
