@@ -377,8 +377,8 @@ class Row:
     steps_ratio: float | None
     seconds_ratio: float | None
     step_cost: float
-    parameters: int
     training_only: int
+    """Parameters that only training needs."""
 
     @property
     def verdict(self) -> str:
@@ -410,20 +410,19 @@ def rows(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float]) -> lis
         tried = sorted({run["learning_rate"] for run in runs if run["cell"] == cell})
         table.append(
             Row(
-                cell,
-                first["learning_rate"],
-                first["learning_rate"] in (tried[0], tried[-1]),
-                len(shared),
-                sum(math.isinf(final(own[seed])) for seed in shared),
-                bpc,
-                error,
-                gain,
-                gain_error,
-                steps_ratio,
-                None if steps_ratio is None else steps_ratio * cost,
-                cost,
-                first["inference_parameters"],
-                first["parameters"] - first["inference_parameters"],
+                cell=cell,
+                learning_rate=first["learning_rate"],
+                at_edge=first["learning_rate"] in (tried[0], tried[-1]),
+                seeds=len(shared),
+                diverged=sum(math.isinf(final(own[seed])) for seed in shared),
+                bpc=bpc,
+                error=error,
+                gain=gain,
+                gain_error=gain_error,
+                steps_ratio=steps_ratio,
+                seconds_ratio=None if steps_ratio is None else steps_ratio * cost,
+                step_cost=cost,
+                training_only=first["parameters"] - first["inference_parameters"],
             )
         )
     return table

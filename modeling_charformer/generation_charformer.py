@@ -1,6 +1,6 @@
 """Generation: past the window by re-encoding its end, and faster by letting the extra-target heads draft.
 
-Both are exact: what is generated is what the model's next-character classifier says.
+Both are exact, up to rounding: what is generated is what the model's next-character classifier says.
 """
 
 from collections.abc import Callable
@@ -245,9 +245,8 @@ class CharformerGenerationMixin:
             prepared.rolling_context = self._checked_rolling_context(rolling_context, prepared)
             model_kwargs["rolling_context"] = prepared.rolling_context
         if use_extra_targets:
-            prepared.prompt_lookup_num_tokens = self._checked_num_drafts(
-                prepared
-            )  # what sends `generate` to verify drafts
+            # What sends `generate` to verify drafts.
+            prepared.prompt_lookup_num_tokens = self._checked_num_drafts(prepared)
             model_kwargs["use_extra_targets"] = True
         if prepared.assistant_early_exit is not None:
             self._check_early_exit(prepared.assistant_early_exit)
@@ -302,10 +301,10 @@ class CharformerGenerationMixin:
             """Prompt look-up would pass the end of the window."""
             candidates, logits = draft(input_ids, *args, **kwargs)
             past = model_kwargs["past_key_values"].get_seq_length() if generation_config.rolling_context else None
-            room = window - input_ids.shape[1] if past is None else max(0, window - past - 1)
+            room = max(0, window - (input_ids.shape[1] if past is None else past + 1))
             if logits is not None:
-                logits = logits[:, : max(0, room)]
-            return candidates[:, : input_ids.shape[1] + max(0, room)], logits
+                logits = logits[:, :room]
+            return candidates[:, : input_ids.shape[1] + room], logits
 
         generator.get_candidates = draft_inside_window
         return generator

@@ -76,7 +76,8 @@ def bits_per_character(
             from it, and removes it at the end.
 
     Raises:
-        ValueError: If the text is shorter than two bytes or than two characters, or window, stride or batch size are out of range.
+        ValueError: If the text is shorter than two bytes or than two characters, or window, stride or batch size are out
+            of range.
     """
     data = _bytes_of(text)
     limit = model.config.max_position_embeddings
