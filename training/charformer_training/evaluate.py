@@ -138,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"give a model and a text; got {words}. {parser.usage}")
         (arguments,) = parser.parse_args_into_dataclasses(words[2:] or words, look_for_args_file=False)
         evaluate(words[0], words[1], arguments)
+        PartialState().destroy_process_group()  # as charformer-train
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from accelerate.state import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, default_data_collator, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -378,6 +379,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         train(arguments)
+        # Left to the end of the interpreter, threads of gloo that still hold tensors now and then abort the process.
+        PartialState().destroy_process_group()
     except KeyboardInterrupt:
         print(f"\nInterrupted. {_how_to_resume(arguments)}", file=sys.stderr)
         return 130
