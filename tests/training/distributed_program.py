@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "saved": {"save_strategy": "steps", "save_steps": 3},
     "added": {"model": "llama", "gradient_accumulation_steps": 2},
     "half": {"bf16": True},
+    "muon": {"muon": True},
     "ignores_counts": {"model": "bert", "gradient_accumulation_steps": 2},
 }
 ROWS_PER_STEP = 8

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 
 @dataclass
@@ -17,6 +18,13 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             "choices": ["each", "groups"],
         },
     )
+    muon: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether Muon trains the matrices inside the layers, scaled so that learning_rate and weight_decay mean"
+            " what they do for AdamW, which trains the rest. Dearer steps, and fewer of them."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
@@ -29,3 +37,10 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.log_loss_terms not in ("each", "groups"):
             raise ValueError(f"log_loss_terms is {self.log_loss_terms!r}; it must be 'each' or 'groups'")
+        if self.muon and self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+            raise ValueError(
+                f"optim is {OptimizerNames(self.optim).value!r} and muon is on: what Muon leaves is trained by AdamW, so that optim must be"
+                " 'adamw_torch' or 'adamw_torch_fused'"
+            )
+        if self.muon and self.optim_args:
+            raise ValueError(f"optim_args is {self.optim_args!r} and muon is on, which has none; leave it out")

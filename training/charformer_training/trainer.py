@@ -20,6 +20,7 @@ from .any_model import base_model, is_causal_lm
 from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint, saving_failed
 from .hub import PushingTrainer
 from .loss_terms import EvaluationTerms, TrainingTerms, group_by_layer
+from .optimizer import muon_adamw
 
 
 class LogWhenSaving(TrainerCallback):
@@ -162,6 +163,20 @@ class AuxiliaryLossTrainer(PushingTrainer):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._raise_if_not_finite()  # in the steps since the last log entry
         return output
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and getattr(self.args, "muon", False):
+            trained = cast(nn.Module, self.model if model is None else model)
+            self.optimizer = muon_adamw(
+                trained,
+                self.get_decay_parameter_names(trained),
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                fused=self.args.optim == "adamw_torch_fused",
+            )
+        return super().create_optimizer(model)
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)

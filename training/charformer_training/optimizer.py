@@ -1,0 +1,99 @@
+"""Muon for the matrices inside the layers, AdamW for the rest: one optimizer, one learning rate."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon
+from transformers.pytorch_utils import Conv1D
+
+from .any_model import base_model
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) on matrices, AdamW on all else.
+
+    Muon's updates are scaled to the size that AdamW's have (Liu et al. 2025, arXiv 2502.16982), so that learning rate and
+    weight decay mean the same for both.
+
+    Args:
+        matrices: Parameters with two dimensions.
+        decayed: Further parameters that weight decay applies to.
+        others: Parameters that it does not.
+        lr, weight_decay, betas, eps: As in AdamW.
+        momentum: Muon's.
+        fused: Whether AdamW runs as one kernel.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        decayed: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        momentum: float = 0.95,
+        fused: bool = True,
+    ):
+        groups: list[dict[str, Any]] = [
+            {"params": list(decayed), "weight_decay": weight_decay},
+            {"params": list(others), "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        muon = Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self.parts: list[torch.optim.Optimizer] = [muon]
+        if groups:  # adapters are matrices only
+            self.parts.append(AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Give the two the groups and the state that everyone else sees."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def muon_adamw(model: nn.Module, decayed_names: Sequence[str], **settings: Any) -> MuonAdamW:
+    """`MuonAdamW` of a model: the weights of the linear layers below its heads are Muon's.
+
+    Args:
+        model: A model of Transformers.
+        decayed_names: Names of the parameters that weight decay applies to.
+        settings: Of `MuonAdamW`.
+
+    Raises:
+        ValueError: If the model has no such matrix to train.
+    """
+    body = base_model(model)
+    body = getattr(body, "base_model", body)
+    linear = [module.weight for module in body.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    ids = {id(weight) for weight in linear if weight.requires_grad}
+    parameters: dict[str, nn.Parameter] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for p in parameters.values() if id(p) in ids]
+    if not matrices:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer below its heads that is trained, for Muon to train"
+        )
+    rest = {name: p for name, p in parameters.items() if id(p) not in ids}
+    decayed = [p for name, p in rest.items() if name in decayed_names]
+    others = [p for name, p in rest.items() if name not in decayed_names]
+    return MuonAdamW(matrices, decayed, others, **settings)
