@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import transformers
-from measure import Step, times_by_turns
+from measure import TENTHS, Step, times_by_turns
 from tqdm import tqdm
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
@@ -49,10 +49,9 @@ BOTH: dict[str, Any] = {"num_targets": 2, "intermediate_layers": "all", "interme
 FOUR: dict[str, Any] = {"num_targets": 4, "target_weights": [0.2] * 3}
 EIGHT: dict[str, Any] = {"num_targets": 8, "target_weights": [0.1] * 7}
 KEY = ("grid", "cell", "learning_rate", "seed", "settings", "data_sha256", "device", "threads")
-# Shares of training done at which the cost of a step is measured: schedules drop layers in the first half.
-PROGRESS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 # Two-sided 95% quantiles of Student's t, by degrees of freedom.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+MUON: dict[str, Any] = {"muon": True}
 POST: dict[str, Any] = {"norm_placement": "post"}
 # The paper's optimizer; its learning rate is 0.003.
 MOMENTUM: dict[str, Any] = {"optim": "sgd", "optim_args": "momentum=0.99", "weight_decay": 0.0}
@@ -71,13 +70,15 @@ class Grid:
     seeds: tuple[int, ...] = (2, 3, 4)
     baselines: dict[str, str] = field(default_factory=dict)
     """What a cell is compared with; `none` where nothing is said."""
+    metric: str = "eval_bpc"
+    """By what cells are judged: `"eval_bpc"`, all positions of a window, or `"last_position"`, bits of its last one."""
 
 
-def deep(layers: int, steps: int) -> Grid:
+def deep(layers: int, steps: int, window: int, batch: int) -> Grid:
+    """Width 64; norms, optimizer and warm-up as the paper's and as today's."""
     losses: dict[str, dict[str, Any]] = {
         "none": NONE,
         "layers, paper's schedule, 1": {**LAYERS, "intermediate_weight": 1.0},
-        "layers, paper's schedule, 0.1": {**LAYERS, "intermediate_weight": 0.1},
     }
     variants: dict[str, dict[str, Any]] = {
         "": {},
@@ -91,12 +92,15 @@ def deep(layers: int, steps: int) -> Grid:
             "hidden_size": 64,
             "intermediate_size": 256,
             "num_attention_heads": 2,
+            "max_position_embeddings": window,
+            "per_device_train_batch_size": batch,
             "max_steps": steps,
             "eval_steps": steps // 10,
         },
-        {prefix + name: fields | more for prefix, more in variants.items() for name, fields in losses.items()},
-        learning_rates=(1e-3, 2e-3, 4e-3),
-        momentum_learning_rates=(1e-3, 3e-3, 1e-2),
+        {prefix + name: fields | more for prefix, more in variants.items() for name, fields in losses.items()}
+        | {"layers, paper's schedule, 0.1": {**LAYERS, "intermediate_weight": 0.1}},
+        learning_rates=(5e-4, 2e-3),
+        momentum_learning_rates=(3e-3, 1e-2),
         baselines={prefix + name: f"{prefix}none" for prefix in variants for name in losses},
     )
 
@@ -114,10 +118,36 @@ GRIDS = {
             | {"intermediate_layers": [2], "intermediate_weight": 0.1, "intermediate_schedule": "constant"},
             "2 targets": NONE | {"num_targets": 2},
             "4 targets, 0.2 each": NONE | FOUR,
-            "4 targets, 0.2 each, sequential": NONE | FOUR | {"target_heads": "sequential"},
             "all of the paper's": BOTH | {"intermediate_weight": 1.0},
         },
+        learning_rates=(2e-3, 4e-3, 8e-3),
+    ),
+    # The same model and data with Muon.
+    "cpu-muon": Grid(
+        "shakespeare-cpu.yaml",
+        {"eval_steps": 200},
+        {
+            "none": NONE,
+            "Muon": NONE | MUON,
+            "Muon; every second layer, constant, 0.1": LAYERS
+            | MUON
+            | {"intermediate_layers": [2], "intermediate_weight": 0.1, "intermediate_schedule": "constant"},
+            "Muon; 4 targets, 0.2 each": NONE | MUON | FOUR,
+            "Muon; all of the paper's": BOTH | MUON | {"intermediate_weight": 1.0},
+        },
+        learning_rates=(4e-3, 8e-3),
+        baselines={
+            f"Muon; {losses}": "Muon"
+            for losses in ("every second layer, constant, 0.1", "4 targets, 0.2 each", "all of the paper's")
+        },
+    ),
+    # A loss at every position against one at the last position only.
+    "positions": Grid(
+        "shakespeare-cpu.yaml",
+        {"eval_steps": 200},
+        {"none": NONE, "last position only": NONE | {"position_loss": "last"}},
         learning_rates=(2e-3, 4e-3),
+        metric="last_position",
     ),
     # What `make ablation` has no time for.
     "cpu-more": Grid(
@@ -128,6 +158,7 @@ GRIDS = {
             "layers, paper's schedule, 0.3": LAYERS | {"intermediate_weight": 0.3},
             "layers, constant, 0.1": LAYERS | {"intermediate_weight": 0.1, "intermediate_schedule": "constant"},
             "2 targets, sequential": NONE | {"num_targets": 2, "target_heads": "sequential"},
+            "4 targets, 0.2 each, sequential": NONE | FOUR | {"target_heads": "sequential"},
             "8 targets, 0.1 each": NONE | EIGHT,
             "8 targets, 0.1 each, sequential": NONE | EIGHT | {"target_heads": "sequential"},
             "8 targets, 0.1 each, sequential, forward": NONE
@@ -137,9 +168,8 @@ GRIDS = {
         },
         learning_rates=(2e-3, 4e-3, 8e-3),
     ),
-    # Deep and thin; norms, optimizer and warm-up as the paper's and as today's.
-    "depth-12": deep(12, 1000),
-    "depth-24": deep(24, 1000),
+    "depth-12": deep(12, 1000, 64, 12),
+    "depth-64": deep(64, 500, 128, 4),
     # nanoGPT's GPU setting: 6 layers, width 384, window 256, batch 64, 5,000 steps.
     "gpu": Grid(
         "shakespeare-gpu.yaml",
@@ -161,8 +191,8 @@ GRIDS = {
 class Curve(TrainerCallback):
     """Validation bits per character, seconds of training alone, and the gradient that each term has on the layers."""
 
-    def __init__(self, batch: dict[str, torch.Tensor]):
-        self.batch, self.seconds, self.points, self.gradients = batch, 0.0, [], []  # type: ignore[var-annotated]
+    def __init__(self, batch: dict[str, torch.Tensor], metric: str):
+        self.batch, self.metric, self.seconds, self.points, self.gradients = batch, metric, 0.0, [], []  # type: ignore[var-annotated]
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.begin = time.perf_counter()
@@ -172,7 +202,9 @@ class Curve(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         metrics, model = kwargs["metrics"], kwargs["model"]
-        self.points.append([state.global_step, round(self.seconds, 2), round(metrics["eval_bpc"], 5)])
+        last_position = metrics["eval_loss_last_position"] / math.log(2)  # of windows of ASCII
+        bits = last_position if self.metric == "last_position" else metrics["eval_bpc"]
+        self.points.append([state.global_step, round(self.seconds, 2), round(bits, 5)])
         self.gradients.append({"step": state.global_step, **self.gradient_norms(model, state)})
 
     def gradient_norms(self, model: Any, state: Any) -> dict[str, float]:
@@ -203,7 +235,7 @@ def arguments_of(grid: str, cell: str, learning_rate: float, seed: int, data: st
     return parse_arguments(words)
 
 
-def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str) -> dict[str, Any]:
+def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str, data_sha256: str) -> dict[str, Any]:
     """A run from start to end, in this process."""
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +247,9 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str) ->
         splits = split_corpus(corpus, data_arguments.train_share, data_arguments.validation_share)
         trainer = build_trainer(arguments, model, CharformerTokenizer(), splits)
         rows = [trainer.train_dataset[index] for index in range(training.per_device_train_batch_size)]  # type: ignore[index]
-        curve = Curve({name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]})
+        curve = Curve(
+            {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}, GRIDS[grid].metric
+        )
         trainer.add_callback(curve)
         diverged = None
         try:
@@ -223,7 +257,7 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str) ->
         except FloatingPointError as error:
             diverged = str(error)
     return {
-        **key_of(grid, cell, learning_rate, seed, data),
+        **key_of(grid, cell, learning_rate, seed, data_sha256),
         "final_bpc": curve.points[-1][2] if curve.points and diverged is None else None,
         "best_bpc": min((point[2] for point in curve.points), default=None),
         "seconds_per_step": round(curve.seconds / max(1, trainer.state.global_step), 5),
@@ -238,7 +272,7 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str) ->
     }
 
 
-def key_of(grid: str, cell: str, learning_rate: float, seed: int, data: str) -> dict[str, Any]:
+def key_of(grid: str, cell: str, learning_rate: float, seed: int, data_sha256: str) -> dict[str, Any]:
     """What tells one run from another: two with the same key would come to the same."""
     on_gpu = torch.cuda.is_available() and "gpu" in GRIDS[grid].recipe
     return {
@@ -247,7 +281,7 @@ def key_of(grid: str, cell: str, learning_rate: float, seed: int, data: str) -> 
         "learning_rate": learning_rate,
         "seed": seed,
         "settings": {**GRIDS[grid].fields, **GRIDS[grid].cells[cell]},
-        "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
+        "data_sha256": data_sha256,
         "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
     }
@@ -285,17 +319,25 @@ class Sweep:
 
     def __init__(self, grid: str, data: str, output: Path, workers: int):
         self.grid, self.data, self.output, self.workers = grid, data, output, workers
+        self.data_sha256 = hashlib.sha256(Path(data).read_bytes()).hexdigest()
         self.threads = max(1, (os.cpu_count() or 1) // workers)
 
     def _missing(self, wanted: Iterable[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
         done = [{name: run.get(name) for name in KEY} for run in read(self.output)]
         here = {"threads": self.threads}  # those of a run, not of this process
-        return [key for key in wanted if key_of(self.grid, *key, self.data) | here not in done]
+        return [key for key in wanted if key_of(self.grid, *key, self.data_sha256) | here not in done]
 
     def _run(self, key: tuple[str, float, int]) -> None:
         cell, learning_rate, seed = key
         one = json.dumps(
-            {"grid": self.grid, "cell": cell, "learning_rate": learning_rate, "seed": seed, "data": self.data}
+            {
+                "grid": self.grid,
+                "cell": cell,
+                "learning_rate": learning_rate,
+                "seed": seed,
+                "data": self.data,
+                "data_sha256": self.data_sha256,
+            }
         )
         result = subprocess.run(
             [sys.executable, __file__, "one", one],
@@ -339,9 +381,9 @@ def step_costs(name: str, data: str, repeats: int = 30) -> dict[str, float]:
         model = build_model(model_arguments)
         ids = torch.randint(0, 256, (training.per_device_train_batch_size, model.config.max_position_embeddings))
         device = "cuda" if torch.cuda.is_available() and "gpu" in grid.recipe else "cpu"
-        steps |= {(cell, at): Step(model, ids, device, training_progress=at) for at in PROGRESS}
+        steps |= {(cell, at): Step(model, ids, device, muon=training.muon, training_progress=at) for at in TENTHS}
     times = times_by_turns(steps, repeats, f"{name}: cost of a step")
-    return {cell: statistics.mean(times[cell, at] for at in PROGRESS) for cell in grid.cells}
+    return {cell: statistics.mean(times[cell, at] for at in TENTHS) for cell in grid.cells}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:

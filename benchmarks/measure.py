@@ -13,17 +13,31 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from charformer_training.optimizer import muon_adamw
+
 
 Key = TypeVar("Key", bound=Hashable)
+# Shares of training done, in the middle of each tenth: the mean of a step's cost at these is its average over a schedule.
+TENTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 
 
 class Step:
-    """One optimizer step (AdamW) of a model on random ids; in bf16 on a CUDA device."""
+    """One optimizer step (AdamW, or with Muon) of a model on random ids; in bf16 on a CUDA device."""
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor, device: str, compiled: bool = False, **inputs: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: torch.Tensor,
+        device: str,
+        compiled: bool = False,
+        muon: bool = False,
+        **inputs: Any,
+    ):
         self.device, self.inputs = device, inputs
         model = model.to(device).train()
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.optimizer: torch.optim.Optimizer = (
+            muon_adamw(model, [], lr=1e-4) if muon else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        )
         self.model = torch.compile(model) if compiled else model
         self.ids = ids.to(device)
 

@@ -16,13 +16,14 @@ import argparse
 import importlib.util
 import json
 import platform
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
-from measure import Step, in_own_process, peak_memory, times_by_turns
+from measure import TENTHS, Step, in_own_process, peak_memory, times_by_turns
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -39,8 +40,6 @@ LABELS = {
 }
 PEERS = ("gpt2", "llama", *(["x-transformers"] if importlib.util.find_spec("x_transformers") else []))
 VARIANTS = ("none", "all", *PEERS)
-# The schedule drops layers during the first half of training; after it a step costs what it does at the half.
-PROGRESS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def build(variant: str) -> nn.Module:
@@ -95,13 +94,12 @@ def costs_over_the_schedule(batch: int, device: str, repeats: int, compiled: boo
     """Time of a step with all of the paper's losses as a ratio to one with none: at the start, and averaged over training."""
     ids = torch.randint(0, 256, (batch, WINDOW))
     steps = {"none": Step(build("none"), ids, device, compiled)}
-    steps |= {str(at): Step(build("all"), ids, device, compiled, training_progress=at) for at in PROGRESS}
+    steps |= {str(at): Step(build("all"), ids, device, compiled, training_progress=at) for at in (0.0, *TENTHS)}
     times = times_by_turns(steps, repeats, "over the schedule")
-    at = [times[str(progress)] for progress in PROGRESS]
-    first_half = sum((one + other) / 2 for one, other in zip(at, at[1:], strict=False)) / (len(at) - 1)
+    averaged = statistics.mean(times[str(at)] for at in TENTHS)
     return {
-        "all_paper_losses_to_none": round(at[0] / times["none"], 3),
-        "all_averaged_to_none": round((first_half + at[-1]) / 2 / times["none"], 3),
+        "all_paper_losses_to_none": round(times["0.0"] / times["none"], 3),
+        "all_averaged_to_none": round(averaged / times["none"], 3),
     }
 
 

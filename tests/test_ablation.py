@@ -120,11 +120,12 @@ def test_what_is_done_is_not_run_again(tmp_path):
     sweep = ablation.Sweep("cpu", str(data), tmp_path / "runs.jsonl", workers=1)
     keys = [("none", 0.002, 1), ("none", 0.004, 1)]
     assert sweep._missing(keys) == keys
-    done = ablation.key_of("cpu", *keys[0], str(data)) | {"threads": sweep.threads, "final_bpc": 2.0}
+    done = ablation.key_of("cpu", *keys[0], sweep.data_sha256) | {"threads": sweep.threads, "final_bpc": 2.0}
     sweep.output.write_text(json.dumps(done) + "\n")
     assert sweep._missing(keys) == keys[1:]
     data.write_text("another text")
-    assert sweep._missing(keys) == keys
+    another = ablation.Sweep("cpu", str(data), tmp_path / "runs.jsonl", workers=1)
+    assert another._missing(keys) == keys
 
 
 def test_the_cells_of_all_grids_are_settings_that_exist(tmp_path):
