@@ -22,7 +22,7 @@ TENTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 
 
 class Step:
-    """One optimizer step (AdamW, or with Muon) of a model on random ids; in bf16 on a CUDA device."""
+    """One optimizer step (AdamW, or with Muon) of a model on random ids; in bf16 on a CUDA device, or where asked for."""
 
     def __init__(
         self,
@@ -31,9 +31,11 @@ class Step:
         device: str,
         compiled: bool = False,
         muon: bool = False,
+        bf16: bool | None = None,
         **inputs: Any,
     ):
         self.device, self.inputs = device, inputs
+        self.bf16 = device == "cuda" if bf16 is None else bf16
         model = model.to(device).train()
         self.optimizer: torch.optim.Optimizer = (
             muon_adamw(model, [], lr=1e-4) if muon else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -44,7 +46,7 @@ class Step:
     def __call__(self) -> float:
         """Seconds."""
         begin = time.perf_counter()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, **self.inputs).loss
         loss.backward()
         self.optimizer.step()
