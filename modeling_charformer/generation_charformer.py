@@ -311,9 +311,14 @@ class CharformerGenerationMixin:
 
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         """As everywhere in Transformers, which looks at the criteria once a pass; here after each of its characters."""
+        if input_ids.shape[0] > 1:
+            raise ValueError(
+                f"drafts are verified for one prompt at a time, and there are {input_ids.shape[0]}; generate them one by"
+                " one, or without use_extra_targets, assistant_early_exit and assistant_model"
+            )
         own = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)]
         decode: Any = super()._assisted_decoding  # type: ignore[misc]
-        if not own or input_ids.shape[0] > 1:
+        if not own:
             return decode(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         first = _FirstStop(StoppingCriteriaList(own), input_ids)
         if kwargs.get("streamer") is not None:

@@ -320,7 +320,7 @@ def test_half_the_window_is_the_default(model):
         ({"max_new_tokens": 29}, "more than the window .* or give rolling_context"),
         ({"inputs": torch.zeros(1, 32, dtype=torch.long)}, "the prompt is 32 characters long"),
         ({"inputs": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty"),
-        ({"inputs": PROMPT.repeat(2, 1), "use_extra_targets": True}, "batch_size = 1"),
+        ({"inputs": PROMPT.repeat(2, 1), "use_extra_targets": True}, "one prompt at a time, and there are 2"),
     ],
     ids=str,
 )

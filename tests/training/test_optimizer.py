@@ -75,10 +75,11 @@ class TestSteps:
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=name)
 
     def test_all_groups_follow_the_learning_rate(self, make_trainer):
-        trainer = make_trainer(muon=True)
+        schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-3}}
+        trainer = make_trainer(muon=True, **schedule)
         trainer.train()
-        assert len(trainer.optimizer.param_groups) == 3
-        assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.0}  # at the end of a linear schedule
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        assert rates == pytest.approx([1e-3] * 3)
 
     def test_a_resumed_run_goes_on_as_if_never_stopped(self, make_trainer):
         whole = make_trainer(muon=True, save_strategy="steps", save_steps=3)

@@ -47,7 +47,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.parts: list[torch.optim.Optimizer] = [muon]
         if groups:  # adapters are matrices only
             self.parts.append(AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
         self._share()
 
     def _share(self) -> None:
