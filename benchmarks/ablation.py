@@ -129,16 +129,14 @@ GRIDS = {
         {
             "none": NONE,
             "Muon": NONE | MUON,
-            "Muon; every second layer, constant, 0.1": LAYERS
-            | MUON
-            | {"intermediate_layers": [2], "intermediate_weight": 0.1, "intermediate_schedule": "constant"},
             "Muon; 4 targets, 0.2 each": NONE | MUON | FOUR,
+            "Muon; 8 targets, 0.1 each, sequential": NONE | MUON | EIGHT | {"target_heads": "sequential"},
             "Muon; all of the paper's": BOTH | MUON | {"intermediate_weight": 1.0},
         },
         learning_rates=(4e-3, 8e-3),
         baselines={
             f"Muon; {losses}": "Muon"
-            for losses in ("every second layer, constant, 0.1", "4 targets, 0.2 each", "all of the paper's")
+            for losses in ("4 targets, 0.2 each", "8 targets, 0.1 each, sequential", "all of the paper's")
         },
     ),
     # A loss at every position against one at the last position only.
