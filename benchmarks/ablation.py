@@ -48,6 +48,7 @@ LAYERS: dict[str, Any] = {"num_targets": 1, "intermediate_layers": "all"}
 BOTH: dict[str, Any] = {"num_targets": 2, "intermediate_layers": "all", "intermediate_schedule": "paper"}
 FOUR: dict[str, Any] = {"num_targets": 4, "target_weights": [0.2] * 3}
 EIGHT: dict[str, Any] = {"num_targets": 8, "target_weights": [0.1] * 7}
+JUDGED_BY = {"eval_bpc": "per character", "last_position": "of the last character of a window"}
 KEY = ("grid", "cell", "learning_rate", "seed", "settings", "data_sha256", "device", "threads")
 # Two-sided 95% quantiles of Student's t, by degrees of freedom.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -419,6 +420,8 @@ class Row:
     step_cost: float
     training_only: int
     """Parameters that only training needs."""
+    gradient_shares: tuple[float, float]
+    """What of the norms of all terms' gradients on the layers is the auxiliary terms', at the first evaluation and the last."""
 
     @property
     def verdict(self) -> str:
@@ -430,6 +433,13 @@ class Row:
         if abs(self.gain) <= T_QUANTILES[self.seeds - 1] * self.gain_error:
             return "makes no difference that these seeds can show"
         return "helps" if self.gain > 0 else "hurts"
+
+
+def auxiliary_share(norms: dict[str, float]) -> float:
+    """What of the norms of the terms' gradients, added up, is that of terms other than the language model's."""
+    terms = {name: norm for name, norm in norms.items() if name != "step"}
+    main = sum(norm for name, norm in terms.items() if name in ("next_char", "last_position"))
+    return 1 - main / sum(terms.values())
 
 
 def rows(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float]) -> list[Row]:
@@ -463,6 +473,10 @@ def rows(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float]) -> lis
                 seconds_ratio=None if steps_ratio is None else steps_ratio * cost,
                 step_cost=cost,
                 training_only=first["parameters"] - first["inference_parameters"],
+                gradient_shares=(
+                    statistics.mean(auxiliary_share(own[seed]["gradient_norms"][0]) for seed in shared),
+                    statistics.mean(auxiliary_share(own[seed]["gradient_norms"][-1]) for seed in shared),
+                ),
             )
         )
     return table
@@ -495,19 +509,21 @@ def report(path: Path) -> str:
             f" is the best of {list(grid.learning_rates)} with seed {grid.tuning_seed}; the figures are of seeds"
             f" {list(grid.seeds)}.",
             "",
-            "Final validation bits per character, mean and standard error; gain over the baseline seed by seed (same data"
+            f"Final validation bits {JUDGED_BY[grid.metric]}, mean and standard error; gain over the baseline seed by seed (same data"
             " order); steps and seconds to the baseline's final value, as shares of the baseline's (a dash: not reached with"
-            " every seed); cost of a step. `*`: the best learning rate is at the edge of those tried.",
+            " every seed); cost of a step; what of the gradient on the layers is the auxiliary terms' (of the norms of all"
+            f" terms' weighted gradients, added up) after {one['curve'][0][0]:,} steps and at the end. `*`: the best"
+            " learning rate is at the edge of those tried.",
             "",
-            "| Cell | learning rate | seeds | bpc | gain | steps | seconds | cost of a step |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| Cell | learning rate | seeds | bpc | gain | steps | seconds | cost of a step | gradient |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in table:
             ratios = ["-" if value is None else f"{value:.2f}" for value in (row.steps_ratio, row.seconds_ratio)]
             pages.append(
                 f"| {row.cell} | {row.learning_rate:g}{'*' if row.at_edge else ''} | {row.seeds} |"
                 f" {row.bpc:.4f} +- {row.error:.4f} | {row.gain:+.4f} +- {row.gain_error:.4f} | {ratios[0]} | {ratios[1]} |"
-                f" {row.step_cost:.2f} |"
+                f" {row.step_cost:.2f} | {row.gradient_shares[0]:.0%}, {row.gradient_shares[1]:.0%} |"
             )
         pages += ["", f"![Learning curves]({figure.name})", "", *conclusions(table, grid), ""]
     return "\n".join(pages)
@@ -548,7 +564,7 @@ def draw(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float], path: 
         }
         axes[0].plot(steps, bpc, **style)
         axes[1].plot([step * costs[cell] for step in steps], bpc, **style)
-    axes[0].set(xlabel="steps", ylabel="validation bits per character")
+    axes[0].set(xlabel="steps", ylabel=f"validation bits {JUDGED_BY[grid.metric]}")
     axes[1].set(xlabel="seconds of training")
     axes[0].set_ylim(lowest - 0.03, lowest + 0.6)
     for axis in axes:

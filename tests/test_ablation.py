@@ -34,6 +34,10 @@ def run(cell: str, learning_rate: float, seed: int, final: float | None) -> dict
         "settings": {},
         "final_bpc": final,
         "curve": [[0, 0.0, 3.0], [100, 7.0, last]],
+        "gradient_norms": [
+            {"step": 0, "next_char": 3.0, "layer_1": 0.6, "target_2": 0.4},
+            {"step": 100, "next_char": 2.0},
+        ],
         "steps": 100,
         "parameters": 30,
         "inference_parameters": 20,
@@ -78,6 +82,7 @@ def test_each_cell_is_compared_at_its_own_best_learning_rate():
     assert worse.steps_ratio is None
     assert unsure.steps_ratio is None  # reached with one seed, not with the other
     assert none.training_only == 10
+    assert better.gradient_shares == pytest.approx((0.25, 0.0))
 
 
 def test_conclusions_are_those_of_a_t_test():
@@ -106,7 +111,7 @@ def test_report_and_figure(tmp_path, monkeypatch):
     path.write_text(whole + whole[:50])  # of a run that was killed while it wrote
     (tmp_path / "runs_cpu_costs.json").write_text(json.dumps(COSTS))
     page = ablation.report(path)
-    assert "| better | 0.1* | 2 | 2.0200 +- 0.0200 | +0.4900 +- 0.0100 | 0.50 | 0.75 | 1.50 |" in page
+    assert "| better | 0.1* | 2 | 2.0200 +- 0.0200 | +0.4900 +- 0.0100 | 0.50 | 0.75 | 1.50 | 25%, 0% |" in page
     assert (tmp_path / "runs_cpu.png").stat().st_size > 10_000
     other = run("none", 0.2, 4, 2.0) | {"threads": 2}
     path.write_text(whole + json.dumps(other) + "\n")
