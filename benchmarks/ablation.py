@@ -73,6 +73,8 @@ class Grid:
     """What a cell is compared with; `none` where nothing is said."""
     metric: str = "eval_bpc"
     """By what cells are judged: `"eval_bpc"`, all positions of a window, or `"last_position"`, bits of its last one."""
+    at_its_best: bool = False
+    """Whether a run counts as it was at its best evaluation, not at the end."""
 
 
 def deep(layers: int, steps: int, window: int, batch: int) -> Grid:
@@ -139,6 +141,19 @@ GRIDS = {
             f"Muon; {losses}": "Muon"
             for losses in ("4 targets, 0.2 each", "8 targets, 0.1 each, sequential", "all of the paper's")
         },
+    ),
+    # Twenty epochs of little text, which the model learns by heart: do the losses keep it from that?
+    "small-data": Grid(
+        "shakespeare-cpu.yaml",
+        {"eval_steps": 100, "train_share": 0.05, "max_steps": 1500},
+        {
+            "none": NONE | MUON,
+            "layers, paper's schedule, 1": LAYERS | MUON | {"intermediate_weight": 1.0},
+            "4 targets, 0.2 each": NONE | MUON | FOUR,
+            "all of the paper's": BOTH | MUON | {"intermediate_weight": 1.0},
+        },
+        learning_rates=(2e-3, 4e-3),
+        at_its_best=True,
     ),
     # A loss at every position against one at the last position only.
     "positions": Grid(
@@ -224,7 +239,8 @@ class Curve(TrainerCallback):
 
 def arguments_of(grid: str, cell: str, learning_rate: float, seed: int, data: str, folder: str) -> Arguments:
     """What `charformer-train` would be called with, for one run."""
-    fields = {**GRIDS[grid].fields, **GRIDS[grid].cells[cell], "learning_rate": learning_rate, "seed": seed}
+    fields = {"muon": False, **GRIDS[grid].fields, **GRIDS[grid].cells[cell]}
+    fields |= {"learning_rate": learning_rate, "seed": seed}
     fields |= {"data_path": data, "output_dir": folder, "sample_length": 0, "save_strategy": "no"}
     fields |= {"load_best_model_at_end": False, "disable_tqdm": True, "logging_steps": fields["eval_steps"]}
     fields["lr_scheduler_kwargs"] = json.dumps({"min_lr": learning_rate / 10})
@@ -295,15 +311,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def final(run: dict[str, Any]) -> float:
-    """Validation bits per character at the end; infinite if the run diverged."""
-    return math.inf if run["final_bpc"] is None else float(run["final_bpc"])
+def result(run: dict[str, Any], grid: Grid) -> float:
+    """Validation bits per character at the end, or at the run's best; infinite if it diverged."""
+    return math.inf if run["final_bpc"] is None else float(run["best_bpc" if grid.at_its_best else "final_bpc"])
 
 
 def best_rate(runs: list[dict[str, Any]], cell: str, grid: Grid) -> float | None:
     """The learning rate that is best for a cell with the seed that is there for choosing it."""
     own = [run for run in runs if run["cell"] == cell and run["seed"] == grid.tuning_seed]
-    return min(own, key=final)["learning_rate"] if own else None
+    return min(own, key=lambda run: result(run, grid))["learning_rate"] if own else None
 
 
 def of_cell(runs: list[dict[str, Any]], cell: str, grid: Grid) -> dict[int, dict[str, Any]]:
@@ -450,9 +466,9 @@ def rows(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float]) -> lis
         shared = sorted(own.keys() & base.keys())
         if not shared:
             continue
-        bpc, error = mean_and_error([final(own[seed]) for seed in shared])
-        gain, gain_error = mean_and_error([final(base[seed]) - final(own[seed]) for seed in shared])
-        steps = [reaches(own[seed]["curve"], final(base[seed]), 0) for seed in shared]
+        bpc, error = mean_and_error([result(own[seed], grid) for seed in shared])
+        gain, gain_error = mean_and_error([result(base[seed], grid) - result(own[seed], grid) for seed in shared])
+        steps = [reaches(own[seed]["curve"], result(base[seed], grid), 0) for seed in shared]
         reached = [found / own[seed]["steps"] for found, seed in zip(steps, shared, strict=True) if found is not None]
         steps_ratio = statistics.mean(reached) if len(reached) == len(shared) else None
         cost = costs[cell] / costs[baseline]
@@ -464,7 +480,7 @@ def rows(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float]) -> lis
                 learning_rate=first["learning_rate"],
                 at_edge=first["learning_rate"] in (tried[0], tried[-1]),
                 seeds=len(shared),
-                diverged=sum(math.isinf(final(own[seed])) for seed in shared),
+                diverged=sum(math.isinf(result(own[seed], grid)) for seed in shared),
                 bpc=bpc,
                 error=error,
                 gain=gain,
@@ -509,8 +525,8 @@ def report(path: Path) -> str:
             f" is the best of {list(grid.learning_rates)} with seed {grid.tuning_seed}; the figures are of seeds"
             f" {list(grid.seeds)}.",
             "",
-            f"Final validation bits {JUDGED_BY[grid.metric]}, mean and standard error; gain over the baseline seed by seed (same data"
-            " order); steps and seconds to the baseline's final value, as shares of the baseline's (a dash: not reached with"
+            f"{'Best' if grid.at_its_best else 'Final'} validation bits {JUDGED_BY[grid.metric]}, mean and standard error; gain over the baseline seed by seed (same data"
+            " order); steps and seconds to the baseline's value, as shares of those of a run (a dash: not reached with"
             " every seed); cost of a step; what of the gradient on the layers is the auxiliary terms' (of the norms of all"
             f" terms' weighted gradients, added up) after {one['curve'][0][0]:,} steps and at the end. `*`: the best"
             " learning rate is at the edge of those tried.",
