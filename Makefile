@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart ablation test test-oldest check format clean
+.PHONY: help quickstart shakespeare ablation test test-oldest check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about four minutes), show the result"
+	@echo "make shakespeare  train on DATA=tinyshakespeare.txt at nanoGPT's CPU setting (a few minutes)"
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
 	@echo "make test         install, run all tests"
 	@echo "make test-oldest  the same with the oldest versions supported"
@@ -18,6 +19,9 @@ help:
 
 quickstart: $(VENV)/train.stamp
 	$(BIN)/charformer-train training/configs/quickstart.yaml --overwrite_output_dir
+
+shakespeare: $(VENV)/train.stamp
+	$(BIN)/charformer-train training/configs/shakespeare-cpu.yaml --data_path $(DATA) --overwrite_output_dir
 
 ablation: $(VENV)/train.stamp
 	$(BIN)/python benchmarks/ablation.py run cpu --workers 2 --data $(DATA) --output runs/ablation/ablation.jsonl
