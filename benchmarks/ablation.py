@@ -288,7 +288,7 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str, da
 
 
 def key_of(grid: str, cell: str, learning_rate: float, seed: int, data_sha256: str) -> dict[str, Any]:
-    """What tells one run from another: two with the same key would come to the same."""
+    """What tells one run from another: two with the same key, of the same recipe and program, would come to the same."""
     on_gpu = torch.cuda.is_available() and "gpu" in GRIDS[grid].recipe
     return {
         "grid": grid,
@@ -388,7 +388,10 @@ class Sweep:
 
 
 def step_costs(name: str, data: str, repeats: int = 30) -> dict[str, float]:
-    """Seconds of a training step of each cell, averaged over its schedule. All take turns in this process."""
+    """Seconds of a training step of each cell, averaged over its schedule. All take turns in this process.
+
+    Cells of momentum SGD are timed with AdamW, as their baselines are: what differs is the losses.
+    """
     grid = GRIDS[name]
     steps: dict[tuple[str, float], Step] = {}
     for cell in grid.cells:
@@ -419,7 +422,8 @@ def reaches(curve: list[list[float]], bpc: float, axis: int) -> float | None:
 
 @dataclass(frozen=True)
 class Row:
-    """A cell in the report. Ratios are to the cell's baseline, seed by seed; `None` if one seed never gets there."""
+    """A cell in the report. Ratios are to the cell's baseline, seed by seed, of how far each is when it first comes down to
+    the baseline's result; `None` if one seed never does."""
 
     cell: str
     learning_rate: float
@@ -455,7 +459,7 @@ def auxiliary_share(norms: dict[str, float]) -> float:
     """What of the norms of the terms' gradients, added up, is that of terms other than the language model's."""
     terms = {name: norm for name, norm in norms.items() if name != "step"}
     main = sum(norm for name, norm in terms.items() if name in ("next_char", "last_position"))
-    return 1 - main / sum(terms.values())
+    return 1 - main / sum(terms.values()) if any(terms.values()) else math.nan
 
 
 def rows(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float]) -> list[Row]:
@@ -468,11 +472,16 @@ def rows(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float]) -> lis
             continue
         bpc, error = mean_and_error([result(own[seed], grid) for seed in shared])
         gain, gain_error = mean_and_error([result(base[seed], grid) - result(own[seed], grid) for seed in shared])
-        steps = [reaches(own[seed]["curve"], result(base[seed], grid), 0) for seed in shared]
-        reached = [found / own[seed]["steps"] for found, seed in zip(steps, shared, strict=True) if found is not None]
-        steps_ratio = statistics.mean(reached) if len(reached) == len(shared) else None
+        ratios = []
+        for seed in shared:
+            bpc_to_reach = result(base[seed], grid)
+            steps, of_base = (reaches(run["curve"], bpc_to_reach, 0) for run in (own[seed], base[seed]))
+            if steps is not None and of_base is not None:
+                ratios.append(steps / of_base)
+        steps_ratio = statistics.mean(ratios) if len(ratios) == len(shared) else None
         cost = costs[cell] / costs[baseline]
         first = own[shared[0]]
+        gradients = [own[seed]["gradient_norms"] for seed in shared if own[seed]["gradient_norms"]]
         tried = sorted({run["learning_rate"] for run in runs if run["cell"] == cell})
         table.append(
             Row(
@@ -490,8 +499,8 @@ def rows(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float]) -> lis
                 step_cost=cost,
                 training_only=first["parameters"] - first["inference_parameters"],
                 gradient_shares=(
-                    statistics.mean(auxiliary_share(own[seed]["gradient_norms"][0]) for seed in shared),
-                    statistics.mean(auxiliary_share(own[seed]["gradient_norms"][-1]) for seed in shared),
+                    statistics.mean(auxiliary_share(norms[0]) for norms in gradients) if gradients else math.nan,
+                    statistics.mean(auxiliary_share(norms[-1]) for norms in gradients) if gradients else math.nan,
                 ),
             )
         )
@@ -510,11 +519,14 @@ def report(path: Path) -> str:
         grid = GRIDS[name]
         settings = {cell: {**grid.fields, **fields} for cell, fields in grid.cells.items()}
         own = [run for run in runs if run["grid"] == name and settings.get(run["cell"]) == run["settings"]]
-        for field_name in ("data_sha256", "device", "threads"):
+        for field_name in ("data_sha256", "device", "threads", "torch", "transformers"):
             if len(values := {run[field_name] for run in own}) > 1:
                 raise ValueError(f"{path}: the runs of {name} differ in {field_name}: {sorted(map(str, values))}")
         costs = json.loads(path.with_name(f"{path.stem}_{name}_costs.json").read_text(encoding="utf-8"))
         table, one = rows(own, grid, costs), own[0]
+        momentum = (
+            f" (with momentum SGD of {list(grid.momentum_learning_rates)})" if grid.momentum_learning_rates else ""
+        )
         figure = path.with_name(f"{path.stem}_{name}.png")
         draw(own, grid, costs, figure)
         pages += [
@@ -522,13 +534,13 @@ def report(path: Path) -> str:
             "",
             f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}; {one['device']}, {one['threads']} thread(s) a run,"
             f" torch {one['torch']}, transformers {one['transformers']}; data sha256 {one['data_sha256']}. The learning rate"
-            f" is the best of {list(grid.learning_rates)} with seed {grid.tuning_seed}; the figures are of seeds"
+            f" is the best of {list(grid.learning_rates)}{momentum} with seed {grid.tuning_seed}; the figures are of seeds"
             f" {list(grid.seeds)}.",
             "",
-            f"{'Best' if grid.at_its_best else 'Final'} validation bits {JUDGED_BY[grid.metric]}, mean and standard error; gain over the baseline seed by seed (same data"
-            " order); steps and seconds to the baseline's value, as shares of those of a run (a dash: not reached with"
+            f"{'Best' if grid.at_its_best else 'Final'} validation bits {JUDGED_BY[grid.metric]}, mean and standard error;"
+            " gain over the baseline seed by seed (same data order); steps and seconds to the baseline's value, as shares of the baseline's (a dash: not reached with"
             " every seed); cost of a step; what of the gradient on the layers is the auxiliary terms' (of the norms of all"
-            f" terms' weighted gradients, added up) after {one['curve'][0][0]:,} steps and at the end. `*`: the best"
+            f" terms' weighted gradients, added up) after {int(grid.fields['eval_steps']):,} steps and at the end. `*`: the best"
             " learning rate is at the edge of those tried.",
             "",
             "| Cell | learning rate | seeds | bpc | gain | steps | seconds | cost of a step | gradient |",
@@ -546,13 +558,12 @@ def report(path: Path) -> str:
 
 
 def conclusions(table: list[Row], grid: Grid) -> list[str]:
-    """What the table says of each cell that is not a baseline."""
-    baselines = {"none", *grid.baselines.values()}
+    """What the table says of each cell that is compared with another."""
+    compared = [row for row in table if row.cell != grid.baselines.get(row.cell, "none")]
     return [
-        f"- {row.cell}: {row.verdict} ({row.gain:+.4f} +- {row.gain_error:.4f} bpc, {row.step_cost:.2f} x a step)."
-        for row in table
-        if row.cell not in baselines
-    ]
+        f"- {row.cell}, beside {grid.baselines.get(row.cell, 'none')}: {row.verdict} ({row.gain:+.4f} +- {row.gain_error:.4f} bpc, {row.step_cost:.2f} x a step)."
+        for row in compared
+    ] + [f"\nOf {len(compared)} comparisons at 5% each, {len(compared) * 0.05:.1f} would show a difference by chance."]
 
 
 def draw(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float], path: Path) -> None:

@@ -40,6 +40,8 @@ class Step:
         self.optimizer: torch.optim.Optimizer = (
             muon_adamw(model, [], lr=1e-4) if muon else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         )
+        if compiled:  # all steps of a program count against one limit, past which torch silently runs eagerly
+            torch._dynamo.config.recompile_limit = 64
         self.model = torch.compile(model) if compiled else model
         self.ids = ids.to(device)
 

@@ -314,7 +314,7 @@ class CharformerGenerationMixin:
         if input_ids.shape[0] > 1:
             raise ValueError(
                 f"drafts are verified for one prompt at a time, and there are {input_ids.shape[0]}; generate them one by"
-                " one, or without use_extra_targets, assistant_early_exit and assistant_model"
+                " one, or without use_extra_targets, assistant_early_exit, prompt_lookup_num_tokens and assistant_model"
             )
         own = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)]
         decode: Any = super()._assisted_decoding  # type: ignore[misc]

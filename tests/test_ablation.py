@@ -18,22 +18,27 @@ ablation = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ablation)
 
 GRID = ablation.Grid(
-    "recipe.yaml", {}, {"none": {}, "better": {}, "worse": {}, "unsure": {}, "wild": {}}, (0.1, 0.2), seeds=(2, 3)
+    "recipe.yaml",
+    {"eval_steps": 50},
+    {"none": {}, "better": {}, "worse": {}, "unsure": {}, "wild": {}},
+    (0.1, 0.2),
+    seeds=(2, 3),
 )
 COSTS = {"none": 2.0, "better": 3.0, "worse": 2.0, "unsure": 2.0, "wild": 2.0}
+
+NORMS = [{"step": 0, "next_char": 3.0, "layer_1": 0.6, "target_2": 0.4}, {"step": 100, "next_char": 2.0}]
 
 
 def run(cell: str, learning_rate: float, seed: int, final: float | None) -> dict:
     """Falls in a straight line from 3 bits at step 0 to `final` at step 100."""
-    last = 9.0 if final is None else final
     return {
         "grid": "cpu",
         "cell": cell,
         "learning_rate": learning_rate,
         "seed": seed,
-        "settings": {},
+        "settings": {"eval_steps": 50},
         "final_bpc": final,
-        "curve": [[0, 0.0, 3.0], [100, 7.0, last]],
+        "curve": [] if final is None else [[0, 0.0, 3.0], [100, 7.0, final]],  # diverged before the first evaluation
         "gradient_norms": [
             {"step": 0, "next_char": 3.0, "layer_1": 0.6, "target_2": 0.4},
             {"step": 100, "next_char": 2.0},
@@ -86,13 +91,19 @@ def test_each_cell_is_compared_at_its_own_best_learning_rate():
 
 
 def test_conclusions_are_those_of_a_t_test():
-    better, worse, unsure, wild = ablation.conclusions(ablation.rows(RUNS, GRID, COSTS), GRID)
-    assert better.startswith("- better: helps (+0.4900") and worse.startswith("- worse: hurts")
+    better, worse, unsure, wild, chance = ablation.conclusions(ablation.rows(RUNS, GRID, COSTS), GRID)
+    assert better.startswith("- better, beside none: helps (+0.4900") and worse.startswith(
+        "- worse, beside none: hurts"
+    )
     # -0.1950 +- 0.0050 would do with two errors; with two seeds it takes 12.7.
-    assert unsure.startswith("- unsure: makes no difference that these seeds can show")
-    assert wild.startswith("- wild: diverged with 1 of 2 seeds")
+    assert unsure.startswith("- unsure, beside none: makes no difference that these seeds can show")
+    assert wild.startswith("- wild, beside none: diverged with 1 of 2 seeds")
+    assert "Of 4 comparisons at 5% each, 0.2 would" in chance
     two_seeds = [found for found in RUNS if found["seed"] < 3]
-    assert "better: has too few seeds to tell" in ablation.conclusions(ablation.rows(two_seeds, GRID, COSTS), GRID)[0]
+    assert (
+        "better, beside none: has too few seeds to tell"
+        in ablation.conclusions(ablation.rows(two_seeds, GRID, COSTS), GRID)[0]
+    )
     freedom = 2
     assert ablation.T_QUANTILES[freedom] == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=1e-3)
 

@@ -1,13 +1,14 @@
 """Muon and AdamW as one optimizer."""
 
 import copy
+from typing import Any
 
 import peft
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
-from charformer_training import AuxiliaryLossTrainingArguments
+from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, add_auxiliary_losses
 from charformer_training.optimizer import muon_adamw
 from tests.helpers import loss_logs
 
@@ -42,8 +43,30 @@ class TestWhatIsTrainedByMuon:
         names = names_of_matrices(adapted)
         assert len(names) == 2 and all("lora_" in name for name in names)
 
-    def test_a_model_without_matrices_is_refused(self):
-        with pytest.raises(ValueError, match="LayerNorm has no linear layer"):
+    def test_neither_heads_nor_embeddings_of_a_model_whose_base_is_itself(self):
+        sizes: dict[str, Any] = {
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+            "vocab_size": 256,
+        }
+        names = names_of_matrices(T5ForConditionalGeneration(T5Config(**sizes)))
+        assert "encoder.block.0.layer.0.SelfAttention.q.weight" in names
+        assert not names & {"shared.weight", "lm_head.weight", "encoder.embed_tokens.weight"}
+
+    def test_auxiliary_heads_are_not(self):
+        model = add_auxiliary_losses(small_gpt2(), num_targets=3, intermediate_layers=None)
+        assert not any("auxiliary" in name for name in names_of_matrices(model))
+
+    def test_models_without_matrices_or_of_others_are_refused(self, make_model):
+        model = make_model()
+        model.requires_grad_(False)
+        model.lm_head.requires_grad_(True)
+        with pytest.raises(ValueError, match="CharformerForCausalLM has no linear layer in its body that is trained"):
+            muon_adamw(model, [], lr=0.1)
+        with pytest.raises(ValueError, match="muon takes models of Transformers; of this LayerNorm"):
             muon_adamw(torch.nn.LayerNorm(4), [], lr=0.1)
 
 
@@ -89,6 +112,32 @@ class TestSteps:
         assert loss_logs(resumed) == loss_logs(whole)
         for expected, found in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
             assert torch.equal(found, expected)
+
+    def test_a_copy_steps_too(self, make_model):
+        model = make_model()
+        pair = copy.deepcopy((model, muon_adamw(model, [], lr=0.1)))
+        copied, optimizer = pair
+        for parameter in copied.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        for before, after in zip(model.parameters(), copied.parameters(), strict=True):
+            assert not torch.equal(before, after)
+
+    def test_further_parameters_are_refused(self, make_model):
+        optimizer = muon_adamw(make_model(), [], lr=0.1)
+        with pytest.raises(NotImplementedError, match="takes no further parameters"):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+
+
+def test_an_optimizer_given_beside_muon_is_refused(make_trainer):
+    trainer = make_trainer()
+    args = AuxiliaryLossTrainingArguments(
+        output_dir=trainer.args.output_dir, muon=True, use_cpu=True, report_to="none"
+    )
+    sgd = torch.optim.SGD(trainer.model.parameters())
+    for given in ({"optimizers": (sgd, None)}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}):
+        with pytest.raises(ValueError, match="muon is on, and the Trainer was given an optimizer too"):
+            AuxiliaryLossTrainer(model=trainer.model, args=args, **given)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
     muon: bool = field(
         default=False,
         metadata={
-            "help": "Whether Muon trains the matrices inside the layers, scaled so that learning_rate and weight_decay mean"
+            "help": "Whether Muon trains the linear layers of the model's body, scaled so that learning_rate and weight_decay mean"
             " what they do for AdamW, which trains the rest. Dearer steps, and fewer of them."
         },
     )

@@ -152,7 +152,8 @@ def _recipe(args: TrainingArguments, max_steps: int) -> dict[str, Any]:
     return {
         "Optimizer steps": f"{max_steps:,}",
         "Rows per step": args.train_batch_size * args.gradient_accumulation_steps * processes,
-        "Optimizer": f"{OptimizerNames(args.optim).value} {args.optim_args or ''}".strip(),
+        "Optimizer": f"{'muon and ' if getattr(args, 'muon', False) else ''}"
+        f"{OptimizerNames(args.optim).value} {args.optim_args or ''}".strip(),
         "Learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
         "Warm-up steps": args.get_warmup_steps(max_steps),
         "Weight decay": args.weight_decay,

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the layers, AdamW for the rest: one optimizer, one learning rate."""
+"""Muon for the linear layers of a model's body, AdamW for the rest: one optimizer, one learning rate."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from modeling_charformer.modeling_charformer import TRAINING_ONLY
 
 from .any_model import base_model
 
@@ -57,9 +60,13 @@ class MuonAdamW(torch.optim.Optimizer):
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "parts": self.parts}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if len(self.param_groups) == sum(len(part.param_groups) for part in self.parts):
+            raise NotImplementedError("MuonAdamW takes no further parameters once it is made; make it anew")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -67,32 +74,39 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._share()  # a checkpoint that was loaded, or a wrapper, may have put others in their place
         for part in self.parts:
             part.step()
         return loss
 
 
 def muon_adamw(model: nn.Module, decayed_names: Sequence[str], **settings: Any) -> MuonAdamW:
-    """`MuonAdamW` of a model: the weights of the linear layers below its heads are Muon's.
+    """`MuonAdamW` of a model of Transformers: Muon trains the weights of the linear layers of its body.
+
+    That leaves AdamW the embeddings, the classifier of a language model, auxiliary heads, what is outside of the base model
+    (a classifier of sequences has its head there), and what is not a linear layer with a matrix (experts that are kept in
+    one tensor, their routers).
 
     Args:
-        model: A model of Transformers.
+        model: With or without adapters of PEFT.
         decayed_names: Names of the parameters that weight decay applies to.
         settings: Of `MuonAdamW`.
 
     Raises:
-        ValueError: If the model has no such matrix to train.
+        ValueError: If it is not a model of Transformers, or has no such matrix to train.
     """
-    body = base_model(model)
-    body = getattr(body, "base_model", body)
-    linear = [module.weight for module in body.modules() if isinstance(module, (nn.Linear, Conv1D))]
-    ids = {id(weight) for weight in linear if weight.requires_grad}
+    whole = base_model(model)
+    if not isinstance(whole, PreTrainedModel):
+        raise ValueError(f"muon takes models of Transformers; of this {type(whole).__name__} it cannot tell the body")
+    embeddings = (whole.get_input_embeddings(), whole.get_output_embeddings())
+    not_body = {id(embedding.weight) for embedding in embeddings if embedding is not None}
+    not_body |= {id(p) for name, p in whole.named_parameters() if name.startswith(TRAINING_ONLY)}
+    linear = [module.weight for module in whole.base_model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    ids = {id(weight) for weight in linear if weight.requires_grad} - not_body
     parameters: dict[str, nn.Parameter] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for p in parameters.values() if id(p) in ids]
     if not matrices:
-        raise ValueError(
-            f"{type(model).__name__} has no linear layer below its heads that is trained, for Muon to train"
-        )
+        raise ValueError(f"{type(whole).__name__} has no linear layer in its body that is trained, for Muon to train")
     rest = {name: p for name, p in parameters.items() if id(p) not in ids}
     decayed = [p for name, p in rest.items() if name in decayed_names]
     others = [p for name, p in rest.items() if name not in decayed_names]

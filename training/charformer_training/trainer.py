@@ -70,6 +70,8 @@ class AuxiliaryLossTrainer(PushingTrainer):
             # Heads that drop out in the middle of training leave parameters without a gradient.
             args.ddp_find_unused_parameters = True
         super().__init__(model=model, args=args, **kwargs)
+        if getattr(self.args, "muon", False):
+            self._check_muon()
         if is_causal_lm(type(base_model(cast(nn.Module, self.model)))):
             # The Trainer goes by a name that ends in ForCausalLM, and so counts a target too many in rows of GPT-2's.
             self._loss_shifts_labels = True
@@ -142,6 +144,17 @@ class AuxiliaryLossTrainer(PushingTrainer):
                 f"this process sees {self.args.n_gpu} GPUs, which Transformers would use by torch's DataParallel: that"
                 " cannot split what the losses need. Start one process for each GPU with torchrun or accelerate launch,"
                 " or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+
+    def _check_muon(self) -> None:
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            raise ValueError("muon is on, and the Trainer was given an optimizer too; leave out one of the two")
+        if self.is_deepspeed_enabled or (
+            self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2
+        ):
+            raise ValueError(
+                "muon is on, and DeepSpeed or FSDP 1 would cut the matrices into vectors; use FSDP 2"
+                " (training/accelerate/fsdp2.yaml), or leave muon out"
             )
 
     # ---- Training ----
