@@ -1,10 +1,12 @@
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, Moment, register_schedule, schedule_names
+from tests.helpers import CONFIGS
 
 
 def test_defaults_are_the_papers_t12():
@@ -14,6 +16,16 @@ def test_defaults_are_the_papers_t12():
     assert (config.hidden_act, config.attention_dropout, config.activation_dropout) == ("relu", 0.55, 0.55)
     assert (config.num_targets, config.target_weights, config.intermediate_layers) == (2, None, "all")
     assert (config.intermediate_weight, config.intermediate_schedule, config.position_loss) == (1.0, "paper", "all")
+
+
+def test_recommended_losses_are_those_of_the_recipes():
+    for recipe, drafting in (("shakespeare-cpu.yaml", False), ("drafting.yaml", True)):
+        fields = yaml.safe_load((CONFIGS / recipe).read_text())
+        config = CharformerConfig.recommended(drafting, num_hidden_layers=4)
+        of_recipe = CharformerConfig(**{name: fields[name] for name in fields if hasattr(config, name)})
+        assert config.loss_settings() == of_recipe.loss_settings()
+        assert config.target_heads == of_recipe.target_heads
+    assert CharformerConfig.recommended(num_targets=3).num_targets == 3
 
 
 @pytest.mark.parametrize(
