@@ -75,6 +75,8 @@ class Grid:
     """By what cells are judged: `"eval_bpc"`, all positions of a window, or `"last_position"`, bits of its last one."""
     at_its_best: bool = False
     """Whether a run counts as it was at its best evaluation, not at the end."""
+    cost_repeats: int = 30
+    """How often each step is timed for the costs."""
 
 
 def deep(layers: int, steps: int, window: int, batch: int) -> Grid:
@@ -105,6 +107,7 @@ def deep(layers: int, steps: int, window: int, batch: int) -> Grid:
         learning_rates=(5e-4, 2e-3),
         momentum_learning_rates=(3e-3, 1e-2),
         baselines={prefix + name: f"{prefix}none" for prefix in variants for name in losses},
+        cost_repeats=10,
     )
 
 
@@ -387,7 +390,7 @@ class Sweep:
         costs.write_text(json.dumps(step_costs(self.grid, self.data), indent=2) + "\n", encoding="utf-8")
 
 
-def step_costs(name: str, data: str, repeats: int = 30) -> dict[str, float]:
+def step_costs(name: str, data: str) -> dict[str, float]:
     """Seconds of a training step of each cell, averaged over its schedule. All take turns in this process.
 
     Cells of momentum SGD are timed with AdamW, as their baselines are: what differs is the losses.
@@ -400,7 +403,7 @@ def step_costs(name: str, data: str, repeats: int = 30) -> dict[str, float]:
         ids = torch.randint(0, 256, (training.per_device_train_batch_size, model.config.max_position_embeddings))
         device = "cuda" if torch.cuda.is_available() and "gpu" in grid.recipe else "cpu"
         steps |= {(cell, at): Step(model, ids, device, muon=training.muon, training_progress=at) for at in TENTHS}
-    times = times_by_turns(steps, repeats, f"{name}: cost of a step")
+    times = times_by_turns(steps, grid.cost_repeats, f"{name}: cost of a step")
     return {cell: statistics.mean(times[cell, at] for at in TENTHS) for cell in grid.cells}
 
 
@@ -532,7 +535,7 @@ def report(path: Path) -> str:
         pages += [
             f"## {name}",
             "",
-            f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}; {one['device']}, {one['threads']} thread(s) a run,"
+            f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}, AdamW where a cell says nothing else; {one['device']}, {one['threads']} thread(s) a run,"
             f" torch {one['torch']}, transformers {one['transformers']}; data sha256 {one['data_sha256']}. The learning rate"
             f" is the best of {list(grid.learning_rates)}{momentum} with seed {grid.tuning_seed}; the figures are of seeds"
             f" {list(grid.seeds)}.",
