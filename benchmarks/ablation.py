@@ -527,17 +527,15 @@ def report(path: Path) -> str:
                 raise ValueError(f"{path}: the runs of {name} differ in {field_name}: {sorted(map(str, values))}")
         costs = json.loads(path.with_name(f"{path.stem}_{name}_costs.json").read_text(encoding="utf-8"))
         table, one = rows(own, grid, costs), own[0]
-        momentum = (
-            f" (with momentum SGD of {list(grid.momentum_learning_rates)})" if grid.momentum_learning_rates else ""
-        )
+        tried = sorted({run["learning_rate"] for run in own if run["seed"] == grid.tuning_seed})
         figure = path.with_name(f"{path.stem}_{name}.png")
         draw(own, grid, costs, figure)
         pages += [
             f"## {name}",
             "",
             f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}, AdamW where a cell says nothing else; {one['device']}, {one['threads']} thread(s) a run,"
-            f" torch {one['torch']}, transformers {one['transformers']}; data sha256 {one['data_sha256']}. The learning rate"
-            f" is the best of {list(grid.learning_rates)}{momentum} with seed {grid.tuning_seed}; the figures are of seeds"
+            f" torch {one['torch']}, transformers {one['transformers']}; data sha256 {one['data_sha256']}. Each cell has"
+            f" the learning rate that was best for it with seed {grid.tuning_seed} (tried: {tried}); the figures are of seeds"
             f" {list(grid.seeds)}.",
             "",
             f"{'Best' if grid.at_its_best else 'Final'} validation bits {JUDGED_BY[grid.metric]}, mean and standard error;"
@@ -577,7 +575,7 @@ def draw(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float], path: 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
-    lowest = math.inf
+    lowest, highest = math.inf, 0.0
     for number, cell in enumerate(grid.cells):
         own = [run for run in of_cell(runs, cell, grid).values() if run["final_bpc"] is not None]
         if not own:
@@ -585,7 +583,7 @@ def draw(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float], path: 
         points = list(zip(*(run["curve"] for run in own), strict=True))
         bpc = [statistics.mean(point[2] for point in group) for group in points]
         steps = [group[0][0] for group in points]
-        lowest = min(lowest, min(bpc))
+        lowest, highest = min(lowest, min(bpc)), max(highest, bpc[-1])
         style = {
             "label": cell,
             "color": plt.get_cmap("tab20")(number % 20),
@@ -596,10 +594,10 @@ def draw(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float], path: 
         axes[1].plot([step * costs[cell] for step in steps], bpc, **style)
     axes[0].set(xlabel="steps", ylabel=f"validation bits {JUDGED_BY[grid.metric]}")
     axes[1].set(xlabel="seconds of training")
-    axes[0].set_ylim(lowest - 0.03, lowest + 0.6)
+    axes[0].set_ylim(lowest - 0.03, max(lowest + 0.6, highest + 0.1))  # the end of every curve is in the picture
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
