@@ -78,6 +78,9 @@ class Grid:
     cost_repeats: int = 30
     """How often each step is timed for the costs."""
 
+    def baseline(self, cell: str) -> str:
+        return self.baselines.get(cell, "none")
+
 
 def deep(layers: int, steps: int, window: int, batch: int) -> Grid:
     """Width 64; norms, optimizer and warm-up as the paper's and as today's."""
@@ -209,7 +212,9 @@ class Curve(TrainerCallback):
     """Validation bits per character, seconds of training alone, and the gradient that each term has on the layers."""
 
     def __init__(self, batch: dict[str, torch.Tensor], metric: str):
-        self.batch, self.metric, self.seconds, self.points, self.gradients = batch, metric, 0.0, [], []  # type: ignore[var-annotated]
+        self.batch, self.metric, self.seconds = batch, metric, 0.0
+        self.points: list[list[float]] = []
+        self.gradients: list[dict[str, float]] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.begin = time.perf_counter()
@@ -219,8 +224,10 @@ class Curve(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         metrics, model = kwargs["metrics"], kwargs["model"]
-        last_position = metrics["eval_loss_last_position"] / math.log(2)  # of windows of ASCII
-        bits = last_position if self.metric == "last_position" else metrics["eval_bpc"]
+        if self.metric == "last_position":
+            bits = metrics["eval_loss_last_position"] / math.log(2)  # of windows of ASCII
+        else:
+            bits = metrics["eval_bpc"]
         self.points.append([state.global_step, round(self.seconds, 2), round(bits, 5)])
         self.gradients.append({"step": state.global_step, **self.gradient_norms(model, state)})
 
@@ -242,6 +249,7 @@ class Curve(TrainerCallback):
 
 def arguments_of(grid: str, cell: str, learning_rate: float, seed: int, data: str, folder: str) -> Arguments:
     """What `charformer-train` would be called with, for one run."""
+    # The recipe's own choice of optimizer is not a cell's.
     fields = {"muon": False, **GRIDS[grid].fields, **GRIDS[grid].cells[cell]}
     fields |= {"learning_rate": learning_rate, "seed": seed}
     fields |= {"data_path": data, "output_dir": folder, "sample_length": 0, "save_strategy": "no"}
@@ -468,7 +476,7 @@ def auxiliary_share(norms: dict[str, float]) -> float:
 def rows(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float]) -> list[Row]:
     table = []
     for cell in grid.cells:
-        baseline = grid.baselines.get(cell, "none")
+        baseline = grid.baseline(cell)
         own, base = of_cell(runs, cell, grid), of_cell(runs, baseline, grid)
         shared = sorted(own.keys() & base.keys())
         if not shared:
@@ -533,14 +541,14 @@ def report(path: Path) -> str:
         pages += [
             f"## {name}",
             "",
-            f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}, AdamW where a cell says nothing else; {one['device']}, {one['threads']} thread(s) a run,"
-            f" torch {one['torch']}, transformers {one['transformers']}; data sha256 {one['data_sha256']}. Each cell has"
+            f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}, AdamW where a cell says nothing else;"
+            f" {one['device']}, {one['threads']} thread(s) a run, torch {one['torch']}, transformers {one['transformers']}; data sha256 {one['data_sha256']}. Each cell has"
             f" the learning rate that was best for it with seed {grid.tuning_seed} (tried: {tried}); the figures are of seeds"
             f" {list(grid.seeds)}.",
             "",
             f"{'Best' if grid.at_its_best else 'Final'} validation bits {JUDGED_BY[grid.metric]}, mean and standard error;"
-            " gain over the baseline seed by seed (same data order); steps and seconds to the baseline's value, as shares of the baseline's (a dash: not reached with"
-            " every seed); cost of a step; what of the gradient on the layers is the auxiliary terms' (of the norms of all"
+            " gain over the baseline seed by seed (same data order); steps and seconds to the baseline's value, as shares of"
+            " the baseline's (a dash: not reached with every seed); cost of a step; what of the gradient on the layers is the auxiliary terms' (of the norms of all"
             f" terms' weighted gradients, added up) after {int(grid.fields['eval_steps']):,} steps and at the end. `*`: the best"
             " learning rate is at the edge of those tried.",
             "",
@@ -560,9 +568,10 @@ def report(path: Path) -> str:
 
 def conclusions(table: list[Row], grid: Grid) -> list[str]:
     """What the table says of each cell that is compared with another."""
-    compared = [row for row in table if row.cell != grid.baselines.get(row.cell, "none")]
+    compared = [row for row in table if row.cell != grid.baseline(row.cell)]
     return [
-        f"- {row.cell}, beside {grid.baselines.get(row.cell, 'none')}: {row.verdict} ({row.gain:+.4f} +- {row.gain_error:.4f} bpc, {row.step_cost:.2f} x a step)."
+        f"- {row.cell}, beside {grid.baseline(row.cell)}: {row.verdict} ({row.gain:+.4f} +- {row.gain_error:.4f} bpc,"
+        f" {row.step_cost:.2f} x a step)."
         for row in compared
     ] + [f"\nOf {len(compared)} comparisons at 5% each, {len(compared) * 0.05:.1f} would show a difference by chance."]
 

@@ -9,13 +9,11 @@ vocabulary that is next to nothing, with this one it is not.
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from measure import Step, in_own_process, peak_memory, times_by_turns
+from measure import Step, in_own_process, machine, peak_memory, times_by_turns
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
 
 from charformer_training import add_auxiliary_losses
@@ -64,10 +62,8 @@ def main() -> None:
     results = {
         "shape": f"GPT-2 (124 M parameters), window {arguments.window}, batch {arguments.batch},"
         f" {'bf16' if arguments.device == 'cuda' else 'f32'}",
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU",
+        **machine(arguments.device),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "peak_memory_mib": {variant: round(value) for variant, value in memory.items()},
         "peak_memory_ratios": {variant: round(value / memory["plain"], 3) for variant, value in memory.items()},
         "time_ratios": {variant: round(value, 3) for variant, value in times.items()},

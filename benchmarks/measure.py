@@ -1,6 +1,7 @@
 """What the benchmarks of training steps share: time by turns, memory in processes of their own."""
 
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import nn
 from tqdm import tqdm
 
@@ -19,6 +21,15 @@ from charformer_training.optimizer import muon_adamw
 Key = TypeVar("Key", bound=Hashable)
 # Shares of training done, in the middle of each tenth: the mean of a step's cost at these is its average over a schedule.
 TENTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+
+
+def machine(device: str) -> dict[str, str]:
+    """What a figure was measured on."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 class Step:

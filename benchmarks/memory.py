@@ -9,13 +9,11 @@ is the most that was allocated.
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from measure import Step, in_own_process, peak_memory
+from measure import Step, in_own_process, machine, peak_memory
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -63,9 +61,7 @@ def main() -> None:
     progress.close()
     results = {
         "shape": f"width 512, {arguments.layers} layers, window {WINDOW}, batch {arguments.batch}, bf16",
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **machine(arguments.device),
         "peak_memory_mib": {name: {key: round(value) for key, value in of.items()} for name, of in peaks.items()},
         "all_paper_losses_to_none": {name: round(of["all"] / of["none"], 3) for name, of in peaks.items()},
     }

@@ -15,15 +15,13 @@ in bf16, eager and compiled.
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
-from measure import TENTHS, Step, in_own_process, peak_memory, times_by_turns
+from measure import TENTHS, Step, in_own_process, machine, peak_memory, times_by_turns
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -117,10 +115,8 @@ def main() -> None:
 
     results: dict[str, Any] = {
         "shape": f"T12, window {WINDOW}, batch {arguments.batch}, {'bf16' if arguments.device == 'cuda' else 'f32'}",
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU",
+        **machine(arguments.device),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
     options = ("--batch", arguments.batch, "--device", arguments.device)
     memory = {variant: in_own_process(__file__, *options, "--memory-of", variant) for variant in VARIANTS}

@@ -10,7 +10,6 @@ device (a test sees to it), but at log entries. The first step is left out.
 import argparse
 import functools
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from measure import machine
 from transformers import default_data_collator, set_seed
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, RandomWindows, Split, trainer
@@ -78,10 +77,8 @@ def main() -> None:
     share = sum(own.seconds[calls:]) / sum(steps.seconds[1:])
     results = {
         "shape": f"T12, window 512, batch {arguments.batch}, {len(model.loss_settings.terms)} terms",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        **machine("cuda" if torch.cuda.is_available() else "cpu"),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "seconds_per_step": round(sum(steps.seconds[1:]) / len(steps.seconds[1:]), 4),
         "logging_share_of_a_step": round(share, 6),
     }

@@ -21,8 +21,8 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
     muon: bool = field(
         default=False,
         metadata={
-            "help": "Whether Muon trains the linear layers of the model's body, scaled so that learning_rate and weight_decay mean"
-            " what they do for AdamW, which trains the rest. Dearer steps, and fewer of them."
+            "help": "Whether Muon trains the linear layers of the model's body, scaled so that learning_rate and"
+            " weight_decay mean what they do for AdamW, which trains the rest. Dearer steps, and fewer of them."
         },
     )
     logging_nan_inf_filter: bool = field(
@@ -39,8 +39,8 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             raise ValueError(f"log_loss_terms is {self.log_loss_terms!r}; it must be 'each' or 'groups'")
         if self.muon and self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(
-                f"optim is {OptimizerNames(self.optim).value!r} and muon is on: what Muon leaves is trained by AdamW, so that optim must be"
-                " 'adamw_torch' or 'adamw_torch_fused'"
+                f"optim is {OptimizerNames(self.optim).value!r} and muon is on: what Muon leaves is trained by AdamW, so"
+                " that optim must be 'adamw_torch' or 'adamw_torch_fused'"
             )
         if self.muon and self.optim_args:
             raise ValueError(f"optim_args is {self.optim_args!r} and muon is on, which has none; leave it out")

@@ -25,7 +25,6 @@ class MuonAdamW(torch.optim.Optimizer):
         decayed: Further parameters that weight decay applies to.
         others: Parameters that it does not.
         lr, weight_decay, betas, eps: As in AdamW.
-        momentum: Muon's.
         fused: Whether AdamW runs as one kernel.
     """
 
@@ -38,7 +37,6 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        momentum: float = 0.95,
         fused: bool = True,
     ):
         groups: list[dict[str, Any]] = [
@@ -46,19 +44,11 @@ class MuonAdamW(torch.optim.Optimizer):
             {"params": list(others), "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        muon = Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        muon = Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.parts: list[torch.optim.Optimizer] = [muon]
         if groups:  # adapters are matrices only
             self.parts.append(AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused))
         super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
-        self._share()
-
-    def _share(self) -> None:
-        """Give the two the groups and the state that everyone else sees."""
-        groups = iter(self.param_groups)
-        for part in self.parts:
-            part.param_groups = [next(groups) for _ in part.param_groups]
-            part.state = self.state
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "parts": self.parts}
@@ -74,8 +64,11 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._share()  # a checkpoint that was loaded, or a wrapper, may have put others in their place
+        # A checkpoint that was loaded, or a wrapper, may have put other groups and another state in place of the parts'.
+        groups = iter(self.param_groups)
         for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
             part.step()
         return loss
 
