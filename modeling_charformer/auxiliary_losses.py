@@ -376,61 +376,63 @@ def share_of_step(labels: Tensor, denominators: Tensor) -> Tensor:
 MAX_LOGITS = 2**24
 
 
-def _head_loss_sum(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    return cross_entropy_sum(head(hidden), targets)
+def _cross_entropy_sums(hidden: Tensor, targets: Tensor, classify: Callable[[Tensor], Sequence[Tensor]]) -> Tensor:
+    return torch.stack([cross_entropy_sum(*pair) for pair in zip(classify(hidden), targets, strict=True)])
 
 
-def chunked_cross_entropy_sum(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int
+def chunked_cross_entropy_sums(
+    hidden: Tensor, targets: Tensor, classify: Callable[[Tensor], Sequence[Tensor]], vocab_size: int
 ) -> Tensor:
-    """`cross_entropy_sum(head(hidden), targets)` without all logits in memory at once, in either pass.
+    """`cross_entropy_sum` of each of `classify(hidden)`, `(T,)`, without all logits in memory at once, in either pass.
 
-    The head runs piece by piece, and once more in the backward pass instead of keeping its logits until then.
+    The classifiers run piece by piece, and once more in the backward pass instead of keeping their logits until then.
 
     Args:
         hidden: `(B, S, hidden_size)`.
-        targets: `(B, S)`.
-        head: `(..., hidden_size)` to `(..., V)`; deterministic.
+        targets: `(T, B, S)`, those of each classifier.
+        classify: `(..., hidden_size)` to the logits `(..., V)` of T classifiers; deterministic.
         vocab_size: `V`.
     """
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    rows = max(1, MAX_LOGITS // vocab_size)
+    hidden, targets = hidden.flatten(0, 1), targets.flatten(1)
+    rows = max(1, MAX_LOGITS // (vocab_size * len(targets)))
     sums = [
-        checkpoint(_head_loss_sum, piece, piece_targets, head, use_reentrant=False, preserve_rng_state=False)
-        for piece, piece_targets in zip(hidden.split(rows), targets.split(rows), strict=True)
+        checkpoint(_cross_entropy_sums, piece, piece_targets, classify, use_reentrant=False, preserve_rng_state=False)
+        for piece, piece_targets in zip(hidden.split(rows), targets.split(rows, dim=1), strict=True)
     ]
-    return torch.stack(sums).sum()
+    return torch.stack(sums).sum(0)
 
 
 def causal_lm_losses(
-    hidden_states: Mapping[str, Tensor],
-    heads: Mapping[str, Callable[[Tensor], Tensor]],
+    hidden: Tensor,
+    classify: Callable[[Tensor], Sequence[Tensor]],
     terms: Sequence[LossTerm],
     labels: Tensor,
     denominators: Tensor,
     vocab_size: int,
     last_position_only: bool = False,
 ) -> dict[str, Tensor]:
-    """The raw, unweighted value in nats of each of `terms`, as float32 scalars by name.
+    """The raw, unweighted value in nats of each of `terms`, whose classifiers read the same, as float32 scalars by name.
 
     Args:
-        hidden_states: Term name to what its classifier reads, `(B, S, hidden_size)`.
-        heads: Term name to the classifier of that term, `(..., hidden_size)` to `(..., V)`; deterministic.
-        terms: The terms to compute.
+        hidden: What the classifiers read, `(B, S, hidden_size)`.
+        classify: `(..., hidden_size)` to the logits `(..., V)` of the classifier of each of `terms`; deterministic.
+        terms: The terms to compute, at least one, each with another offset.
         labels: `(B, S)`; the symbol at position `t` is the target of position `t - offset`.
         denominators: `(2, K)`, see `mean_denominators`.
         vocab_size: `V`.
-        last_position_only: Count only the last position of each row that has a target, and run the heads on it alone.
+        last_position_only: Count only the last position of each row that has a target, and run the classifiers on the
+            few positions that are such for one of them.
     """
-    losses = {}
-    for term in terms:
-        hidden, targets = hidden_states[term.name], shifted_targets(labels, term.offset)
-        if last_position_only:
-            last = last_target_positions(targets)
-            hidden, targets = hidden.take_along_dim(last[..., None], dim=1), targets.take_along_dim(last, dim=1)
-        total = chunked_cross_entropy_sum(hidden, targets, heads[term.name], vocab_size)
-        losses[term.name] = total / denominators[int(last_position_only), term.offset - 1]
-    return losses
+    targets = torch.stack([shifted_targets(labels, term.offset) for term in terms])
+    if last_position_only:
+        last = last_target_positions(targets)  # (T, B, 1)
+        hidden = hidden.take_along_dim(last.permute(1, 0, 2), dim=1)
+        # Each classifier's own of the T positions; the others' are not counted.
+        others = ~torch.eye(len(terms), dtype=torch.bool, device=labels.device)[:, None]
+        targets = targets.take_along_dim(last, dim=2).masked_fill(others, IGNORE_INDEX)
+    sums = chunked_cross_entropy_sums(hidden, targets, classify, vocab_size)
+    row = int(last_position_only)
+    return {term.name: total / denominators[row, term.offset - 1] for term, total in zip(terms, sums, strict=True)}
 
 
 def last_position_loss(logits: Tensor, labels: Tensor, denominators: Tensor) -> Tensor:

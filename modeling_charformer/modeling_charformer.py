@@ -5,7 +5,7 @@ Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K 
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -46,16 +47,6 @@ from .configuration_charformer import CharformerConfig
 from .generation_charformer import CharformerGenerationMixin
 from .hub import CharformerPushToHubMixin
 from .tokenization_charformer import CharformerTokenizer
-
-
-@dataclass
-class CharformerModelOutput(BaseModelOutputWithPast):
-    """Output of `CharformerModel`.
-
-    `layer_hidden_states` maps each requested layer number to its output `(B, S, hidden_size)`, before the final norm.
-    """
-
-    layer_hidden_states: dict[int, Tensor] | None = None
 
 
 @dataclass
@@ -172,15 +163,32 @@ class CharformerLayer(GradientCheckpointingLayer):
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor, positions_to_keep: int = 0, **kwargs) -> Tensor:
-        hidden_states = hidden_states + self.position_embeddings(position_ids)
-        attended = self.attention_norm(hidden_states) if self.norm_first else hidden_states
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        positions_to_keep: int = 0,
+        input_is_kept: bool = False,
+        **kwargs,
+    ) -> Tensor:
+        """`input_is_kept`: what a classifier keeps for the backward pass, this layer need not keep with positions added."""
+        if input_is_kept and self.norm_first:
+            hidden_states, attended = checkpoint(
+                self._with_positions, hidden_states, position_ids, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            hidden_states, attended = self._with_positions(hidden_states, position_ids)
         attended = self.self_attn(attended, positions_to_keep=positions_to_keep, **kwargs)[0]
         hidden_states = hidden_states[:, -positions_to_keep:] + attended
         if self.norm_first:
             return hidden_states + self.mlp(self.mlp_norm(hidden_states))
         hidden_states = self.attention_norm(hidden_states)
         return self.mlp_norm(hidden_states + self.mlp(hidden_states))
+
+    def _with_positions(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum, and what attention reads of it."""
+        hidden_states = hidden_states + self.position_embeddings(position_ids)
+        return hidden_states, self.attention_norm(hidden_states) if self.norm_first else hidden_states
 
 
 class AuxiliaryHead(nn.Linear):
@@ -339,17 +347,19 @@ class CharformerModel(CharformerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        layers_to_return: Iterable[int] = (),
+        layer_readers: Mapping[int, Callable[[Tensor], None]] | None = None,
         positions_to_keep: int = 0,
         num_layers: int | None = None,
         **kwargs,
-    ) -> CharformerModelOutput:
+    ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding; positions count text only.
             position_ids: `(B, S)`, in the window; by default they follow from the mask and the cache.
-            layers_to_return: Numbers (1..n) of the layers whose outputs `layer_hidden_states` is to hold.
+            layer_readers: By the number of a layer (1..n), what is called with its output `(B, S, hidden_size)`, before the
+                final norm, right after it and before the next layer. The backward pass then comes to what a reader
+                computed when it comes to the layer: no two layers' gradients by readers are held at once.
             positions_to_keep: Compute only so many last positions in the last layer, where no other needs the rest; 0 is
                 all.
             num_layers: Stop after so many layers (1..n); `last_hidden_state` is then their output after the final norm.
@@ -376,7 +386,7 @@ class CharformerModel(CharformerPreTrainedModel):
         position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, past_key_values)
 
         hidden_states = inputs_embeds
-        layer_hidden_states = {}
+        layer_readers = layer_readers or {}
         last_mask = self._mask_of_last_positions(causal_mask, hidden_states, positions_to_keep)
         if num_layers is not None and not 1 <= num_layers <= len(self.layers):
             raise ValueError(f"num_layers is {num_layers}; it must be 1 to {len(self.layers)}")
@@ -389,15 +399,12 @@ class CharformerModel(CharformerPreTrainedModel):
                 attention_mask=last_mask if is_last else causal_mask,
                 past_key_values=past_key_values,
                 positions_to_keep=positions_to_keep if is_last else 0,
+                input_is_kept=number - 1 in layer_readers,
                 **kwargs,
             )
-            if number in layers_to_return:
-                layer_hidden_states[number] = hidden_states
-        return CharformerModelOutput(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-            layer_hidden_states=layer_hidden_states or None,
-        )
+            if number in layer_readers:
+                layer_readers[number](hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _mask_of_last_positions(self, causal_mask: Any, inputs_embeds: Tensor, positions_to_keep: int) -> Any:
         length = inputs_embeds.shape[1]
@@ -530,7 +537,26 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         if labels is not None:
             self._check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
             weights = self._weights_in_force(training_progress, training_step)
-        auxiliary_terms = [term for term in self.loss_settings.terms if not term.is_main and weights.get(term.name)]
+            denominators = mean_denominators(labels, self.config.num_targets, num_items_in_batch, target_counts)
+        terms = [term for term in self.loss_settings.terms if not term.is_main and weights.get(term.name)]
+        last = len(self.model.layers)
+        by_layer: dict[int, list[LossTerm]] = {}
+        for term in terms:
+            by_layer.setdefault(term.layer, []).append(term)
+        auxiliary_losses: dict[str, Tensor] = {}
+
+        def add_losses(of: list[LossTerm], read: Tensor) -> None:
+            auxiliary_losses.update(
+                causal_lm_losses(
+                    read,
+                    partial(self.classify, of),
+                    of,
+                    labels,  # type: ignore[arg-type]  # there are no terms without labels
+                    denominators,
+                    self.config.vocab_size,
+                    last_position_only=self.config.position_loss == "last",
+                )
+            )
 
         outputs = self.model(
             input_ids=input_ids,
@@ -539,7 +565,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            layers_to_return={term.layer for term in auxiliary_terms},
+            layer_readers={layer: partial(add_losses, of) for layer, of in by_layer.items() if layer < last},
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -548,26 +574,17 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
 
         loss, loss_dict = None, None
         if labels is not None:
+            for of, read in self._target_states(by_layer.get(last, []), hidden_states, input_ids, inputs_embeds):
+                add_losses(of, read)
             loss_dict = self._main_losses(
                 # An index tensor may reorder the positions, so only "all of them" can be reused.
                 logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else self.lm_head(hidden_states),
                 labels,
-                denominators := mean_denominators(labels, self.config.num_targets, num_items_in_batch, target_counts),
+                denominators,
                 weights,
             )
-            loss_dict |= causal_lm_losses(
-                self._classifier_inputs(
-                    auxiliary_terms, outputs.layer_hidden_states or {}, hidden_states, input_ids, inputs_embeds
-                ),
-                {term.name: partial(self.classify, term) for term in auxiliary_terms},
-                auxiliary_terms,
-                labels,
-                denominators,
-                self.config.vocab_size,
-                last_position_only=self.config.position_loss == "last",
-            )
             loss, loss_dict, weights = weighted_loss(
-                loss_dict,
+                loss_dict | {term.name: auxiliary_losses[term.name] for term in terms},
                 weights,
                 self.loss_uncertainty if self.training else None,
                 share_of_step(labels, denominators),
@@ -584,26 +601,24 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             final_hidden_state=hidden_states[:, kept] if return_final_hidden_state else None,
         )
 
-    def _classifier_inputs(
+    def _target_states(
         self,
         terms: list[LossTerm],
-        layer_hidden_states: dict[int, Tensor],
         final_hidden_state: Tensor,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """What the classifier of each of `terms` reads, by the term's name; `(B, S, hidden_size)` each."""
-        last = len(self.model.layers)
-        inputs = {
-            term.name: final_hidden_state if term.layer == last else layer_hidden_states[term.layer] for term in terms
-        }
-        offsets = [term.offset for term in terms if term.layer == last]
-        if not self.target_blocks or not offsets:
-            return inputs
+    ) -> Iterator[tuple[list[LossTerm], Tensor]]:
+        """The final layer's `terms`, in groups of those whose classifiers read the same, and what, `(B, S, hidden_size)`."""
+        if not terms:
+            return
+        if not self.target_blocks:
+            yield terms, final_hidden_state
+            return
         if self._is_sequential and inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
+        by_offset = {term.offset: term for term in terms}
         state = final_hidden_state
-        for offset in range(2, max(offsets) + 1):
+        for offset in range(2, max(by_offset) + 1):
             previous = None
             if self._is_sequential and inputs_embeds is not None:
                 # What is shifted in at the end has no target.
@@ -611,9 +626,8 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             read = self._target_state(offset, state, previous)
             if self._is_sequential:
                 state = read
-            if offset in offsets:
-                inputs[f"target_{offset}"] = read
-        return inputs
+            if offset in by_offset:
+                yield [by_offset[offset]], read
 
     @property
     def _is_sequential(self) -> bool:
@@ -633,11 +647,16 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         read = self._target_state(offset, state, self.model.embed_tokens(previous) if self._is_sequential else None)
         return self.auxiliary_heads[f"target_{offset}"](read), read if self._is_sequential else state
 
-    def classify(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
-        """Logits `(..., V)` of an auxiliary term's classifier, from its layer's output (the last one's after the norm)."""
-        if term.layer < len(self.model.layers):
+    def classify(self, terms: Sequence[LossTerm], hidden_states: Tensor) -> list[Tensor]:
+        """Logits `(..., V)` of the classifier of each of auxiliary `terms`, which are all of one layer.
+
+        Args:
+            terms: At least one.
+            hidden_states: `(..., hidden_size)`, the layer's output; the last one's after the final norm.
+        """
+        if terms[0].layer < len(self.model.layers):
             hidden_states = self.model.norm(hidden_states)
-        return self.auxiliary_heads[term.name](hidden_states)
+        return [self.auxiliary_heads[term.name](hidden_states) for term in terms]
 
     def _weights_in_force(self, training_progress: float | None, training_step: int | None) -> dict[str, float]:
         if not self.training:
@@ -715,24 +734,26 @@ class CharformerClassifier(CharformerPreTrainedModel):
         if labels is not None and self.training:
             weights = self.loss_settings.weights_in_force(training_progress, training_step)
             del weights["last_position"]
-        auxiliary_terms = [term for term in self.loss_settings.terms if not term.is_main and weights.get(term.name)]
+        terms = [term for term in self.loss_settings.terms if not term.is_main and weights.get(term.name)]
+        auxiliary_losses: dict[str, Tensor] = {}
+
+        def add_loss(name: str, read: Tensor) -> None:
+            logits = self.auxiliary_classifiers[name](self._select(self.model.norm(read), attention_mask))
+            auxiliary_losses[name] = self._loss(logits, labels, num_items_in_batch)  # type: ignore[arg-type]
+
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=False,
-            layers_to_return={term.layer for term in auxiliary_terms},
+            layer_readers={term.layer: partial(add_loss, term.name) for term in terms if labels is not None},
             **kwargs,
         )
         logits = self.score(self._select(outputs.last_hidden_state, attention_mask))
         loss, loss_dict = None, None
         if labels is not None:
-            loss_dict = {"classification": self._loss(logits, labels, num_items_in_batch)}
-            for term in auxiliary_terms:
-                hidden_states = self.model.norm(outputs.layer_hidden_states[term.layer])
-                auxiliary = self.auxiliary_classifiers[term.name](self._select(hidden_states, attention_mask))
-                loss_dict[term.name] = self._loss(auxiliary, labels, num_items_in_batch)
+            loss_dict = {"classification": self._loss(logits, labels, num_items_in_batch)} | auxiliary_losses
             share = 1.0 if num_items_in_batch is None else labels.ne(IGNORE_INDEX).sum() / num_items_in_batch
             loss, loss_dict, weights = weighted_loss(
                 loss_dict, weights, self.loss_uncertainty if self.training else None, share

@@ -12,7 +12,7 @@ from modeling_charformer.auxiliary_losses import (
     LossTerm,
     Moment,
     causal_lm_losses,
-    chunked_cross_entropy_sum,
+    chunked_cross_entropy_sums,
     classifier_settings,
     count_targets,
     cross_entropy_sum,
@@ -314,16 +314,17 @@ def test_classifiers_sit_after_one_and_two_thirds(num_layers, expected):
     }
 
 
-def test_chunks_give_the_same_loss_and_gradients(monkeypatch):
-    head, hidden = torch.nn.Linear(6, 11), torch.randn(3, 7, 6, requires_grad=True)
-    targets = torch.randint(0, 11, (3, 7))
-    targets[1, 2:] = -100
-    whole = cross_entropy_sum(head(hidden), targets)
-    expected = torch.autograd.grad(whole, [hidden, *head.parameters()])
-    monkeypatch.setattr(auxiliary_losses, "MAX_LOGITS", 5 * 11)  # pieces of five rows
-    pieces = chunked_cross_entropy_sum(hidden, targets, head, 11)
+def test_chunks_give_the_same_losses_and_gradients(monkeypatch):
+    heads, hidden = [torch.nn.Linear(6, 11) for _ in range(2)], torch.randn(3, 7, 6, requires_grad=True)
+    targets = torch.randint(0, 11, (2, 3, 7))
+    targets[0, 1, 2:] = -100
+    weights = [hidden, *heads[0].parameters(), *heads[1].parameters()]
+    whole = torch.stack([cross_entropy_sum(head(hidden), own) for head, own in zip(heads, targets, strict=True)])
+    expected = torch.autograd.grad(whole @ torch.tensor([1.0, 0.3]), weights)
+    monkeypatch.setattr(auxiliary_losses, "MAX_LOGITS", 5 * 2 * 11)  # pieces of five rows
+    pieces = chunked_cross_entropy_sums(hidden, targets, lambda rows: [head(rows) for head in heads], 11)
     torch.testing.assert_close(pieces, whole)
-    torch.testing.assert_close(torch.autograd.grad(pieces, [hidden, *head.parameters()]), expected)
+    torch.testing.assert_close(torch.autograd.grad(pieces @ torch.tensor([1.0, 0.3]), weights), expected)
 
 
 def test_uncertainty_weighting_is_the_papers_and_learns(make_model, make_ids):
@@ -406,21 +407,29 @@ def test_a_batch_without_targets_has_zero_losses(make_model, make_ids):
 
 def test_losses_of_plain_tensors_without_a_model():
     """The functions need nothing of Charformer's: any hidden states and classifiers will do."""
-    hidden = torch.randn(2, 5, 3, requires_grad=True)
-    heads = {"next_char": torch.nn.Linear(3, 7), "layer_1": torch.nn.Linear(3, 7)}
-    labels = torch.randint(0, 7, (2, 5))
-    terms = AuxiliaryLossSettings(2, num_targets=1).terms
-    losses = causal_lm_losses(
-        {"layer_1": hidden * 2, "next_char": hidden},
-        heads,
-        terms,
-        labels,
-        mean_denominators(labels, 1, None, None),
-        vocab_size=7,
-    )
-    for name, scale in (("next_char", 1), ("layer_1", 2)):
-        logits = heads[name](hidden * scale)[:, :-1].reshape(-1, 7)
-        torch.testing.assert_close(losses[name], torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1)))
+    hidden, heads = torch.randn(2, 6, 3), {name: torch.nn.Linear(3, 7) for name in ("next_char", "target_2")}
+    labels = torch.randint(0, 7, (2, 6))
+    labels[1, 4:] = -100
+    terms = AuxiliaryLossSettings(1, num_targets=2).terms
+
+    def classify(read):
+        return [heads[term.name](read) for term in terms]
+
+    for last_position_only in (False, True):
+        losses = causal_lm_losses(
+            hidden, classify, terms, labels, mean_denominators(labels, 2, None, None), 7, last_position_only
+        )
+        for term in terms:
+            logits, ends = heads[term.name](hidden), (6, 4)
+            values = [
+                torch.nn.functional.cross_entropy(
+                    logits[row, : end - term.offset][-1 if last_position_only else 0 :],
+                    labels[row, term.offset : end][-1 if last_position_only else 0 :],
+                    reduction="none",
+                )
+                for row, end in enumerate(ends)
+            ]
+            torch.testing.assert_close(losses[term.name], torch.cat(values).mean())
 
 
 @pytest.mark.parametrize("target_heads", ["residual", "sequential"])

@@ -276,11 +276,11 @@ class _CausalLM(_WithAuxiliaryLosses):
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _classify(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
+    def _classify(self, term: LossTerm, hidden_states: Tensor) -> list[Tensor]:
         if term.layer < self.loss_settings.num_layers:
             hidden_states = self._auxiliary_norm(hidden_states)
         head = self.auxiliary_heads[term.name]
-        return head(hidden_states) if isinstance(head, AuxiliaryHead) else self._logits(head(hidden_states))
+        return [head(hidden_states) if isinstance(head, AuxiliaryHead) else self._logits(head(hidden_states))]
 
     def _denominators(self, inputs: dict[str, Any], target_counts: Tensor | None) -> Tensor:
         num_targets, num_items = self.loss_settings.num_targets, inputs.get("num_items_in_batch")
@@ -299,15 +299,17 @@ class _CausalLM(_WithAuxiliaryLosses):
             logits = self._logits(outputs.hidden_states[-1].take_along_dim(last[..., None], dim=1))
             total = cross_entropy_sum(logits, targets.take_along_dim(last, dim=1))
             losses["last_position"] = total / denominators[1, 0]
-        return losses | causal_lm_losses(
-            {term.name: outputs.hidden_states[term.layer] for term in terms},
-            {term.name: functools.partial(self._classify, term) for term in terms},
-            terms,
-            labels,
-            denominators,
-            self._vocab_size,
-            last_position_only=settings.position_loss == "last",
-        )
+        for term in terms:
+            losses |= causal_lm_losses(
+                outputs.hidden_states[term.layer],
+                functools.partial(self._classify, term),
+                [term],  # by itself: the logits of several classifiers of a large vocabulary are cut in smaller pieces
+                labels,
+                denominators,
+                self._vocab_size,
+                last_position_only=settings.position_loss == "last",
+            )
+        return losses
 
 
 class _SequenceClassifier(_WithAuxiliaryLosses):
