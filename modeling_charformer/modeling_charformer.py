@@ -90,6 +90,16 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def cast_once(hidden_states: Tensor) -> Tensor:
+    """What several linear layers read, in the type of autocast, where it is on.
+
+    Each would cast it by itself otherwise, and keep a copy of its own for the backward pass.
+    """
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
+    return hidden_states
+
+
 class CharformerAttention(nn.Module):
     """Causal multi-head self-attention, computed by Transformers' attention interface."""
 
@@ -115,6 +125,7 @@ class CharformerAttention(nn.Module):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """`positions_to_keep`: compute the output of so many last positions only; 0 is all."""
+        hidden_states = cast_once(hidden_states)
         by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
         asking = hidden_states[:, -positions_to_keep:]
         query = self.q_proj(asking).view(*asking.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
@@ -656,6 +667,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         """
         if terms[0].layer < len(self.model.layers):
             hidden_states = self.model.norm(hidden_states)
+        hidden_states = cast_once(hidden_states)
         return [self.auxiliary_heads[term.name](hidden_states) for term in terms]
 
     def _weights_in_force(self, training_progress: float | None, training_step: int | None) -> dict[str, float]:

@@ -6,7 +6,14 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, TextStreamer, pipeline
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerModel, CharformerTokenizer
+from modeling_charformer import (
+    CharformerConfig,
+    CharformerForCausalLM,
+    CharformerModel,
+    CharformerTokenizer,
+    auxiliary_losses,
+    modeling_charformer,
+)
 
 
 def reference_logits(model: CharformerForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -357,3 +364,50 @@ def test_compiled_training_step_is_the_eager_one(make_model, make_ids):
             (output.loss_dict, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         )
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_backward_takes_the_losses_of_a_layer_right_before_it(make_model, make_ids):
+    """Otherwise the gradients of all layers' outputs are in memory at once."""
+    model, ids, order = make_model(num_hidden_layers=4), make_ids(), []
+    watched = {f"layer {number}": layer.mlp.fc2 for number, layer in enumerate(model.model.layers, start=1)}
+    watched |= {f"losses {layer}": model.auxiliary_heads[f"layer_{layer}"] for layer in (1, 2, 3)}
+    for name, module in watched.items():
+        module.weight.register_post_accumulate_grad_hook(lambda _weight, name=name: order.append(name))
+    model(ids, labels=ids, training_progress=0.0).loss.backward()
+    assert order == ["layer 4", "losses 3", "layer 3", "losses 2", "layer 2", "losses 1", "layer 1"]
+
+
+def test_intermediate_losses_keep_no_hidden_states_of_their_own(make_model, make_ids, monkeypatch):
+    """They read what the next layer keeps for the backward pass anyway."""
+    ids, sizes, hidden_state = make_ids(), {}, 2 * 20 * 16 * 4
+    for layers in (None, "all"):
+        model, kept = make_model(num_hidden_layers=8, num_targets=1, intermediate_layers=layers), {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        def checkpoint(function, *inputs, **options):
+            for tensor in inputs[:1]:  # what it reads; positions and targets are small
+                keep(tensor)
+            return torch.utils.checkpoint.checkpoint(function, *inputs, **options)
+
+        monkeypatch.setattr(modeling_charformer, "checkpoint", checkpoint)
+        monkeypatch.setattr(auxiliary_losses, "checkpoint", checkpoint)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(ids, labels=ids, training_progress=0.0)
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        sizes[layers] = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
+    assert sizes[None] > 8 * hidden_state
+    assert sizes["all"] - sizes[None] < hidden_state
+
+
+def test_autocast_casts_the_input_of_attention_once(make_model, make_ids):
+    model, ids, inputs = make_model(num_hidden_layers=1), make_ids(), []
+    for linear in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.k_proj):
+        linear.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(ids, labels=ids)
+    query, key = inputs
+    assert query.dtype == torch.bfloat16 and query.data_ptr() == key.data_ptr()
+    torch.testing.assert_close(output.loss, model(ids, labels=ids).loss, rtol=0.02, atol=0.0)
