@@ -107,8 +107,8 @@ def deep(layers: int, steps: int, window: int, batch: int) -> Grid:
             "max_eval_characters": 20_000,  # all of them would take longer than training
         },
         {prefix + name: fields | more for prefix, more in variants.items() for name, fields in losses.items()},
-        learning_rates=(5e-4, 2e-3),
-        momentum_learning_rates=(3e-3, 1e-2),
+        learning_rates=(5e-4, 2e-3, 8e-3),
+        momentum_learning_rates=(3e-3, 1e-2, 3e-2),
         baselines={prefix + name: f"{prefix}none" for prefix in variants for name in losses},
         cost_repeats=10,
     )
@@ -142,7 +142,7 @@ GRIDS = {
             "Muon; 8 targets, 0.1 each, sequential": NONE | MUON | EIGHT | {"target_heads": "sequential"},
             "Muon; all of the paper's": BOTH | MUON | {"intermediate_weight": 1.0},
         },
-        learning_rates=(4e-3, 8e-3),
+        learning_rates=(2e-3, 4e-3, 8e-3),
         baselines={
             f"Muon; {losses}": "Muon"
             for losses in ("4 targets, 0.2 each", "8 targets, 0.1 each, sequential", "all of the paper's")

@@ -381,7 +381,8 @@ def test_intermediate_losses_keep_no_hidden_states_of_their_own(make_model, make
     """They read what the next layer keeps for the backward pass anyway."""
     ids, sizes, hidden_state = make_ids(), {}, 2 * 20 * 16 * 4
     for layers in (None, "all"):
-        model, kept = make_model(num_hidden_layers=8, num_targets=1, intermediate_layers=layers), {}
+        model = make_model(num_hidden_layers=8, num_targets=1, intermediate_layers=layers)
+        kept: dict[int, torch.Tensor] = {}
 
         def keep(tensor, kept=kept):
             kept[tensor.untyped_storage().data_ptr()] = tensor
