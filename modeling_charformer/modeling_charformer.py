@@ -556,12 +556,12 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             by_layer.setdefault(term.layer, []).append(term)
         auxiliary_losses: dict[str, Tensor] = {}
 
-        def add_losses(of: list[LossTerm], read: Tensor) -> None:
+        def add_losses(group: list[LossTerm], read: Tensor) -> None:
             auxiliary_losses.update(
                 causal_lm_losses(
                     read,
-                    partial(self.classify, of),
-                    of,
+                    partial(self.classify, group),
+                    group,
                     labels,  # type: ignore[arg-type]  # there are no terms without labels
                     denominators,
                     self.config.vocab_size,
@@ -576,7 +576,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            layer_readers={layer: partial(add_losses, of) for layer, of in by_layer.items() if layer < last},
+            layer_readers={layer: partial(add_losses, group) for layer, group in by_layer.items() if layer < last},
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -585,8 +585,8 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
 
         loss, loss_dict = None, None
         if labels is not None:
-            for of, read in self._target_states(by_layer.get(last, []), hidden_states, input_ids, inputs_embeds):
-                add_losses(of, read)
+            for group, read in self._target_states(by_layer.get(last, []), hidden_states, input_ids, inputs_embeds):
+                add_losses(group, read)
             loss_dict = self._main_losses(
                 # An index tensor may reorder the positions, so only "all of them" can be reused.
                 logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else self.lm_head(hidden_states),
