@@ -53,6 +53,7 @@ KEY = ("grid", "cell", "learning_rate", "seed", "settings", "data_sha256", "devi
 # Two-sided 95% quantiles of Student's t, by degrees of freedom.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 MUON: dict[str, Any] = {"muon": True}
+DROPOUT: dict[str, Any] = {"attention_dropout": 0.1, "activation_dropout": 0.1}
 POST: dict[str, Any] = {"norm_placement": "post"}
 # The paper's optimizer; its learning rate is 0.003.
 MOMENTUM: dict[str, Any] = {"optim": "sgd", "optim_args": "momentum=0.99", "weight_decay": 0.0}
@@ -157,8 +158,11 @@ GRIDS = {
             "layers, paper's schedule, 1": LAYERS | MUON | {"intermediate_weight": 1.0},
             "4 targets, 0.2 each": NONE | MUON | FOUR,
             "all of the paper's": BOTH | MUON | {"intermediate_weight": 1.0},
+            "dropout": NONE | MUON | DROPOUT,
+            "dropout; 4 targets, 0.2 each": NONE | MUON | DROPOUT | FOUR,
         },
         learning_rates=(2e-3, 4e-3),
+        baselines={"dropout; 4 targets, 0.2 each": "dropout"},
         at_its_best=True,
     ),
     # A loss at every position against one at the last position only.
