@@ -371,7 +371,7 @@ def share_of_step(labels: Tensor, denominators: Tensor) -> Tensor:
     return count_targets(labels, 1)[0, 0] / denominators[0, 0]
 
 
-# Logits of one piece of a classifier's work: 64 MB in float32. Smaller pieces would not save anything that matters,
+# Logits of one piece of the classifiers' work: 64 MB in float32. Smaller pieces would not save anything that matters,
 # larger ones would show in the peak of a model with a large vocabulary.
 MAX_LOGITS = 2**24
 

@@ -95,8 +95,14 @@ def cast_once(hidden_states: Tensor) -> Tensor:
 
     Each would cast it by itself otherwise, and keep a copy of its own for the backward pass.
     """
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        return hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
+    kind = hidden_states.device.type
+    # The meta device has no autocast, and float64 is not cast.
+    if (
+        hidden_states.dtype == torch.float32
+        and torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+    ):
+        return hidden_states.to(torch.get_autocast_dtype(kind))
     return hidden_states
 
 
@@ -182,8 +188,10 @@ class CharformerLayer(GradientCheckpointingLayer):
         input_is_kept: bool = False,
         **kwargs,
     ) -> Tensor:
-        """`input_is_kept`: what a classifier keeps for the backward pass, this layer need not keep with positions added."""
-        if input_is_kept and self.norm_first:
+        """`input_is_kept`: a classifier keeps this layer's input for the backward pass; the sum with the positions and its norm
+        are computed from it again there, instead of being kept too.
+        """
+        if input_is_kept and self.norm_first and not (self.gradient_checkpointing and self.training):
             hidden_states, attended = checkpoint(
                 self._with_positions, hidden_states, position_ids, use_reentrant=False, preserve_rng_state=False
             )
@@ -341,10 +349,11 @@ class CharformerModel(CharformerPreTrainedModel):
     def __init__(self, config: CharformerConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([CharformerLayer(config, index) for index in range(config.num_hidden_layers)])
-        # After post-norm layers there is nothing left to normalise.
+        # After post-norm layers there is nothing left to normalise. Before the layers, since the first layer's classifiers
+        # read it too: DistributedDataParallel sends gradients from the last parameter to the first, and waits for each.
         pre_norm = config.norm_placement == "pre"
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre_norm else nn.Identity()
+        self.layers = nn.ModuleList([CharformerLayer(config, index) for index in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -490,9 +499,8 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
 
     def __init__(self, config: CharformerConfig):
         super().__init__(config)
-        self.model = CharformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.loss_settings: AuxiliaryLossSettings = config.loss_settings()
+        # Before the model, for the reason that its norm is before its layers.
         self.auxiliary_heads = nn.ModuleDict(
             {
                 term.name: AuxiliaryHead(config.hidden_size, config.vocab_size, index)
@@ -500,6 +508,8 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
                 if not term.is_main
             }
         )
+        self.model = CharformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         blocks = [] if config.target_heads == "linear" else range(2, config.num_targets + 1)
         sequential = config.target_heads == "sequential"
         self.target_blocks = nn.ModuleDict(
@@ -545,6 +555,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
                 outside the vocabulary, or `training_progress` is outside 0..1.
         """
         weights: dict[str, float] = {}
+        denominators: Any = None
         if labels is not None:
             self._check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
             weights = self._weights_in_force(training_progress, training_step)
@@ -706,8 +717,6 @@ class CharformerClassifier(CharformerPreTrainedModel):
     def __init__(self, config: CharformerConfig):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
-        self.model = CharformerModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.loss_settings = config.classifier_settings()
         self.auxiliary_classifiers = nn.ModuleDict(
             {
@@ -716,6 +725,8 @@ class CharformerClassifier(CharformerPreTrainedModel):
                 if not term.is_main
             }
         )
+        self.model = CharformerModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.loss_uncertainty = self._uncertainty_weighting()
         self.post_init()
 
@@ -759,7 +770,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=False,
-            layer_readers={term.layer: partial(add_loss, term.name) for term in terms if labels is not None},
+            layer_readers={term.layer: partial(add_loss, term.name) for term in terms},
             **kwargs,
         )
         logits = self.score(self._select(outputs.last_hidden_state, attention_mask))

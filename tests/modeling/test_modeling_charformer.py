@@ -364,6 +364,8 @@ def test_compiled_training_step_is_the_eager_one(make_model, make_ids):
             (output.loss_dict, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         )
     torch.testing.assert_close(results[0], results[1])
+    ids = make_ids(length=21)
+    torch.testing.assert_close(step(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
 def test_backward_takes_the_losses_of_a_layer_right_before_it(make_model, make_ids):
@@ -412,3 +414,10 @@ def test_autocast_casts_the_input_of_attention_once(make_model, make_ids):
     query, key = inputs
     assert query.dtype == torch.bfloat16 and query.data_ptr() == key.data_ptr()
     torch.testing.assert_close(output.loss, model(ids, labels=ids).loss, rtol=0.02, atol=0.0)
+
+
+def test_autocast_leaves_float64_and_the_meta_device_alone(make_model, make_ids):
+    model, ids = make_model().double(), make_ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(ids).logits.dtype == torch.float64
+    assert model.to("meta")(ids.to("meta"), labels=ids.to("meta")).logits.shape == (2, 20, 256)

@@ -303,7 +303,7 @@ class _CausalLM(_WithAuxiliaryLosses):
             losses |= causal_lm_losses(
                 outputs.hidden_states[term.layer],
                 functools.partial(self._classify, term),
-                [term],  # by itself: the logits of several classifiers of a large vocabulary are cut in smaller pieces
+                [term],  # one at a time: with a large vocabulary, several at once would run on smaller pieces
                 labels,
                 denominators,
                 self._vocab_size,
