@@ -160,9 +160,14 @@ GRIDS = {
             "all of the paper's": BOTH | MUON | {"intermediate_weight": 1.0},
             "dropout": NONE | MUON | DROPOUT,
             "dropout; 4 targets, 0.2 each": NONE | MUON | DROPOUT | FOUR,
+            "dropout; 4 targets, 0.5 each": NONE | MUON | DROPOUT | {"num_targets": 4, "target_weights": [0.5] * 3},
+            "dropout; 8 targets, 0.2 each": NONE | MUON | DROPOUT | {"num_targets": 8, "target_weights": [0.2] * 7},
         },
         learning_rates=(2e-3, 4e-3),
-        baselines={"dropout; 4 targets, 0.2 each": "dropout"},
+        baselines={
+            f"dropout; {losses}": "dropout"
+            for losses in ("4 targets, 0.2 each", "4 targets, 0.5 each", "8 targets, 0.2 each")
+        },
         at_its_best=True,
     ),
     # A loss at every position against one at the last position only.

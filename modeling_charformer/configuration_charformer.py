@@ -213,7 +213,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
 
         For the lowest bits per character in a given time: no auxiliary losses. At nanoGPT's CPU setting (tiny Shakespeare,
         4 layers, 2,000 steps, three seeds, learning rates retuned) four targets gained 0.006 bpc with Muon (standard error
-        0.001) at 1.15 times the cost of a step, and all of the paper's losses 0.006 (0.004) at 1.12; both needed 1.1 times
+        0.001) at 1.12 times the cost of a step, and all of the paper's losses 0.006 (0.004) at 1.11; both needed 1.1 times
         the seconds to come to what training without them comes to. Muon itself gained 0.235 bpc.
 
         For generation that drafts for itself (`drafting=True`): eight targets by sequential heads, as in the recipe
