@@ -211,8 +211,12 @@ GRIDS = {
             "4 targets, 0.2 each, sequential": NONE | FOUR | {"target_heads": "sequential"},
             "8 targets, 0.1 each": NONE | EIGHT,
             "all of the paper's": BOTH | {"intermediate_weight": 1.0},
+            "Muon": NONE | MUON,
+            "Muon; 4 targets, 0.2 each": NONE | MUON | FOUR,
         },
         learning_rates=(1e-3, 2e-3),
+        baselines={"Muon; 4 targets, 0.2 each": "Muon"},
+        at_its_best=True,
     ),
 }
 

@@ -208,26 +208,40 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         return replace(settings, loss_weights=own or None)
 
     @classmethod
-    def recommended(cls, drafting: bool = False, **fields: Any) -> "CharformerConfig":
+    def recommended(cls, purpose: str = "much_text", **fields: Any) -> "CharformerConfig":
         """Losses for practical use, as the project's ablation has them (`benchmarks/results/ablation.md`); `fields` for the rest.
 
-        For the lowest bits per character in a given time: no auxiliary losses. At nanoGPT's CPU setting (tiny Shakespeare,
-        4 layers, 2,000 steps, three seeds, learning rates retuned) four targets gained 0.006 bpc with Muon (standard error
-        0.001) at 1.12 times the cost of a step, and all of the paper's losses 0.006 (0.004) at 1.11; both needed 1.1 times
-        the seconds to come to what training without them comes to. Muon itself gained 0.235 bpc.
+        Args:
+            purpose: What the model is to be good at, and on what:
 
-        For generation that drafts for itself (`drafting=True`): eight targets by sequential heads, as in the recipe
-        `drafting.yaml`, with which `generate(use_extra_targets=True)` was 2.8 times as fast in greedy text. Such heads cost
-        half as much again as a step, and no bits (a gain of 0.010, standard error 0.005, at weights of 0.1).
+                - `"much_text"`, of which training sees each part once or a few times: no auxiliary losses. At nanoGPT's CPU
+                  setting (tiny Shakespeare, 4 layers, 2,000 steps, three seeds, learning rates retuned) four targets
+                  gained 0.006 bpc with Muon (standard error 0.001) at 1.12 times the cost of a step, and all of the
+                  paper's losses 0.006 (0.004) at 1.11; both needed 1.1 times the seconds to come to what training without
+                  them comes to. Muon itself gained 0.235 bpc.
+                - `"little_text"`, which a model learns by heart: four targets at 0.2 each, beside dropout, which does more.
+                  LITTLE
+                - `"drafting"`: eight targets by sequential heads, as in the recipe `drafting.yaml`, with which
+                  `generate(use_extra_targets=True)` was 2.8 times as fast in greedy text. Such heads cost half as much
+                  again as a step, and no bits (a gain of 0.010, standard error 0.005, at weights of 0.1).
+            fields: The model's other fields, and losses in place of these.
 
         Raises:
-            As `CharformerConfig`, for fields that are wrong.
+            ValueError: If `purpose` is none of these; for fields that are wrong, as `CharformerConfig`.
         """
-        losses: dict[str, Any] = {"num_targets": 1, "intermediate_layers": None}
-        if drafting:
-            heads = {"num_targets": 8, "target_weights": [0.2] * 7, "target_schedule": "forward"}
-            losses |= {**heads, "target_heads": "sequential"}
-        return cls(**(losses | fields))
+        losses: dict[str, dict[str, Any]] = {
+            "much_text": {"num_targets": 1},
+            "little_text": {"num_targets": 4, "target_weights": [0.2] * 3},
+            "drafting": {
+                "num_targets": 8,
+                "target_weights": [0.2] * 7,
+                "target_schedule": "forward",
+                "target_heads": "sequential",
+            },
+        }
+        if purpose not in losses:
+            raise ValueError(f"purpose is {purpose!r}; it must be one of {sorted(losses)}")
+        return cls(**({"intermediate_layers": None} | losses[purpose] | fields))
 
 
 # What is saved takes its code along, and so does what is loaded with that code and saved again.

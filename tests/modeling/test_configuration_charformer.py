@@ -19,13 +19,20 @@ def test_defaults_are_the_papers_t12():
 
 
 def test_recommended_losses_are_those_of_the_recipes():
-    for recipe, drafting in (("shakespeare-cpu.yaml", False), ("drafting.yaml", True)):
+    recipes = {
+        "shakespeare-cpu.yaml": "much_text",
+        "shakespeare-gpu.yaml": "little_text",
+        "drafting.yaml": "drafting",
+    }
+    for recipe, purpose in recipes.items():
         fields = yaml.safe_load((CONFIGS / recipe).read_text())
-        config = CharformerConfig.recommended(drafting, num_hidden_layers=4)
+        config = CharformerConfig.recommended(purpose, num_hidden_layers=fields["num_hidden_layers"])
         of_recipe = CharformerConfig(**{name: fields[name] for name in fields if hasattr(config, name)})
         assert config.loss_settings() == of_recipe.loss_settings()
         assert config.target_heads == of_recipe.target_heads
     assert CharformerConfig.recommended(num_targets=3).num_targets == 3
+    with pytest.raises(ValueError, match="purpose is 'speed'; it must be one of .*'little_text'"):
+        CharformerConfig.recommended("speed")
 
 
 @pytest.mark.parametrize(
