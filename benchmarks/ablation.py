@@ -549,12 +549,14 @@ def report(path: Path) -> str:
         costs = json.loads(path.with_name(f"{path.stem}_{name}_costs.json").read_text(encoding="utf-8"))
         table, one = rows(own, grid, costs), own[0]
         tried = sorted({run["learning_rate"] for run in own if run["seed"] == grid.tuning_seed})
+        with_muon = all(fields.get("muon") for fields in grid.cells.values())
+        optimizer = "Muon in all cells" if with_muon else "AdamW where a cell says nothing else"
         figure = path.with_name(f"{path.stem}_{name}.png")
         draw(own, grid, costs, figure)
         pages += [
             f"## {name}",
             "",
-            f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}, AdamW where a cell says nothing else;"
+            f"{one['steps']:,} steps, {grid.recipe} with {grid.fields}, {optimizer};"
             f" {one['device']}, {one['threads']} thread(s) a run, torch {one['torch']}, transformers {one['transformers']}; data sha256 {one['data_sha256']}. Each cell has"
             f" the learning rate that was best for it with seed {grid.tuning_seed} (tried: {tried}); the figures are of seeds"
             f" {list(grid.seeds)}.",
