@@ -298,6 +298,20 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
             return None
         return UncertaintyWeighting([*(term.name for term in self.loss_settings.terms), "last_position"])
 
+    def _classifiers_of_terms(self, num_outputs: int) -> nn.ModuleDict:
+        """A classifier for each term of `loss_settings` but the main one, under the term's name.
+
+        To be made before the layers that they read: DistributedDataParallel sends gradients from the last
+        parameter to the first and waits for each, and those of the first layer's classifiers come late.
+        """
+        return nn.ModuleDict(
+            {
+                term.name: AuxiliaryHead(self.config.hidden_size, num_outputs, index)
+                for index, term in enumerate(self.loss_settings.terms)
+                if not term.is_main
+            }
+        )
+
     def without_auxiliary_heads(self: Model) -> Model:
         """A new model with copies of the same weights and none of those that exist for training only.
 
@@ -349,8 +363,8 @@ class CharformerModel(CharformerPreTrainedModel):
     def __init__(self, config: CharformerConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # After post-norm layers there is nothing left to normalise. Before the layers, since the first layer's classifiers
-        # read it too: DistributedDataParallel sends gradients from the last parameter to the first, and waits for each.
+        # After post-norm layers there is nothing left to normalise. Made before the layers, as the classifiers that read
+        # it are (see `_classifiers_of_terms`).
         pre_norm = config.norm_placement == "pre"
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre_norm else nn.Identity()
         self.layers = nn.ModuleList([CharformerLayer(config, index) for index in range(config.num_hidden_layers)])
@@ -500,14 +514,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
     def __init__(self, config: CharformerConfig):
         super().__init__(config)
         self.loss_settings: AuxiliaryLossSettings = config.loss_settings()
-        # Before the model, for the reason that its norm is before its layers.
-        self.auxiliary_heads = nn.ModuleDict(
-            {
-                term.name: AuxiliaryHead(config.hidden_size, config.vocab_size, index)
-                for index, term in enumerate(self.loss_settings.terms)
-                if not term.is_main
-            }
-        )
+        self.auxiliary_heads = self._classifiers_of_terms(config.vocab_size)
         self.model = CharformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         blocks = [] if config.target_heads == "linear" else range(2, config.num_targets + 1)
@@ -718,13 +725,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
         self.loss_settings = config.classifier_settings()
-        self.auxiliary_classifiers = nn.ModuleDict(
-            {
-                term.name: AuxiliaryHead(config.hidden_size, self.num_labels, index)
-                for index, term in enumerate(self.loss_settings.terms)
-                if not term.is_main
-            }
-        )
+        self.auxiliary_classifiers = self._classifiers_of_terms(self.num_labels)
         self.model = CharformerModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.loss_uncertainty = self._uncertainty_weighting()

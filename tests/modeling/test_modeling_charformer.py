@@ -390,10 +390,9 @@ def test_intermediate_losses_keep_no_hidden_states_of_their_own(make_model, make
             kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
-        def checkpoint(function, *inputs, **options):
-            for tensor in inputs[:1]:  # what it reads; positions and targets are small
-                keep(tensor)
-            return torch.utils.checkpoint.checkpoint(function, *inputs, **options)
+        def checkpoint(function, read, *inputs, **options):
+            keep(read)  # positions and targets are small
+            return torch.utils.checkpoint.checkpoint(function, read, *inputs, **options)
 
         monkeypatch.setattr(modeling_charformer, "checkpoint", checkpoint)
         monkeypatch.setattr(auxiliary_losses, "checkpoint", checkpoint)

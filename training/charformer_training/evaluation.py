@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,12 +162,14 @@ def bits_by_position(
     for start in tqdm(range(0, count, batch_size), desc="bits by position and layer", unit="batch"):
         rows = np.arange(start, min(start + batch_size, count))[:, None] * window + np.arange(window + 1)
         ids = torch.from_numpy(data[rows].astype(np.int64)).to(model.device)
-        outputs = model.model(ids[:, :-1], use_cache=False, output_hidden_states=True)
+        layers: dict[int, torch.Tensor] = {}
+        readers = {term.layer: partial(layers.__setitem__, term.layer) for term in terms if not term.is_main}
+        outputs = model.model(ids[:, :-1], use_cache=False, layer_readers=readers)
         for term in terms:
             if term.is_main:
                 logits = model.lm_head(outputs.last_hidden_state)
             else:
-                (logits,) = model.classify([term], outputs.hidden_states[term.layer])
+                (logits,) = model.classify([term], layers[term.layer])
             nats = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
             sums[term.name] += nats.double().sum(0).cpu().numpy()
     model.train(was_training)
