@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+# Most of the tests' time goes into starting programs, a core each.
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
 .PHONY: help quickstart shakespeare ablation test test-oldest check format clean
@@ -28,10 +30,10 @@ ablation: $(VENV)/train.stamp
 	$(BIN)/python benchmarks/ablation.py report runs/ablation/ablation.jsonl
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-oldest: $(OLDEST)/dev.stamp
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python $(PYTEST)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NONE: dict[str, Any] = {"num_targets": 1, "intermediate_layers": "none"}
 LAYERS: dict[str, Any] = {"num_targets": 1, "intermediate_layers": "all"}
 BOTH: dict[str, Any] = {"num_targets": 2, "intermediate_layers": "all", "intermediate_schedule": "paper"}
+TWO: dict[str, Any] = {"num_targets": 2, "target_weights": [0.5]}  # the paper's weight
 FOUR: dict[str, Any] = {"num_targets": 4, "target_weights": [0.2] * 3}
 EIGHT: dict[str, Any] = {"num_targets": 8, "target_weights": [0.1] * 7}
 JUDGED_BY = {"eval_bpc": "per character", "last_position": "of the last character of a window"}
@@ -54,6 +55,7 @@ KEY = ("grid", "cell", "learning_rate", "seed", "settings", "data_sha256", "devi
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 MUON: dict[str, Any] = {"muon": True}
 DROPOUT: dict[str, Any] = {"attention_dropout": 0.1, "activation_dropout": 0.1}
+NO_DROPOUT: dict[str, Any] = {"attention_dropout": 0.0, "activation_dropout": 0.0}
 POST: dict[str, Any] = {"norm_placement": "post"}
 # The paper's optimizer; its learning rate is 0.003.
 MOMENTUM: dict[str, Any] = {"optim": "sgd", "optim_args": "momentum=0.99", "weight_decay": 0.0}
@@ -81,6 +83,11 @@ class Grid:
 
     def baseline(self, cell: str) -> str:
         return self.baselines.get(cell, "none")
+
+    @property
+    def device(self) -> str:
+        wants_gpu = "gpu" in self.recipe and not self.fields.get("use_cpu")
+        return "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"
 
 
 def deep(layers: int, steps: int, window: int, batch: int) -> Grid:
@@ -170,6 +177,33 @@ GRIDS = {
         },
         at_its_best=True,
     ),
+    # The same with the model of nanoGPT's GPU setting (6 layers, width 384, window 256): ten epochs.
+    "small-data-10m": Grid(
+        "shakespeare-gpu.yaml",
+        {
+            "train_share": 0.05,
+            "muon": False,
+            "bf16": False,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+            "report_to": "none",
+            "per_device_train_batch_size": 8,
+            "max_steps": 270,
+            "eval_steps": 18,
+            "warmup_steps": 20,
+            "max_eval_characters": 20_000,
+        },
+        {
+            "none": NONE | NO_DROPOUT,
+            "dropout": NONE,
+            "dropout; 4 targets, 0.2 each": NONE | FOUR,
+            "dropout; all of the paper's": BOTH | TWO | {"intermediate_weight": 1.0},
+        },
+        learning_rates=(1e-3, 2e-3),
+        baselines={f"dropout; {losses}": "dropout" for losses in ("4 targets, 0.2 each", "all of the paper's")},
+        at_its_best=True,
+        cost_repeats=5,
+    ),
     # A loss at every position against one at the last position only.
     "positions": Grid(
         "shakespeare-cpu.yaml",
@@ -206,11 +240,11 @@ GRIDS = {
         {
             "none": NONE,
             "layers, paper's schedule, 0.1": LAYERS | {"intermediate_weight": 0.1},
-            "2 targets": NONE | {"num_targets": 2},
+            "2 targets": NONE | TWO,
             "4 targets, 0.2 each": NONE | FOUR,
             "4 targets, 0.2 each, sequential": NONE | FOUR | {"target_heads": "sequential"},
             "8 targets, 0.1 each": NONE | EIGHT,
-            "all of the paper's": BOTH | {"intermediate_weight": 1.0},
+            "all of the paper's": BOTH | TWO | {"intermediate_weight": 1.0},
             "Muon": NONE | MUON,
             "Muon; 4 targets, 0.2 each": NONE | MUON | FOUR,
         },
@@ -313,7 +347,6 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str, da
 
 def key_of(grid: str, cell: str, learning_rate: float, seed: int, data_sha256: str) -> dict[str, Any]:
     """What tells one run from another: two with the same key, of the same recipe and program, would come to the same."""
-    on_gpu = torch.cuda.is_available() and "gpu" in GRIDS[grid].recipe
     return {
         "grid": grid,
         "cell": cell,
@@ -321,7 +354,7 @@ def key_of(grid: str, cell: str, learning_rate: float, seed: int, data_sha256: s
         "seed": seed,
         "settings": {**GRIDS[grid].fields, **GRIDS[grid].cells[cell]},
         "data_sha256": data_sha256,
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
+        "device": torch.cuda.get_device_name() if GRIDS[grid].device == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
     }
 
@@ -422,8 +455,7 @@ def step_costs(name: str, data: str) -> dict[str, float]:
         model_arguments, _, _, training = arguments_of(name, cell, 1e-3, 1, data, "unused")
         model = build_model(model_arguments)
         ids = torch.randint(0, 256, (training.per_device_train_batch_size, model.config.max_position_embeddings))
-        device = "cuda" if torch.cuda.is_available() and "gpu" in grid.recipe else "cpu"
-        steps |= {(cell, at): Step(model, ids, device, muon=training.muon, training_progress=at) for at in TENTHS}
+        steps |= {(cell, at): Step(model, ids, grid.device, muon=training.muon, training_progress=at) for at in TENTHS}
     times = times_by_turns(steps, grid.cost_repeats, f"{name}: cost of a step")
     return {cell: statistics.mean(times[cell, at] for at in TENTHS) for cell in grid.cells}
 

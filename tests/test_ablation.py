@@ -1,5 +1,6 @@
 """The ablation's report says what its runs say."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -155,3 +156,16 @@ def test_the_cells_of_all_grids_are_settings_that_exist(tmp_path):
                 continue  # bf16 is refused elsewhere
             arguments = ablation.arguments_of(name, cell, grid.learning_rates[0], 1, str(text), str(tmp_path / "run"))
             assert arguments[0].config_fields()["num_hidden_layers"] >= 4
+
+
+@pytest.mark.parametrize("grid", ablation.GRIDS)
+def test_every_cell_of_a_grid_can_be_run(grid, tmp_path, monkeypatch):
+    without_gpu = ablation.GRIDS[grid].fields | {"bf16": False, "use_cpu": True}
+    monkeypatch.setitem(ablation.GRIDS, grid, dataclasses.replace(ablation.GRIDS[grid], fields=without_gpu))
+    for cell, fields in ablation.GRIDS[grid].cells.items():
+        model_arguments, _, _, training = ablation.arguments_of(grid, cell, 1e-3, 1, "text.txt", str(tmp_path))
+        with torch.device("meta"):
+            settings = ablation.build_model(model_arguments).loss_settings
+        assert settings.num_targets == fields["num_targets"]
+        assert bool(settings.layers) == (fields["intermediate_layers"] != "none")
+        assert training.muon == fields.get("muon", False)

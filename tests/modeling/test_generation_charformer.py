@@ -79,7 +79,7 @@ class Shift(LogitsProcessor):
         {"max_new_tokens": 1},
         {"max_new_tokens": 2},
         {"max_new_tokens": None, "max_length": 17},
-        {"logits_processor": LogitsProcessorList([Shift()])},
+        pytest.param({"logits_processor": LogitsProcessorList([Shift()])}, id="logits_processor"),
         {"no_repeat_ngram_size": 3},
     ],
     ids=str,

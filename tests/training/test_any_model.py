@@ -280,7 +280,6 @@ def test_peft_trains_adapters_and_heads():
             "is an encoder-decoder",
         ),
     ],
-    ids=str,
 )
 def test_wrong_models_and_settings_are_refused_and_nothing_is_changed(make, settings, message):
     model = make()

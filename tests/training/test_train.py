@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from charformer_training import data as data_module
 from charformer_training.data import load_corpus
-from charformer_training.train import main, parse_arguments
+from charformer_training.train import build_model, main, parse_arguments
 from modeling_charformer import CharformerForCausalLM
 from tests.helpers import CONFIGS, QUICKSTART, small_command
 
@@ -189,6 +189,14 @@ def test_command_line_overrides_the_recipe(command):
     fields = model.config_fields()
     assert fields["intermediate_layers"] == [1, 2] and fields["target_weights"] == [0.25]
     assert fields["intermediate_weight"] == yaml.safe_load(Path(QUICKSTART).read_text())["intermediate_weight"]
+
+
+def test_one_target_needs_no_weights_of_the_recipes_further_ones(command):
+    recipe = str(CONFIGS / "shakespeare-gpu.yaml")
+    model, _, _, _ = parse_arguments(command(recipe, num_targets=1))
+    assert build_model(model).config.target_weights is None
+    model, _, _, _ = parse_arguments(command(recipe, num_targets=1, target_weights=0.3))
+    assert model.target_weights == [0.3]  # given together, for the configuration to refuse
 
 
 @pytest.mark.parametrize(("words", "layers"), [(["all"], "all"), (["none"], None), (["3", "1"], [3, 1])])

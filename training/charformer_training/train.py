@@ -142,14 +142,16 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         allow_abbrev=False,  # a misspelt field must not pass for the beginning of another
     )
     arguments = list(argv)
+    given = {word.split("=")[0] for word in arguments}
     if arguments and not arguments[0].startswith("-"):
         recipe = _read_recipe(Path(arguments.pop(0)), parser)
-        given = {word.split("=")[0] for word in arguments}
         for source, other in (("data_path", "dataset_name"), ("dataset_name", "data_path")):
             if f"--{source}" in given:  # replaces the recipe's text, wherever that comes from
                 recipe.pop(other, None)
         parser.set_defaults(**recipe)
     model, data, run, training = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if model.num_targets == 1 and "--num_targets" in given and "--target_weights" not in given:
+        model.target_weights = None  # the recipe's weights are of targets that are not wanted
     if training.output_dir is None:
         raise ValueError("output_dir is missing; give the folder for the trained model")
     if training.max_steps <= 0:
