@@ -426,7 +426,8 @@ def step_costs(name: str, data: str) -> dict[str, float]:
         model_arguments, _, _, training = arguments_of(name, cell, 1e-3, 1, data, "unused")
         model = build_model(model_arguments)
         ids = torch.randint(0, 256, (training.per_device_train_batch_size, model.config.max_position_embeddings))
-        steps |= {(cell, at): Step(model, ids, grid.device, muon=training.muon, training_progress=at) for at in TENTHS}
+        step = Step(model, ids, grid.device, muon=training.muon)
+        steps |= {(cell, at): step.given(training_progress=at) for at in TENTHS}
     times = times_by_turns(steps, grid.cost_repeats, f"{name}: cost of a step")
     return {cell: statistics.mean(times[cell, at] for at in TENTHS) for cell in grid.cells}
 

@@ -1,5 +1,6 @@
 """What the benchmarks of training steps share: time by turns, memory in processes of their own."""
 
+import copy
 import os
 import platform
 import resource
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from charformer_training.optimizer import muon_adamw
@@ -21,6 +24,16 @@ from charformer_training.optimizer import muon_adamw
 Key = TypeVar("Key", bound=Hashable)
 # Shares of training done, in the middle of each tenth: the mean of a step's cost at these is its average over a schedule.
 TENTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+# Kinds of operations, by what the names of torch's have in them.
+KINDS = {
+    "attention": ("scaled_dot_product",),
+    "matrix multiplication": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "optimizer": ("adam",),
+    "norms": ("layer_norm",),
+    "activation": ("threshold", "clamp", "relu"),
+    "copies and casts": ("aten::copy_",),
+    "sums": ("aten::add", "aten::sum"),
+}
 
 
 def machine(device: str) -> dict[str, str]:
@@ -56,6 +69,12 @@ class Step:
         self.model = torch.compile(model) if compiled else model
         self.ids = ids.to(device)
 
+    def given(self, **inputs: Any) -> "Step":
+        """The same model and optimizer with other inputs."""
+        other = copy.copy(self)
+        other.inputs = inputs
+        return other
+
     def __call__(self) -> float:
         """Seconds."""
         begin = time.perf_counter()
@@ -69,7 +88,41 @@ class Step:
         return time.perf_counter() - begin
 
 
-def times_by_turns(steps: Mapping[Key, Step], repeats: int, name: str) -> dict[Key, float]:
+class MatrixMultiply:
+    """The product of two square matrices, large enough to show what the machine can do, in the type of a `Step` there."""
+
+    def __init__(self, device: str):
+        self.device, self.size = device, 8192 if device == "cuda" else 2048
+        kind = torch.bfloat16 if device == "cuda" else torch.float32
+        self.factor = torch.randn(self.size, self.size, device=device, dtype=kind)
+        self.flops = 2 * self.size**3
+
+    def __call__(self) -> float:
+        """Seconds."""
+        begin = time.perf_counter()
+        self.factor @ self.factor
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+
+def time_by_kind(step: Step) -> dict[str, float]:
+    """What of the time of a step goes into which kind of operation, as shares of all; the largest first."""
+    cuda = step.device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler:
+        for _ in range(3):
+            step()
+    shares = dict.fromkeys((*KINDS, "other"), 0.0)
+    for event in profiler.key_averages():
+        if event.device_type == DeviceType.CPU:  # kernels of a CUDA device count with the operations that start them
+            kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), "other")
+            shares[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    total = sum(shares.values())
+    return {kind: round(value / total, 3) for kind, value in sorted(shares.items(), key=lambda pair: -pair[1])}
+
+
+def times_by_turns(steps: Mapping[Key, Callable[[], float]], repeats: int, name: str) -> dict[Key, float]:
     """Median seconds of each step. They take turns, so that whatever else the machine does hits all alike."""
     for step in steps.values():
         step(), step()
