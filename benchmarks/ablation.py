@@ -167,11 +167,12 @@ GRIDS = {
             "dropout; 4 targets, 0.2 each": NONE | MUON | DROPOUT | FOUR,
             "dropout; 4 targets, 0.5 each": NONE | MUON | DROPOUT | {"num_targets": 4, "target_weights": [0.5] * 3},
             "dropout; 8 targets, 0.2 each": NONE | MUON | DROPOUT | {"num_targets": 8, "target_weights": [0.2] * 7},
+            "dropout; all of the paper's": BOTH | MUON | DROPOUT | {"intermediate_weight": 1.0},
         },
         learning_rates=(1e-3, 2e-3, 4e-3),
         baselines={
             f"dropout; {losses}": "dropout"
-            for losses in ("4 targets, 0.2 each", "4 targets, 0.5 each", "8 targets, 0.2 each")
+            for losses in ("4 targets, 0.2 each", "4 targets, 0.5 each", "8 targets, 0.2 each", "all of the paper's")
         },
         at_its_best=True,
     ),
