@@ -219,9 +219,10 @@ GRIDS = {
             "all of the paper's": BOTH | TWO | {"intermediate_weight": 1.0},
             "Muon": NONE | MUON,
             "Muon; 4 targets, 0.2 each": NONE | MUON | FOUR,
+            "Muon; all of the paper's": BOTH | TWO | MUON | {"intermediate_weight": 1.0},
         },
         learning_rates=(1e-3, 2e-3),
-        baselines={"Muon; 4 targets, 0.2 each": "Muon"},
+        baselines={f"Muon; {losses}": "Muon" for losses in ("4 targets, 0.2 each", "all of the paper's")},
         at_its_best=True,
     ),
 }

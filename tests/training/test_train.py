@@ -192,8 +192,8 @@ def test_command_line_overrides_the_recipe(command):
 
 
 def test_one_target_needs_no_weights_of_the_recipes_further_ones(command):
-    recipe = str(CONFIGS / "shakespeare-gpu.yaml")
-    model, _, _, _ = parse_arguments(command(recipe, num_targets=1))
+    recipe = str(CONFIGS / "drafting.yaml")
+    model, _, _, _ = parse_arguments(command(recipe, num_targets=1, target_heads="linear"))
     assert build_model(model).config.target_weights is None
     model, _, _, _ = parse_arguments(command(recipe, num_targets=1, target_weights=0.3))
     assert model.target_weights == [0.3]  # given together, for the configuration to refuse
