@@ -10,7 +10,7 @@ DATA ?= data/tinyshakespeare.txt
 .PHONY: help quickstart shakespeare ablation test test-oldest check format clean
 
 help:
-	@echo "make quickstart   install, train on real text (about four minutes), show the result"
+	@echo "make quickstart   install, train on real text (about five minutes), show the result"
 	@echo "make shakespeare  train on DATA=tinyshakespeare.txt at nanoGPT's CPU setting (a few minutes)"
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
 	@echo "make test         install, run all tests"
