@@ -45,6 +45,15 @@ def machine(device: str) -> dict[str, str]:
     }
 
 
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Seconds until the device is done with `work`."""
+    begin = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
 class Step:
     """One optimizer step (AdamW, or with Muon) of a model on random ids; in bf16 on a CUDA device, or where asked for."""
 
@@ -56,9 +65,9 @@ class Step:
         compiled: bool = False,
         muon: bool = False,
         bf16: bool | None = None,
-        **inputs: Any,
     ):
-        self.device, self.inputs = device, inputs
+        self.device = device
+        self.inputs: dict[str, Any] = {}
         self.bf16 = device == "cuda" if bf16 is None else bf16
         model = model.to(device).train()
         self.optimizer: torch.optim.Optimizer = (
@@ -70,22 +79,21 @@ class Step:
         self.ids = ids.to(device)
 
     def given(self, **inputs: Any) -> "Step":
-        """The same model and optimizer with other inputs."""
+        """The same model and optimizer, with these inputs beside the ids."""
         other = copy.copy(self)
         other.inputs = inputs
         return other
 
     def __call__(self) -> float:
         """Seconds."""
-        begin = time.perf_counter()
+        return seconds_of(self._work, self.device)
+
+    def _work(self) -> None:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, **self.inputs).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
 
 
 class MatrixMultiply:
@@ -99,11 +107,7 @@ class MatrixMultiply:
 
     def __call__(self) -> float:
         """Seconds."""
-        begin = time.perf_counter()
-        self.factor @ self.factor
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        return seconds_of(lambda: self.factor @ self.factor, self.device)
 
 
 def time_by_kind(step: Step) -> dict[str, float]:

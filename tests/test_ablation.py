@@ -145,27 +145,19 @@ def test_what_is_done_is_not_run_again(tmp_path):
     assert another._missing(keys) == keys
 
 
-def test_the_cells_of_all_grids_are_settings_that_exist(tmp_path):
+@pytest.mark.parametrize("name", ablation.GRIDS)
+def test_the_cells_of_all_grids_are_settings_that_exist(name, tmp_path, monkeypatch):
     """Each is parsed and built into a model, before anyone's hours depend on it."""
-    text = tmp_path / "text.txt"
-    text.write_text("text")
-    for name, grid in ablation.GRIDS.items():
-        assert all(baseline in grid.cells for baseline in grid.baselines.values())
-        for cell in grid.cells:
-            if "gpu" in grid.recipe and not torch.cuda.is_available():
-                continue  # bf16 is refused elsewhere
-            arguments = ablation.arguments_of(name, cell, grid.learning_rates[0], 1, str(text), str(tmp_path / "run"))
-            assert arguments[0].config_fields()["num_hidden_layers"] >= 4
-
-
-@pytest.mark.parametrize("grid", ablation.GRIDS)
-def test_every_cell_of_a_grid_can_be_run(grid, tmp_path, monkeypatch):
-    without_gpu = ablation.GRIDS[grid].fields | {"bf16": False, "use_cpu": True}
-    monkeypatch.setitem(ablation.GRIDS, grid, dataclasses.replace(ablation.GRIDS[grid], fields=without_gpu))
-    for cell, fields in ablation.GRIDS[grid].cells.items():
-        model_arguments, _, _, training = ablation.arguments_of(grid, cell, 1e-3, 1, "text.txt", str(tmp_path))
+    grid = ablation.GRIDS[name]
+    assert all(baseline in grid.cells for baseline in grid.baselines.values())
+    # What only a GPU has is refused elsewhere.
+    without_gpu = dataclasses.replace(grid, fields=grid.fields | {"bf16": False, "use_cpu": True})
+    monkeypatch.setitem(ablation.GRIDS, name, without_gpu)
+    for cell, fields in grid.cells.items():
+        arguments = ablation.arguments_of(name, cell, grid.learning_rates[0], 1, "text.txt", str(tmp_path / "run"))
+        assert arguments[0].config_fields()["num_hidden_layers"] >= 4
         with torch.device("meta"):
-            settings = ablation.build_model(model_arguments).loss_settings
+            settings = ablation.build_model(arguments[0]).loss_settings
         assert settings.num_targets == fields["num_targets"]
         assert bool(settings.layers) == (fields["intermediate_layers"] != "none")
-        assert training.muon == fields.get("muon", False)
+        assert arguments[3].muon == fields.get("muon", False)
