@@ -110,7 +110,7 @@ def deep(layers: int, steps: int, window: int, batch: int) -> Grid:
             "per_device_train_batch_size": batch,
             "max_steps": steps,
             "eval_steps": steps // 10,
-            "max_eval_characters": 20_000,  # all of them would take longer than training
+            "max_eval_bytes": 20_000,  # all of them would take longer than training
         },
         {prefix + name: fields | more for prefix, more in variants.items() for name, fields in losses.items()},
         learning_rates=(5e-4, 2e-3, 8e-3),

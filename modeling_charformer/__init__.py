@@ -12,7 +12,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .auxiliary_losses import Moment, register_schedule, rotating_schedule, schedule_names
+from .auxiliary_losses import ScheduleContext, register_schedule, rotating_schedule, schedule_names
 from .configuration_charformer import CharformerConfig
 from .modeling_charformer import (
     CharformerForCausalLM,
@@ -39,7 +39,7 @@ __all__ = [
     "CharformerForTokenClassification",
     "CharformerModel",
     "CharformerTokenizer",
-    "Moment",
+    "ScheduleContext",
     "__version__",
     "register_schedule",
     "rotating_schedule",

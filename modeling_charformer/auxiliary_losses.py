@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 IGNORE_INDEX = -100
 
 
-class Moment(NamedTuple):
+class ScheduleContext(NamedTuple):
     """What a schedule is asked about: a term of the loss, and how far training is."""
 
     layer: int
@@ -41,31 +41,31 @@ class Moment(NamedTuple):
     """Optimizer steps done."""
 
 
-Schedule = Callable[[Moment], float]
+Schedule = Callable[[ScheduleContext], float]
 """To the factor, 0 or more, on the weight of a term."""
 
 
-def paper_schedule(at: Moment) -> float:
+def paper_schedule(at: ScheduleContext) -> float:
     """1 until `layer / (2 * num_layers)` of training is done, then 0: the first layer drops out first (paper, section 3)."""
     return 1.0 if at.progress * 2 * at.num_layers < at.layer else 0.0
 
 
-def constant_schedule(at: Moment) -> float:
+def constant_schedule(at: ScheduleContext) -> float:
     """1 throughout."""
     return 1.0
 
 
-def linear_schedule(at: Moment) -> float:
+def linear_schedule(at: ScheduleContext) -> float:
     """From 1 down a straight line to 0 at the point where the paper's schedule drops the layer."""
     return max(0.0, 1.0 - at.progress * 2 * at.num_layers / at.layer)
 
 
-def cosine_schedule(at: Moment) -> float:
+def cosine_schedule(at: ScheduleContext) -> float:
     """From 1 down half a cosine to 0 at the point where the paper's schedule drops the layer."""
     return (1.0 + math.cos(math.pi * min(1.0, at.progress * 2 * at.num_layers / at.layer))) / 2
 
 
-def forward_schedule(at: Moment) -> float:
+def forward_schedule(at: ScheduleContext) -> float:
     """Targets come in one after the other: the `k`-th when `(k - 1) / (2 * num_targets)` of training is done, to stay.
 
     The forward curriculum of Aynetdinov and Akbik (2025, arXiv 2505.22757).
@@ -73,7 +73,7 @@ def forward_schedule(at: Moment) -> float:
     return 1.0 if at.progress * 2 * at.num_targets >= at.offset - 1 else 0.0
 
 
-def random_schedule(at: Moment) -> float:
+def random_schedule(at: ScheduleContext) -> float:
     """1 for one of the intermediate layers, drawn anew at each step from the step's number alone, and 0 for the others."""
     # Random enough, and plain arithmetic of small numbers, which torch.compile follows.
     draw = (at.step * 7919 + 104_729) % 65_537
@@ -87,7 +87,7 @@ def rotating_schedule(interval: int) -> Schedule:
     Elhoushi et al. (2024, arXiv 2404.16710), section 4.1.2.
     """
 
-    def rotate(at: Moment) -> float:
+    def rotate(at: ScheduleContext) -> float:
         return 1.0 if (at.layers.index(at.layer) - at.step) % interval == 0 else 0.0
 
     return rotate
@@ -126,7 +126,7 @@ def schedule_names() -> list[str]:
     return sorted(_SCHEDULES)
 
 
-def scheduled(schedule: str, at: Moment) -> float:
+def scheduled(schedule: str, at: ScheduleContext) -> float:
     """The factor of the schedule of that name.
 
     Raises:
@@ -267,7 +267,7 @@ class AuxiliaryLossSettings:
                 terms.append(LossTerm(name, layer, offset, weight, name == self.main))
         return tuple(terms)
 
-    def weights_in_force(self, progress: float | None, step: int | None = None) -> dict[str, float]:
+    def weights_at(self, progress: float | None, step: int | None = None) -> dict[str, float]:
         """The weight of each term by name when the share `progress` of training, and `step` steps, are done.
 
         With `position_loss="last"` the main loss is that of the last position alone, so `last_position` takes over the
@@ -281,7 +281,9 @@ class AuxiliaryLossSettings:
             raise ValueError(f"training_progress is {progress}; it is the share of training done, from 0 to 1")
         weights, layers = {}, self.layers
         for term in self.terms:
-            at = Moment(term.layer, term.offset, self.num_layers, self.num_targets, layers, progress, step or 0)
+            at = ScheduleContext(
+                term.layer, term.offset, self.num_layers, self.num_targets, layers, progress, step or 0
+            )
             factor = 1.0 if term.offset == 1 else scheduled(self.target_schedule, at)
             if term.layer < self.num_layers:
                 factor *= scheduled(self.intermediate_schedule, at)

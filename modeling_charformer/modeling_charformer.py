@@ -90,7 +90,7 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def cast_once(hidden_states: Tensor) -> Tensor:
+def to_autocast_dtype(hidden_states: Tensor) -> Tensor:
     """What several linear layers read, in the type of autocast, where it is on.
 
     Each would cast it by itself otherwise, and keep a copy of its own for the backward pass.
@@ -131,7 +131,7 @@ class CharformerAttention(nn.Module):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """`positions_to_keep`: compute the output of so many last positions only; 0 is all."""
-        hidden_states = cast_once(hidden_states)
+        hidden_states = to_autocast_dtype(hidden_states)
         by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
         asking = hidden_states[:, -positions_to_keep:]
         query = self.q_proj(asking).view(*asking.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
@@ -381,7 +381,7 @@ class CharformerModel(CharformerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        layer_readers: Mapping[int, Callable[[Tensor], None]] | None = None,
+        on_layer_output: Mapping[int, Callable[[Tensor], None]] | None = None,
         positions_to_keep: int = 0,
         num_layers: int | None = None,
         **kwargs,
@@ -391,7 +391,7 @@ class CharformerModel(CharformerPreTrainedModel):
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding; positions count text only.
             position_ids: `(B, S)`, in the window; by default they follow from the mask and the cache.
-            layer_readers: By the number of a layer (1..n), what is called with its output `(B, S, hidden_size)`, before the
+            on_layer_output: By the number of a layer (1..n), what is called with its output `(B, S, hidden_size)`, before the
                 final norm, right after it and before the next layer. The backward pass then comes to what a reader
                 computed when it comes to the layer: no two layers' gradients by readers are held at once.
             positions_to_keep: Compute only so many last positions in the last layer, where no other needs the rest; 0 is
@@ -420,7 +420,7 @@ class CharformerModel(CharformerPreTrainedModel):
         position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, past_key_values)
 
         hidden_states = inputs_embeds
-        layer_readers = layer_readers or {}
+        on_layer_output = on_layer_output or {}
         last_mask = self._mask_of_last_positions(causal_mask, hidden_states, positions_to_keep)
         if num_layers is not None and not 1 <= num_layers <= len(self.layers):
             raise ValueError(f"num_layers is {num_layers}; it must be 1 to {len(self.layers)}")
@@ -433,11 +433,11 @@ class CharformerModel(CharformerPreTrainedModel):
                 attention_mask=last_mask if is_last else causal_mask,
                 past_key_values=past_key_values,
                 positions_to_keep=positions_to_keep if is_last else 0,
-                input_is_kept=number - 1 in layer_readers,
+                input_is_kept=number - 1 in on_layer_output,
                 **kwargs,
             )
-            if number in layer_readers:
-                layer_readers[number](hidden_states)
+            if number in on_layer_output:
+                on_layer_output[number](hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _mask_of_last_positions(self, causal_mask: Any, inputs_embeds: Tensor, positions_to_keep: int) -> Any:
@@ -594,7 +594,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            layer_readers={layer: partial(add_losses, group) for layer, group in by_layer.items() if layer < last},
+            on_layer_output={layer: partial(add_losses, group) for layer, group in by_layer.items() if layer < last},
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -685,13 +685,13 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         """
         if terms[0].layer < len(self.model.layers):
             hidden_states = self.model.norm(hidden_states)
-        hidden_states = cast_once(hidden_states)
+        hidden_states = to_autocast_dtype(hidden_states)
         return [self.auxiliary_heads[term.name](hidden_states) for term in terms]
 
     def _weights_in_force(self, training_progress: float | None, training_step: int | None) -> dict[str, float]:
         if not self.training:
             return {"next_char": 1.0, "last_position": 0.0}
-        return self.loss_settings.weights_in_force(training_progress, training_step)
+        return self.loss_settings.weights_at(training_progress, training_step)
 
     @staticmethod
     def _main_losses(
@@ -756,7 +756,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
         """
         weights: dict[str, Any] = {"classification": 1.0}
         if labels is not None and self.training:
-            weights = self.loss_settings.weights_in_force(training_progress, training_step)
+            weights = self.loss_settings.weights_at(training_progress, training_step)
             del weights["last_position"]
         terms = [term for term in self.loss_settings.terms if not term.is_main and weights.get(term.name)]
         auxiliary_losses: dict[str, Tensor] = {}
@@ -771,7 +771,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=False,
-            layer_readers={term.layer: partial(add_loss, term.name) for term in terms},
+            on_layer_output={term.layer: partial(add_loss, term.name) for term in terms},
             **kwargs,
         )
         logits = self.score(self._select(outputs.last_hidden_state, attention_mask))

@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
     "warmup_steps": 0,
     "num_attention_heads": 2,
     "report_to": "none",
-    "max_eval_characters": 300,
+    "max_eval_bytes": 300,
     "sample_length": 10,
     "use_cpu": "true",
     "bf16": "false",

@@ -10,7 +10,7 @@ from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxilia
 from modeling_charformer.auxiliary_losses import (
     AuxiliaryLossSettings,
     LossTerm,
-    Moment,
+    ScheduleContext,
     causal_lm_losses,
     chunked_cross_entropy_sums,
     classifier_settings,
@@ -214,7 +214,7 @@ def test_paper_schedule_drops_the_first_layer_first_and_all_by_half():
     settings = AuxiliaryLossSettings(4)
 
     def layers_at(progress: float) -> set[int]:
-        weights = settings.weights_in_force(progress)
+        weights = settings.weights_at(progress)
         return {term.layer for term in settings.terms if term.layer < 4 and weights[term.name] > 0}
 
     assert layers_at(0.0) == layers_at(0.1249) == {1, 2, 3}
@@ -223,8 +223,8 @@ def test_paper_schedule_drops_the_first_layer_first_and_all_by_half():
     assert layers_at(0.375) == layers_at(1.0) == set()
 
 
-def moment(layer: int = 8, offset: int = 1, progress: float = 0.0, step: int = 0) -> Moment:
-    return Moment(
+def moment(layer: int = 8, offset: int = 1, progress: float = 0.0, step: int = 0) -> ScheduleContext:
+    return ScheduleContext(
         layer, offset, num_layers=8, num_targets=4, layers=(1, 2, 3, 4, 5, 6, 7), progress=progress, step=step
     )
 
@@ -256,7 +256,7 @@ def test_forward_schedule_brings_targets_in_one_after_the_other():
     settings = AuxiliaryLossSettings(2, num_targets=4, target_schedule="forward", intermediate_layers=None)
 
     def targets_at(progress: float) -> set[int]:
-        weights = settings.weights_in_force(progress)
+        weights = settings.weights_at(progress)
         return {term.offset for term in settings.terms if weights[term.name] > 0}
 
     assert targets_at(0.0) == targets_at(0.12) == {1}
@@ -278,10 +278,10 @@ def test_random_schedule_takes_one_layer_a_step_and_all_equally_often():
 def test_rotating_schedule_takes_every_layer_once_an_interval(interval):
     settings = AuxiliaryLossSettings(9, num_targets=1, intermediate_schedule=f"rotate_{interval}")
     for layer in settings.layers:
-        active = [settings.weights_in_force(0.5, step)[f"layer_{layer}"] for step in range(3 * interval)]
+        active = [settings.weights_at(0.5, step)[f"layer_{layer}"] for step in range(3 * interval)]
         assert sum(active) == 3 and active[:interval] == active[interval : 2 * interval]
     for step in range(interval):
-        weights = settings.weights_in_force(0.5, step)
+        weights = settings.weights_at(0.5, step)
         chosen = [layer for layer in settings.layers if weights[f"layer_{layer}"]]
         assert chosen == sorted({*range(1 + step % interval, 9, interval)})
 
@@ -307,7 +307,7 @@ def test_wrong_settings_name_field_value_and_choice(settings, message):
 def test_classifiers_sit_after_one_and_two_thirds(num_layers, expected):
     settings = classifier_settings(num_layers)
     assert settings.layers == expected
-    assert settings.weights_in_force(0.9) == {
+    assert settings.weights_at(0.9) == {
         "classification": 1.0,
         **{f"layer_{layer}": 0.3 for layer in expected},
         "last_position": 0.0,
@@ -334,7 +334,7 @@ def test_uncertainty_weighting_is_the_papers_and_learns(make_model, make_ids):
         output = model(ids, labels=ids)
         total = torch.zeros(())
         for name, value in output.loss_dict.items():
-            fixed = model.loss_settings.weights_in_force(0.0).get(name, 0.0)
+            fixed = model.loss_settings.weights_at(0.0).get(name, 0.0)
             if fixed:
                 s = model.loss_uncertainty.log_variances[name].squeeze()
                 total = total + fixed * (torch.exp(-s) * value + s / 2)

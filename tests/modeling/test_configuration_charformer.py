@@ -5,7 +5,13 @@ import yaml
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, Moment, register_schedule, schedule_names
+from modeling_charformer import (
+    CharformerConfig,
+    CharformerForCausalLM,
+    ScheduleContext,
+    register_schedule,
+    schedule_names,
+)
 from tests.helpers import CONFIGS
 
 
@@ -123,7 +129,7 @@ def test_round_trip(tmp_path):
     for progress in (0.0, 0.2, 0.5):
         for kind in (CharformerConfig.loss_settings, CharformerConfig.classifier_settings):
             assert kind(loaded).terms == kind(config).terms
-        assert loaded.loss_settings().weights_in_force(progress) == config.loss_settings().weights_in_force(progress)
+        assert loaded.loss_settings().weights_at(progress) == config.loss_settings().weights_at(progress)
     assert loaded.loss_weighting == "uncertainty"
 
 
@@ -138,7 +144,7 @@ def test_auto_map_is_complete():
 
 
 def test_registered_schedule_is_known_and_its_name_stays_taken():
-    def halves(at: Moment) -> float:
+    def halves(at: ScheduleContext) -> float:
         return 0.5
 
     register_schedule("halves", halves)

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, gather_object
 from transformers import BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from charformer_training import Split, add_auxiliary_losses, bits_per_character
-from charformer_training.loss_terms import EvaluationTerms
+from charformer_training.running_means import EvaluationTerms
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 from tests.helpers import TINY, loss_logs, tiny_trainer
 

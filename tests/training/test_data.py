@@ -101,7 +101,7 @@ def test_a_corpus_without_text_raises(tmp_path, make, error, message):
         ({"data_path": "x", "dataset_name": "y"}, "give one of data_path"),
         ({"data_path": "x", "train_share": 1.0}, "train_share is 1.0"),
         ({"data_path": "x", "train_share": 0.9, "validation_share": 0.2}, "come to more than 1"),
-        ({"data_path": "x", "max_eval_characters": 1}, "max_eval_characters is 1"),
+        ({"data_path": "x", "max_eval_bytes": 1}, "max_eval_bytes is 1"),
     ],
 )
 def test_wrong_arguments_raise(settings, message):
@@ -157,7 +157,7 @@ def test_consecutive_windows_predict_each_byte_once(length):
 
 
 def test_evaluation_can_be_cut_short():
-    windows = ConsecutiveWindows(as_split(bytes(range(100))), 16, max_characters=40)
+    windows = ConsecutiveWindows(as_split(bytes(range(100))), 16, max_bytes=40)
     assert sum((item["labels"][1:] != -100).sum() for item in map(windows.__getitem__, range(len(windows)))) == 39
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from charformer_training import bits_per_character, evaluation
-from charformer_training.evaluate import main
+from charformer_training.evaluate_cli import main
 from charformer_training.evaluation import bits_by_position
 from modeling_charformer import CharformerForCausalLM
 from tests.conftest import ROOT

@@ -7,8 +7,8 @@ from .any_model import add_auxiliary_losses, load_auxiliary_losses
 from .arguments import AuxiliaryLossTrainingArguments
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .evaluation import Evaluation, bits_per_character
-from .hub import push_folder
 from .plots import plot_loss_terms
+from .pushing import push_folder
 from .trainer import AuxiliaryLossTrainer
 
 

@@ -1,10 +1,9 @@
 """The auxiliary losses for models of Transformers: any causal language model, any classifier of sequences."""
 
-import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, cached_file
 
 from modeling_charformer.auxiliary_losses import (
@@ -33,8 +31,9 @@ from modeling_charformer.auxiliary_losses import (
 )
 from modeling_charformer.modeling_charformer import TRAINING_ONLY, AuxiliaryHead, ResidualBlock
 
+from .models import HEADS_FILE, evaluating, is_causal_lm, unwrap_peft
 
-HEADS_FILE = "auxiliary_heads.safetensors"
+
 OWN_ARGUMENTS = ("training_progress", "training_step", "target_counts")
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,7 +64,7 @@ def add_auxiliary_losses(model: Model, classifiers: str | None = None, **setting
     Raises:
         ValueError: If the model or a setting is not accepted, before anything is changed.
     """
-    base = _checked(base_model(model))
+    base = _checked(unwrap_peft(model))
     mixin = _CausalLM if is_causal_lm(type(base)) else _SequenceClassifier
     accepted = mixin.accepted_settings
     if wrong := sorted(settings.keys() - accepted):
@@ -76,8 +75,8 @@ def add_auxiliary_losses(model: Model, classifiers: str | None = None, **setting
             f"classifiers is {classifiers!r}; for {type(base).__name__} it must be one of {mixin.accepted_classifiers}"
         )
     losses = mixin.settings_for(base.config.get_text_config().num_hidden_layers, **settings)
-    losses.weights_in_force(0.0)  # a schedule that returns nonsense does so here already, not after hours of training
-    losses.weights_in_force(1.0)
+    losses.weights_at(0.0)  # a schedule that returns nonsense does so here already, not after hours of training
+    losses.weights_at(1.0)
     norm, output_class = _final_norm(base)
     original = base.__class__
     base.__class__ = _class_with_losses(cast(Any, original), mixin)
@@ -101,7 +100,7 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike) -> Mode
     Raises:
         ValueError: If the model was saved without auxiliary losses.
     """
-    base = base_model(model)
+    base = unwrap_peft(model)
     settings = getattr(getattr(base, "config", None), "auxiliary_losses", None)
     if not settings:
         raise ValueError(f"{name_or_path} was saved without auxiliary losses; add_auxiliary_losses gives it new ones")
@@ -164,7 +163,7 @@ class _WithAuxiliaryLosses(PreTrainedModel):
         if not self.training:
             outputs = super().forward(**{**kwargs, "return_dict": True})
             return self._with_breakdown(outputs, outputs.loss, {self.main: outputs.loss}, {self.main: 1.0})
-        weights = self.loss_settings.weights_in_force(own["training_progress"], own["training_step"])
+        weights = self.loss_settings.weights_at(own["training_progress"], own["training_step"])
         terms = [term for term in self.loss_settings.terms if not term.is_main and weights[term.name]]
         wanted = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         outputs = super().forward(**{**kwargs, "output_hidden_states": True, "return_dict": True})
@@ -250,7 +249,7 @@ class _CausalLM(_WithAuxiliaryLosses):
         return AuxiliaryLossSettings(num_layers, main="next_token", **settings)
 
     def _check_logits(self) -> None:
-        with _evaluating(self):
+        with evaluating(self):
             ids = torch.tensor([[1, 2]], device=self.device)  # 0 may be padding, embedded as nothing
             outputs = super().forward(input_ids=ids, output_hidden_states=True, return_dict=True)
             logits, expected = self._logits(outputs.hidden_states[-1]).float(), outputs.logits.float()
@@ -384,16 +383,6 @@ def _output_class(kind: type[ModelOutput]) -> type[ModelOutput]:
     return OutputWithBreakdown
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    base = getattr(model, "get_base_model", None)  # of a PEFT model
-    return base() if callable(base) else model
-
-
-def is_causal_lm(kind: type) -> bool:
-    """Whether it is a class of causal language models, whose labels are their input, by its name."""
-    return "ForCausalLM" in kind.__name__ or kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
 def _checked(model: nn.Module) -> PreTrainedModel:
     """The model, if it is one that `add_auxiliary_losses` takes."""
     name = type(model).__name__
@@ -422,18 +411,6 @@ def _checked(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients, for a look at what a model does."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def _final_norm(model: PreTrainedModel) -> tuple[str | None, type[ModelOutput]]:
     """The name of the norm after the last layer, and the class of the model's output with a breakdown of its loss.
 
@@ -446,7 +423,7 @@ def _final_norm(model: PreTrainedModel) -> tuple[str | None, type[ModelOutput]]:
         if "norm" in type(module).__name__.lower() and not any(part.isdigit() for part in name.split("."))
     ]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             ids = torch.tensor([[1, 2]], device=model.device)
             outputs = model(input_ids=ids, output_hidden_states=True, return_dict=True)
     finally:

@@ -12,7 +12,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from modeling_charformer import CharformerForCausalLM, CharformerTokenizer
 
-from .loss_terms import group_by_layer
+from .running_means import group_by_layer
 
 
 class LossTermProgress(ProgressCallback):

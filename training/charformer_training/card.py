@@ -22,17 +22,17 @@ from .plots import PICTURE
 
 
 if TYPE_CHECKING:
-    from .hub import PushingTrainer
+    from .pushing import HubTrainer
 
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 # Around what the program writes into a card, with a checksum by which it knows its own text again.
-BLOCK = re.compile(r"<!-- charformer: begin ([0-9a-f]{16}) .*?-->\r?\n(.*?)<!-- charformer: end -->", re.DOTALL)
+OWN_BLOCK = re.compile(r"<!-- charformer: begin ([0-9a-f]{16}) .*?-->\r?\n(.*?)<!-- charformer: end -->", re.DOTALL)
 
 
 def trainer_card(
-    trainer: "PushingTrainer",
+    trainer: "HubTrainer",
     name: str,
     license: str = "apache-2.0",
     tags: Sequence[str] = (),
@@ -172,7 +172,7 @@ def merged_card(new: ModelCard, old: ModelCard | None) -> ModelCard:
     if old is None:
         return new
     if old.text.strip() and not is_unfilled_form(old):
-        block = BLOCK.search(old.text)
+        block = OWN_BLOCK.search(old.text)
         if block and block[1] == _digest(block[2]):
             new.text = old.text[: block.start()] + new.text.strip() + old.text[block.end() :]
         else:

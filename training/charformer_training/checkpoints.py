@@ -1,18 +1,15 @@
-"""Which folders hold a whole checkpoint, whether it fits the model, and writing files whole or not at all."""
+"""Which folders hold a whole checkpoint, and whether it fits the model."""
 
 import json
 import os
 import re
-import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .any_model import HEADS_FILE
+from .models import HEADS_FILE
 
 
 def _trainer_state(folder: Path) -> dict | None:
@@ -97,35 +94,3 @@ def _check_same_weights(folder: Path, saved: dict[str, tuple[int, ...]], model: 
             f" {'; '.join(differences)}. Training goes on only with the settings it began with; an inference-only"
             " model cannot be resumed"
         )
-
-
-def saving_failed(folder: str | os.PathLike, error: Exception) -> str:
-    """What to tell the user when `folder` could not be written."""
-    free = shutil.disk_usage(Path(folder).parent).free / 1e6
-    return (
-        f"saving {folder} failed: {error} ({free:,.0f} MB are free there now). What was written of it is removed;"
-        " earlier checkpoints stay as they are"
-    )
-
-
-@contextmanager
-def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
-    """A scratch folder whose files move into `folder` when the block is through, and disappear if it fails.
-
-    Raises:
-        OSError: If the files cannot be written, such as on a full disk.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / ".incomplete"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
-        for path in sorted(scratch.iterdir()):
-            os.replace(path, folder / path.name)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise OSError(saving_failed(folder, error)) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

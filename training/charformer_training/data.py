@@ -52,7 +52,7 @@ class DataArguments:
     validation_share: float = field(
         default=0.05, metadata={"help": "The part after it, to evaluate on; the rest is the test split, never read."}
     )
-    max_eval_characters: int | None = field(
+    max_eval_bytes: int | None = field(
         default=None, metadata={"help": "Evaluate on so many bytes from the start of the validation split only."}
     )
 
@@ -70,8 +70,8 @@ class DataArguments:
             raise ValueError(
                 f"train_share ({self.train_share}) and validation_share ({self.validation_share}) come to more than 1"
             )
-        if self.max_eval_characters is not None and self.max_eval_characters < 2:
-            raise ValueError(f"max_eval_characters is {self.max_eval_characters}; it must be 2 or more")
+        if self.max_eval_bytes is not None and self.max_eval_bytes < 2:
+            raise ValueError(f"max_eval_bytes is {self.max_eval_bytes}; it must be 2 or more")
 
     @property
     def source(self) -> str:
@@ -175,9 +175,9 @@ class ConsecutiveWindows(Dataset):
     Each window begins with the last byte of the one before. The last is filled up with targets of -100.
     """
 
-    def __init__(self, split: Split, window: int, max_characters: int | None = None):
+    def __init__(self, split: Split, window: int, max_bytes: int | None = None):
         _check_window(split, window)
-        self.split, self.data, self.window = split, split.data[:max_characters], window
+        self.split, self.data, self.window = split, split.data[:max_bytes], window
 
     def __len__(self) -> int:
         return -(-(len(self.data) - 1) // (self.window - 1))

@@ -25,7 +25,7 @@ from modeling_charformer import CharformerForCausalLM
 
 
 # Standard errors are taken from means over so many bytes in a row: neighbours depend on each other.
-BLOCK = 1000
+BYTES_PER_BLOCK = 1000
 SECONDS_BETWEEN_SAVES = 20.0
 
 
@@ -102,7 +102,9 @@ def bits_per_character(
     own = range(rank, len(windows), processes.num_processes)
     sha256 = hashlib.sha256(np.ascontiguousarray(data).data).hexdigest()
     key = f"{sha256} {window} {stride} {batch_size} {processes.num_processes} {_fingerprint(model)}"
-    state = _State(Path(f"{state_file}.{rank}") if state_file is not None else None, key, -(-len(data) // BLOCK))
+    state = _State(
+        Path(f"{state_file}.{rank}") if state_file is not None else None, key, -(-len(data) // BYTES_PER_BLOCK)
+    )
 
     was_training = model.training
     model.eval()
@@ -117,7 +119,7 @@ def bits_per_character(
         )
         for number in todo:
             positions, bits = _bits(model, data, *windows[number])
-            np.add.at(state.bits, positions // BLOCK, bits)
+            np.add.at(state.bits, positions // BYTES_PER_BLOCK, bits)
             state.finish_batch()
     finally:
         model.train(was_training)
@@ -164,7 +166,7 @@ def bits_by_position(
         ids = torch.from_numpy(data[rows].astype(np.int64)).to(model.device)
         layers: dict[int, torch.Tensor] = {}
         readers = {term.layer: partial(layers.__setitem__, term.layer) for term in terms if not term.is_main}
-        outputs = model.model(ids[:, :-1], use_cache=False, layer_readers=readers)
+        outputs = model.model(ids[:, :-1], use_cache=False, on_layer_output=readers)
         for term in terms:
             if term.is_main:
                 logits = model.lm_head(outputs.last_hidden_state)
@@ -251,9 +253,9 @@ def _evaluation(
     data: np.ndarray, characters: int, bits: np.ndarray, sha256: str, window: int, stride: int, seconds: float
 ) -> Evaluation:
     counted = len(data) - 1
-    sizes = np.full(len(bits), BLOCK)
+    sizes = np.full(len(bits), BYTES_PER_BLOCK)
     sizes[0] -= 1
-    sizes[-1] -= len(bits) * BLOCK - len(data)
+    sizes[-1] -= len(bits) * BYTES_PER_BLOCK - len(data)
     error = None
     if len(bits) > 1:
         # Of a ratio of sums over blocks (Cochran 1977, section 6.3): blocks may differ in size.

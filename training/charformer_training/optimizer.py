@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_charformer.modeling_charformer import TRAINING_ONLY
 
-from .any_model import base_model
+from .models import unwrap_peft
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -88,7 +88,7 @@ def muon_adamw(model: nn.Module, decayed_names: Sequence[str], **settings: Any) 
     Raises:
         ValueError: If it is not a model of Transformers, or has no such matrix to train.
     """
-    whole = base_model(model)
+    whole = unwrap_peft(model)
     if not isinstance(whole, PreTrainedModel):
         raise ValueError(f"muon takes models of Transformers; of this {type(whole).__name__} it cannot tell the body")
     embeddings = (whole.get_input_embeddings(), whole.get_output_embeddings())

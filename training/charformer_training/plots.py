@@ -20,7 +20,7 @@ def drop_steps(settings: AuxiliaryLossSettings, max_steps: int) -> dict[int, int
     steps: dict[int, int] = {}
     returned = set()
     for step in range(0, max_steps, max(1, max_steps // 2000)):
-        weights = settings.weights_in_force(step / max_steps, step)
+        weights = settings.weights_at(step / max_steps, step)
         for layer in settings.layers:
             if not any(weights[term.name] for term in settings.terms if term.layer == layer):
                 steps.setdefault(layer, step + 1)

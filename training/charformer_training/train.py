@@ -22,8 +22,9 @@ from modeling_charformer import CharformerConfig, CharformerForCausalLM, Charfor
 
 from .arguments import AuxiliaryLossTrainingArguments
 from .callbacks import LossTermProgress, SampleText, sample_text
-from .checkpoints import last_complete_checkpoint, whole_files
+from .checkpoints import last_complete_checkpoint
 from .data import ConsecutiveWindows, DataArguments, RandomWindows, Split, load_corpus, split_corpus
+from .files import whole_files
 from .ngrams import characters_per_byte, ngram_bits_per_byte
 from .plots import PICTURE
 from .trainer import AuxiliaryLossTrainer
@@ -249,7 +250,7 @@ def build_trainer(
         model=model,
         args=training,
         train_dataset=RandomWindows(splits["train"], window, num_windows, seed),
-        eval_dataset=ConsecutiveWindows(splits["validation"], window, data.max_eval_characters),
+        eval_dataset=ConsecutiveWindows(splits["validation"], window, data.max_eval_bytes),
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
@@ -294,7 +295,7 @@ def train(arguments: Arguments) -> dict[str, Any]:
     metrics = _final_evaluation(trainer)
     if not math.isfinite(metrics["eval_loss"]):
         raise FloatingPointError("the trained model's validation loss is not finite; the model is not saved")
-    evaluated = splits["validation"].data[: data.max_eval_characters]
+    evaluated = splits["validation"].data[: data.max_eval_bytes]
     metrics["eval_bytes"] = len(evaluated)
     if run.compare_ngrams:
         metrics |= _compare_ngrams(splits["train"].data, evaluated)

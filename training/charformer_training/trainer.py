@@ -14,13 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Moment, count_targets, scheduled
+from modeling_charformer.auxiliary_losses import IGNORE_INDEX, ScheduleContext, count_targets, scheduled
 
-from .any_model import base_model, is_causal_lm
-from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint, saving_failed
-from .hub import PushingTrainer
-from .loss_terms import EvaluationTerms, TrainingTerms, group_by_layer
+from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint
+from .files import saving_failed_message
+from .models import is_causal_lm, unwrap_peft
 from .optimizer import muon_adamw
+from .pushing import HubTrainer
+from .running_means import EvaluationTerms, TrainingTerms, group_by_layer
 
 
 class LogWhenSaving(TrainerCallback):
@@ -32,7 +33,7 @@ class LogWhenSaving(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class OwnTerm(NamedTuple):
+class UserTerm(NamedTuple):
     """A term of the loss that the user of a Trainer has added."""
 
     function: Callable[[Any, Mapping[str, Any]], Tensor]
@@ -40,7 +41,7 @@ class OwnTerm(NamedTuple):
     schedule: str
 
 
-class AuxiliaryLossTrainer(PushingTrainer):
+class AuxiliaryLossTrainer(HubTrainer):
     """`transformers.Trainer` for models with several losses: Charformer's, those of `add_auxiliary_losses`, any other's.
 
     - Passes `training_progress` (share of training done, 0..1), `training_step` (optimizer steps done) and
@@ -60,7 +61,7 @@ class AuxiliaryLossTrainer(PushingTrainer):
     - Stops with a `FloatingPointError` when a loss is not finite, at the next log entry, in an evaluation and before any
       checkpoint is written (then also when a weight is not); the message names the step and the term.
     - Checkpoints are whole: what fails while it is written is removed, and `resume_from_checkpoint` is checked first.
-    - Pushes to the Hub are whole too, see `PushingTrainer`.
+    - Pushes to the Hub are whole too, see `HubTrainer`.
 
     `args` may be plain `TrainingArguments` or `AuxiliaryLossTrainingArguments`.
     """
@@ -72,7 +73,7 @@ class AuxiliaryLossTrainer(PushingTrainer):
         super().__init__(model=model, args=args, **kwargs)
         if getattr(self.args, "muon", False):
             self._check_muon()
-        if is_causal_lm(type(base_model(cast(nn.Module, self.model)))):
+        if is_causal_lm(type(unwrap_peft(cast(nn.Module, self.model)))):
             # The Trainer goes by a name that ends in ForCausalLM, and so counts a target too many in rows of GPT-2's.
             self._loss_shifts_labels = True
         if _takes(self.model, "target_counts"):
@@ -80,12 +81,12 @@ class AuxiliaryLossTrainer(PushingTrainer):
         settings = getattr(self.model, "loss_settings", None)
         if settings is not None:
             for percent in range(101):  # what a schedule gets wrong, it does so before anything is trained
-                settings.weights_in_force(percent / 100, percent)
+                settings.weights_at(percent / 100, percent)
         if self.args.torch_compile and settings is not None:
             # Each layer that drops out makes a new graph; past its limit torch would silently run eagerly.
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
-        self._own_terms: dict[str, OwnTerm] = {}
+        self._user_terms: dict[str, UserTerm] = {}
         self._knows_how_losses_are_scaled = settings is not None
         self._takes_training_progress = _takes(self.model, "training_progress")
         self._takes_training_step = _takes(self.model, "training_step")
@@ -118,19 +119,21 @@ class AuxiliaryLossTrainer(PushingTrainer):
         """
         settings = getattr(self.model, "loss_settings", None)
         taken = [*(term.name for term in settings.terms), "last_position"] if settings is not None else []
-        if name in (*taken, *self._own_terms):
+        if name in (*taken, *self._user_terms):
             raise ValueError(
-                f"a loss term {name!r} exists already, beside {[*taken, *self._own_terms]}; choose another"
+                f"a loss term {name!r} exists already, beside {[*taken, *self._user_terms]}; choose another"
             )
         if not math.isfinite(weight):
             raise ValueError(f"the weight of the loss term {name!r} is {weight}; it must be a finite number")
-        term = OwnTerm(function, weight, schedule)
+        term = UserTerm(function, weight, schedule)
         for progress in (0.0, 0.5, 1.0):  # what a schedule gets wrong it does so now
-            self._own_weight(term, progress)
-        self._own_terms[name] = term
+            self._user_weight(term, progress)
+        self._user_terms[name] = term
 
-    def _own_weight(self, term: OwnTerm, progress: float) -> float:
-        at = Moment(1, 1, num_layers=1, num_targets=1, layers=(1,), progress=progress, step=self.state.global_step)
+    def _user_weight(self, term: UserTerm, progress: float) -> float:
+        at = ScheduleContext(
+            1, 1, num_layers=1, num_targets=1, layers=(1,), progress=progress, step=self.state.global_step
+        )
         return term.weight * scheduled(term.schedule, at)
 
     def _check_own_losses(self) -> None:
@@ -272,12 +275,12 @@ class AuxiliaryLossTrainer(PushingTrainer):
             loss_scale = 1.0  # the Trainer has scaled it already
         else:
             scale = loss_scale = part
-        for name, term in self._own_terms.items():
+        for name, term in self._user_terms.items():
             if name in terms or name in means:
                 raise ValueError(
                     f"the model has a loss term {name!r} of its own; give the one that was added another name"
                 )
-            if weight := self._own_weight(term, self._training_progress):
+            if weight := self._user_weight(term, self._training_progress):
                 means[name] = _scalar(name, term.function(outputs, inputs))
                 loss = loss + weight * means[name] * (part / loss_scale)
         step = self.state.global_step + 1
@@ -372,7 +375,7 @@ class AuxiliaryLossTrainer(PushingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        base: Any = base_model(cast(nn.Module, self.model))
+        base: Any = unwrap_peft(cast(nn.Module, self.model))
         folder = output_dir or str(self.args.output_dir)
         if base is not self.model and hasattr(base, "save_auxiliary_heads"):  # PEFT saves its adapter alone
             base.save_auxiliary_heads(folder)
@@ -386,7 +389,7 @@ class AuxiliaryLossTrainer(PushingTrainer):
         self._load_auxiliary_heads(str(self.state.best_model_checkpoint))
 
     def _load_auxiliary_heads(self, folder: str) -> None:
-        base: Any = base_model(cast(nn.Module, self.model))
+        base: Any = unwrap_peft(cast(nn.Module, self.model))
         if hasattr(base, "load_auxiliary_heads") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             base.load_auxiliary_heads(folder)  # those two load all weights together
 
@@ -419,14 +422,14 @@ class AuxiliaryLossTrainer(PushingTrainer):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, Exception):  # of many kinds: each library words a full disk in its own way
-                raise OSError(saving_failed(folder, error)) from error
+                raise OSError(saving_failed_message(folder, error)) from error
             raise
 
 
 def _takes(model: nn.Module | None, parameter: str) -> bool:
     if model is None:
         return False
-    model = base_model(model)  # a PEFT wrapper hands everything through
+    model = unwrap_peft(model)  # a PEFT wrapper hands everything through
     return parameter in inspect.signature(model.forward).parameters
 
 

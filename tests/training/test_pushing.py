@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments
 from charformer_training.card import merged_card, trainer_card
-from charformer_training.hub import _stage_checkpoint
+from charformer_training.pushing import _stage_checkpoint
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerForSequenceClassification
 from modeling_charformer.hub import is_unfilled_form
 from tests.helpers import TINY

@@ -25,14 +25,14 @@ from .plots import PICTURE, drop_steps, plot_loss_terms
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 STAGE_PREFIX = "_push-"  # the Trainer's own pushes leave out what begins with an underscore
 # What a checkpoint holds beside the model. Pickles are of no use to those who load it, and they can run code.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 RESUME_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py")
 
 
-class PushingTrainer(Trainer):
+class HubTrainer(Trainer):
     """`transformers.Trainer` whose pushes to the Hub can be relied on.
 
     - Every commit with weights has the code, configuration and tokenizer that load them. A checkpoint is pushed as one
@@ -70,7 +70,7 @@ class PushingTrainer(Trainer):
             super().init_hf_repo(token, **_given(private=private))
             HfApi().auth_check(str(self.hub_model_id), token=token or self.args.hub_token, write=True)
         except Exception as error:  # each layer below has exceptions of its own
-            raise OSError(push_failed(name, error)) from error
+            raise OSError(push_failed_message(name, error)) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -112,7 +112,7 @@ class PushingTrainer(Trainer):
             return super().push_to_hub(commit_message, blocking, token, revision, **_given(private=private), **kwargs)
         except Exception as error:  # as above
             raise OSError(
-                f"{push_failed(str(self.hub_model_id), error)}. The model is in {self.args.output_dir}"
+                f"{push_failed_message(str(self.hub_model_id), error)}. The model is in {self.args.output_dir}"
             ) from error
 
     def _refuse_pickles(self) -> None:
@@ -142,7 +142,7 @@ class PushingTrainer(Trainer):
         stage = Path(str(self.args.output_dir), f"{STAGE_PREFIX}{self.state.global_step}")
         try:
             _stage_checkpoint(Path(checkpoint_folder), stage, subfolder)
-            trainer_card(self, str(self.hub_model_id).split("/")[-1]).save(stage / CARD)
+            trainer_card(self, str(self.hub_model_id).split("/")[-1]).save(stage / CARD_FILE)
             self._draw_loss_terms(stage)
         except OSError as error:  # such as a full disk: the checkpoint itself is whole
             shutil.rmtree(stage, ignore_errors=True)
@@ -176,7 +176,7 @@ class PushingTrainer(Trainer):
     def _report(self, error: BaseException) -> None:
         logger.error(
             "%s. Training and its checkpoints are not affected; the next push brings all that is missing",
-            push_failed(str(self.hub_model_id), error),
+            push_failed_message(str(self.hub_model_id), error),
         )
 
     def create_model_card(
@@ -221,9 +221,9 @@ class PushingTrainer(Trainer):
         old = None
         if self.hub_model_id is not None:
             old = _card_on_hub(self.hub_model_id, self.args.hub_token, self.args.hub_revision)
-        if old is None and (output_dir / CARD).exists():
-            old = ModelCard.load(output_dir / CARD, ignore_metadata_errors=True)
-        merged_card(card or trainer_card(self, name), old).save(folder / CARD)
+        if old is None and (output_dir / CARD_FILE).exists():
+            old = ModelCard.load(output_dir / CARD_FILE, ignore_metadata_errors=True)
+        merged_card(card or trainer_card(self, name), old).save(folder / CARD_FILE)
         self._draw_loss_terms(folder)
 
     def _draw_loss_terms(self, folder: Path) -> None:
@@ -264,20 +264,20 @@ def push_folder(
     with tempfile.TemporaryDirectory() as stage:
         (model.without_auxiliary_heads() if inference_only else model).save_pretrained(stage)
         CharformerTokenizer.from_pretrained(folder).save_pretrained(stage)
-        for name in (CARD, PICTURE):
+        for name in (CARD_FILE, PICTURE):
             if Path(folder, name).exists():
                 shutil.copy(Path(folder, name), stage)
         try:
             HfApi().create_repo(repo_id, token=token, private=private, exist_ok=True)
-            if Path(stage, CARD).exists():
-                merged_card(ModelCard.load(Path(stage, CARD)), _card_on_hub(repo_id, token, revision)).save(
-                    Path(stage, CARD)
+            if Path(stage, CARD_FILE).exists():
+                merged_card(ModelCard.load(Path(stage, CARD_FILE)), _card_on_hub(repo_id, token, revision)).save(
+                    Path(stage, CARD_FILE)
                 )
             return HfApi().upload_folder(
                 repo_id=repo_id, folder_path=stage, commit_message=commit_message, token=token, revision=revision
             )
         except Exception as error:  # each layer below has exceptions of its own
-            raise OSError(push_failed(repo_id, error)) from error
+            raise OSError(push_failed_message(repo_id, error)) from error
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -316,8 +316,8 @@ def _link(source: Path, target: Path) -> None:
 def _push_stage(stage: Path, repo_id: str, **upload: Any) -> Any:
     """Push a staged repository as one commit; runs in the background."""
     try:
-        new = ModelCard.load(stage / CARD)
-        merged_card(new, _card_on_hub(repo_id, upload["token"], upload["revision"])).save(stage / CARD)
+        new = ModelCard.load(stage / CARD_FILE)
+        merged_card(new, _card_on_hub(repo_id, upload["token"], upload["revision"])).save(stage / CARD_FILE)
         return HfApi().upload_folder(repo_id=repo_id, folder_path=stage, **upload)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -325,13 +325,13 @@ def _push_stage(stage: Path, repo_id: str, **upload: Any) -> Any:
 
 def _card_on_hub(repo_id: str, token: str | None, revision: str | None) -> ModelCard | None:
     try:
-        path = HfApi().hf_hub_download(repo_id, CARD, token=token, revision=revision)
+        path = HfApi().hf_hub_download(repo_id, CARD_FILE, token=token, revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
     return ModelCard.load(path, ignore_metadata_errors=True)
 
 
-def push_failed(repo_id: str, error: BaseException) -> str:
+def push_failed_message(repo_id: str, error: BaseException) -> str:
     """What to tell the user of a push that failed: the reason in the client's words, and what helps."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     hints = {

@@ -1,6 +1,6 @@
 import torch
 
-from charformer_training.loss_terms import EvaluationTerms, TrainingTerms, group_by_layer
+from charformer_training.running_means import EvaluationTerms, TrainingTerms, group_by_layer
 
 
 def tensors(**values: float) -> dict[str, torch.Tensor]:

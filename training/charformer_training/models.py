@@ -1,0 +1,35 @@
+"""Questions about any model, and a moment of evaluation mode."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+# Beside a saved plain model: the weights of its auxiliary heads.
+HEADS_FILE = "auxiliary_heads.safetensors"
+
+
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The model of Transformers inside a PEFT model; any other model as it is."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def is_causal_lm(kind: type) -> bool:
+    """Whether it is a class of causal language models, whose labels are their input, by its name."""
+    return "ForCausalLM" in kind.__name__ or kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients, for a look at what a model does."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
