@@ -14,7 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_charformer.auxiliary_losses import IGNORE_INDEX, ScheduleContext, count_targets, scheduled
+from modeling_charformer.auxiliary_losses import IGNORE_INDEX, count_targets
+from modeling_charformer.loss_settings import ScheduleContext, scheduled
 
 from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint
 from .files import saving_failed_message
