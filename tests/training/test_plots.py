@@ -20,7 +20,7 @@ from modeling_charformer import CharformerConfig
 def test_drop_steps_are_the_first_without_the_layer(settings, expected):
     # 4 layers, 100 steps: layer l has its losses while step / 100 < l / 8
     config = CharformerConfig(num_hidden_layers=4, **settings)
-    assert drop_steps(config.loss_settings(), 100) == expected
+    assert drop_steps(config.language_model_losses(), 100) == expected
 
 
 @pytest.mark.parametrize("layers", [0, 3, 20])
