@@ -177,9 +177,9 @@ def test_the_cells_of_all_grids_are_settings_that_exist(name: str, tmp_path: Pat
     monkeypatch.setitem(grids.GRIDS, name, without_gpu)
     for cell, fields in grid.cells.items():
         arguments = one_run.arguments_of(name, cell, grid.learning_rates[0], 1, "text.txt", str(tmp_path / "run"))
-        assert arguments[0].config_fields()["num_hidden_layers"] >= 4
+        assert arguments.model.config_fields()["num_hidden_layers"] >= 4
         with torch.device("meta"):
-            settings = build_model(arguments[0]).loss_settings
+            settings = build_model(arguments.model).loss_settings
         assert settings.num_targets == fields["num_targets"]
         assert bool(settings.layers) == (fields["intermediate_layers"] != "none")
-        assert arguments[3].muon == fields.get("muon", False)
+        assert arguments.training.muon == fields.get("muon", False)

@@ -12,8 +12,10 @@ import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from charformer_training.arguments import Arguments
 from charformer_training.data import load_corpus, split_corpus
-from charformer_training.train import Arguments, build_model, build_trainer, parse_arguments
+from charformer_training.recipes import parse_arguments
+from charformer_training.train import build_model, build_trainer
 from modeling_charformer import CharformerTokenizer
 
 from .grids import GRIDS
