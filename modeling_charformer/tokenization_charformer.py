@@ -73,8 +73,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
         for name, token in tokens.items():
             if token is not None:
                 self._place(name, token)
-        kwargs = {"special_tokens_pattern": "none", "token_type_ids_pattern": "all_zeros", **kwargs}
-        super().__init__(**tokens, errors=errors, **kwargs)
+        super().__init__(**tokens, errors=errors, **({"special_tokens_pattern": "none"} | kwargs))
 
     @property
     def is_fast(self) -> bool:
