@@ -340,7 +340,7 @@ class TestChat:
         tokenizer.chat_template = self.TEMPLATE
         tokenizer.save_pretrained(tmp_path)
         loaded = AutoTokenizer.from_pretrained(tmp_path)
-        encoded = loaded.apply_chat_template(self.MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
+        encoded: Any = loaded.apply_chat_template(self.MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
         assert encoded["input_ids"] == [*"hé?\nja".encode(), 254]
         assert encoded["assistant_masks"] == [0] * 5 + [1] * 3
 
