@@ -5,6 +5,7 @@ Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K 
 
 import copy
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -248,6 +249,8 @@ Model = TypeVar("Model", bound="CharformerPreTrainedModel")
 
 # Beginnings of the names of weights that exist for training only.
 TRAINING_ONLY = ("auxiliary_heads.", "target_blocks.", "auxiliary_classifiers.", "loss_uncertainty.")
+# And of those that tell one kind of model from another.
+HEADS = ("lm_head.", "score.")
 
 
 class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
@@ -262,12 +265,9 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": CharformerLayer, "attentions": CharformerAttention}
-    # A model loads from another kind's checkpoint without a report on what only that one has.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^lm_head\.",
-        r"^score\.",
-        *(f"^{name}".replace(".", r"\.") for name in TRAINING_ONLY),
-    ]
+    # Engines leave out what matches here, and put an `lm_head` or `score` of their own on `CharformerModel`: listed here
+    # these would stay unloaded there (see `_adjust_missing_and_unexpected_keys`).
+    _keys_to_ignore_on_load_unexpected = [f"^{name}".replace(".", r"\.") for name in TRAINING_ONLY]
 
     def __init__(self, config: CharformerConfig):
         # Values assigned to a config after it was built, as `from_pretrained(..., hidden_size=...)` does, are checked
@@ -291,6 +291,21 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
                 init.zeros_(log_variance)
         else:
             super()._init_weights(module)
+
+    def post_init(self) -> None:
+        super().post_init()
+        # `super()` adds the lists of all that a model holds to its own; no weight that it has may be left out.
+        names = self.state_dict().keys()
+        self._keys_to_ignore_on_load_unexpected: set[str] = {
+            pattern
+            for pattern in self._keys_to_ignore_on_load_unexpected
+            if not any(re.search(pattern, name) for name in names)
+        }
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """A model loads from another kind's checkpoint without a report on the head that only that one has."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        loading_info.unexpected_keys = {name for name in loading_info.unexpected_keys if not name.startswith(HEADS)}
 
     def _uncertainty_weighting(self) -> UncertaintyWeighting | None:
         """Learned weights of the terms of `loss_settings`, if they are asked for."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .models import HEADS_FILE
+from .models import saved_heads
 
 
 def _trainer_state(folder: Path) -> dict | None:
@@ -62,8 +62,9 @@ def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:
             )
     saved: dict[str, tuple[int, ...]] = {}
     weights_files = sorted(folder.glob("model*.safetensors"))
-    if weights_files:  # beside a PEFT adapter alone there is no whole model to compare
-        weights_files += folder.glob(HEADS_FILE)
+    heads = saved_heads(folder)
+    if weights_files and heads:  # beside a PEFT adapter alone there is no whole model to compare
+        weights_files.append(heads)
     for path in weights_files:
         try:
             with safe_open(path, framework="pt") as weights:
