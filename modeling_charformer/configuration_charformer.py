@@ -74,7 +74,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     """
 
     model_type = "charformer"
-    keys_to_ignore_at_inference = ["past_key_values", "loss_dict", "loss_weights", "final_hidden_state"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "loss_dict", "loss_weights", "final_hidden_state"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

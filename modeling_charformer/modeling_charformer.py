@@ -44,6 +44,7 @@ from .auxiliary_losses import (
     shifted_targets,
     weighted_loss,
 )
+from .compatibility import CACHE, one_cache
 from .configuration_charformer import CharformerConfig
 from .generation_charformer import CharformerGenerationMixin
 from .hub import CharformerPushToHubMixin
@@ -127,7 +128,7 @@ class CharformerAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         positions_to_keep: int = 0,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -138,8 +139,11 @@ class CharformerAttention(nn.Module):
         query = self.q_proj(asking).view(*asking.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
         key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
         value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
+            # A paged cache reads, and writes, what attention is told of the lengths.
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        elif cache is not None:
+            kwargs["cache"] = cache  # a paged one, which attention itself updates
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -259,7 +263,7 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CharformerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -393,12 +397,13 @@ class CharformerModel(CharformerPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         on_layer_output: Mapping[int, Callable[[Tensor], None]] | None = None,
         positions_to_keep: int = 0,
         num_layers: int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -406,6 +411,7 @@ class CharformerModel(CharformerPreTrainedModel):
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding; positions count text only.
             position_ids: `(B, S)`, in the window; by default they follow from the mask and the cache.
+            cache: Keys and values of what comes before, or `past_key_values`, its name up to Transformers 5.23.
             on_layer_output: By the number of a layer (1..n), what is called with its output `(B, S, hidden_size)`, before the
                 final norm, right after it and before the next layer. The backward pass then comes to what a reader
                 computed when it comes to the layer: no two layers' gradients by readers are held at once.
@@ -422,17 +428,19 @@ class CharformerModel(CharformerPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         elif inputs_embeds is None or input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        named_cache: dict[str, Any] = {CACHE: cache}
 
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **named_cache,
         )
-        position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, past_key_values)
+        position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, cache)
 
         hidden_states = inputs_embeds
         on_layer_output = on_layer_output or {}
@@ -446,14 +454,14 @@ class CharformerModel(CharformerPreTrainedModel):
                 hidden_states,
                 position_ids=position_ids,
                 attention_mask=last_mask if is_last else causal_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 positions_to_keep=positions_to_keep if is_last else 0,
                 input_is_kept=number - 1 in on_layer_output,
                 **kwargs,
             )
             if number in on_layer_output:
                 on_layer_output[number](hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache)
 
     def _mask_of_last_positions(self, causal_mask: Any, inputs_embeds: Tensor, positions_to_keep: int) -> Any:
         length = inputs_embeds.shape[1]
@@ -480,13 +488,13 @@ class CharformerModel(CharformerPreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> Tensor:
         window, length = self.config.max_position_embeddings, inputs_embeds.shape[1]
         if position_ids is not None:
             self._check_range("position_ids", position_ids, window, "max_position_embeddings")
             return position_ids
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if cache is not None else 0
         if past + length > window:
             raise ValueError(
                 f"the sequence is {past + length} characters long"
@@ -546,7 +554,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -556,6 +564,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         target_counts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_final_hidden_state: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CharformerCausalLMOutput:
         """
@@ -563,6 +572,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding on either side.
             position_ids: `(B, S)`; by default they follow from the mask and the cache.
+            cache: Keys and values of what comes before, or `past_key_values`, its name up to Transformers 5.23.
             labels: `(B, S)`, usually `input_ids` itself, since targets are shifted here; -100 is not counted.
             logits_to_keep: Compute logits for so many last positions only (0 is all), or for these indices.
             training_progress: Share of training done, 0 to 1, which the schedules follow; `None` is 0 in training mode.
@@ -606,7 +616,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             on_layer_output={layer: partial(add_losses, group) for layer, group in by_layer.items() if layer < last},
@@ -637,7 +647,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         return CharformerCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             loss_dict=loss_dict,

@@ -89,6 +89,7 @@ def test_saved_folder_has_all_code_and_a_complete_auto_map(saved):
     names = {path.name for path in folder.glob("*.py")}
     assert names == {
         "auxiliary_losses.py",
+        "compatibility.py",
         "configuration_charformer.py",
         "generation_charformer.py",
         "hub.py",

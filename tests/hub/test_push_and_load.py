@@ -12,6 +12,7 @@ from tests.hub.loopback import LoopbackHub
 
 CODE = {
     "auxiliary_losses.py",
+    "compatibility.py",
     "configuration_charformer.py",
     "generation_charformer.py",
     "hub.py",

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from charformer_training import data as data_module
 from charformer_training.data import load_corpus
-from charformer_training.train import build_model, main, parse_arguments
+from charformer_training.recipes import parse_arguments
+from charformer_training.train import build_model, main
 from modeling_charformer import CharformerForCausalLM
 from tests.helpers import CONFIGS, QUICKSTART, small_command
 
@@ -202,7 +203,7 @@ def test_one_target_needs_no_weights_of_the_recipes_further_ones(command):
 @pytest.mark.parametrize(("words", "layers"), [(["all"], "all"), (["none"], None), (["3", "1"], [3, 1])])
 def test_layers_on_the_command_line(command, words, layers):
     arguments = parse_arguments([*command(), "--intermediate_layers", *words])
-    assert arguments[0].config_fields()["intermediate_layers"] == layers
+    assert arguments.model.config_fields()["intermediate_layers"] == layers
 
 
 @pytest.mark.parametrize("none", ["none", "null"])
