@@ -50,11 +50,13 @@ def added_losses(repo: str) -> list[list[float]]:
     """Weights of a head of a plain model with added losses: its own, and what comes back of each way to push it."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 256, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24}
-    model: Any = add_auxiliary_losses(GPT2LMHeadModel(GPT2Config(**sizes)), num_targets=2)
+    plain: Any = GPT2LMHeadModel(GPT2Config(**sizes))
+    model: Any = add_auxiliary_losses(plain, num_targets=2)
     torch.nn.init.normal_(model.auxiliary_heads.target_2.linear.bias)
     model.push_to_hub(repo)
     model.save_pretrained("saved", push_to_hub=True, repo_id=f"{repo}-saved")
-    GPT2LMHeadModel.from_pretrained("saved").push_to_hub(f"{repo}-old")
+    saved: Any = GPT2LMHeadModel.from_pretrained("saved")
+    saved.push_to_hub(f"{repo}-old")
     HfApi().upload_file(path_or_fileobj=f"saved/{HEADS_FILE}", path_in_repo=OLD_HEADS_FILE, repo_id=f"{repo}-old")
     repositories = (repo, f"{repo}-saved", f"{repo}-old")
     loaded: Any = [load_auxiliary_losses(GPT2LMHeadModel.from_pretrained(name), name) for name in repositories]

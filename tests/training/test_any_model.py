@@ -217,12 +217,12 @@ def test_safetensors_beside_the_config_hold_the_models_own_weights_alone(kind, m
 
 
 def test_heads_saved_beside_the_model_still_load(tmp_path):
-    model = add_auxiliary_losses(build("gpt2"))
+    model: Any = add_auxiliary_losses(build("gpt2"))
     for parameter in model.auxiliary_heads.parameters():
         torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path)
     (tmp_path / HEADS_FILE).rename(tmp_path / OLD_HEADS_FILE)
-    restored = load_auxiliary_losses(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+    restored: Any = load_auxiliary_losses(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
     expected = model.auxiliary_heads.state_dict()
     assert all(weight.equal(expected[name]) for name, weight in restored.auxiliary_heads.state_dict().items())
     other = add_auxiliary_losses(build("gpt2"))
