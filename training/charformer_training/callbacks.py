@@ -58,7 +58,7 @@ def sample_text(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _evaluating(model):
         torch.manual_seed(seed)
-        ids = model.generate(  # type: ignore[misc]  # Transformers types `self` as a protocol
+        ids = model.generate(
             **inputs, max_new_tokens=min(length, room), do_sample=True, temperature=0.8, use_cache=True
         )
     return str(tokenizer.decode(ids[0]))
