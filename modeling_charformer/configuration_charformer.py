@@ -9,8 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .auxiliary_losses import AuxiliaryLossSettings, classifier_settings
 from .hub import CharformerPushToHubMixin
+from .loss_settings import AuxiliaryLossSettings, classifier_settings
 
 
 AUTO_MAP = {
@@ -74,7 +74,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     """
 
     model_type = "charformer"
-    keys_to_ignore_at_inference = ["past_key_values", "loss_dict", "loss_weights", "final_hidden_state"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "loss_dict", "loss_weights", "final_hidden_state"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

@@ -11,11 +11,16 @@ from tests.hub.loopback import LoopbackHub
 
 
 CODE = {
+    "auxiliary_heads.py",
     "auxiliary_losses.py",
+    "compatibility.py",
     "configuration_charformer.py",
     "generation_charformer.py",
     "hub.py",
+    "layers_charformer.py",
+    "loss_settings.py",
     "modeling_charformer.py",
+    "pretrained_charformer.py",
     "tokenization_charformer.py",
     "tokenizer_config.json",
 }

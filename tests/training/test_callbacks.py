@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from charformer_training import history
-from charformer_training.callbacks import LossTermProgress, SampleText, Speed, printable, show_in_use
+from charformer_training.callbacks import LossTermProgress, SampleText, Speed, printable, sample_text, show_in_use
 from modeling_charformer import CharformerTokenizer
 
 
@@ -145,6 +146,17 @@ def test_printed_text_cannot_drive_a_terminal(text, shown):
 
 
 class TestSamples:
+    def test_length_is_that_asked_for_past_the_window_too(self, monkeypatch, make_model):
+        model, tokenizer = make_model(), CharformerTokenizer()  # a window of 24
+        monkeypatch.setattr(tokenizer, "decode", lambda ids: " ".join(map(str, ids.tolist())))
+        torch.manual_seed(7)
+        expected = torch.rand(1)
+        torch.manual_seed(7)
+        long = sample_text(model, tokenizer, "ab", 60, seed=0).split()
+        assert torch.rand(1) == expected and model.training  # training goes on as without it
+        assert len(long) == 62 and long[:2] == ["97", "98"]
+        assert long[:24] == sample_text(model, tokenizer, "ab", 22, seed=0).split()
+
     def sampled(self, path: Path, monkeypatch: pytest.MonkeyPatch, make_model, step: int, text: str) -> None:
         monkeypatch.setattr("charformer_training.callbacks.sample_text", lambda *args: text)
         callback = SampleText(CharformerTokenizer(), path, "a", 5, seed=0)

@@ -14,13 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
+from modeling_charformer.auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, ResidualBlock, UncertaintyWeighting
 from modeling_charformer.auxiliary_losses import (
-    AuxiliaryLossSettings,
-    LossTerm,
-    UncertaintyWeighting,
     causal_lm_losses,
     classification_loss,
-    classifier_settings,
     cross_entropy_sum,
     last_target_positions,
     mean_denominators,
@@ -29,7 +26,7 @@ from modeling_charformer.auxiliary_losses import (
     shifted_targets,
     weighted_loss,
 )
-from modeling_charformer.modeling_charformer import TRAINING_ONLY, AuxiliaryHead, ResidualBlock
+from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm, classifier_settings
 
 from .models import HEADS_FILE, evaluating, is_causal_lm, unwrap_peft
 

@@ -321,16 +321,10 @@ def sample_text(
 ) -> str:
     """`prompt` and `length` bytes of text that follow, past the window too, at temperature 0.8."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    past_window = inputs["input_ids"].shape[1] + length > model.config.max_position_embeddings
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), evaluating(model):
         torch.manual_seed(seed)
         ids = model.generate(
-            **inputs,
-            max_new_tokens=length,
-            do_sample=True,
-            temperature=0.8,
-            use_cache=True,
-            rolling_context=past_window or None,
+            **inputs, max_new_tokens=length, do_sample=True, temperature=0.8, use_cache=True, rolling_context=True
         )
     return str(tokenizer.decode(ids[0]))

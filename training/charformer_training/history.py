@@ -7,7 +7,7 @@ An entry of training has `loss`, and `loss_<name>` for each term; an evaluation 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from modeling_charformer.auxiliary_losses import AuxiliaryLossSettings
+from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 
 Entry = Mapping[str, Any]
