@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .compatibility import CACHE
 from .configuration_charformer import CharformerConfig
 
 
@@ -71,7 +72,7 @@ class CharformerAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         positions_to_keep: int = 0,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -82,8 +83,11 @@ class CharformerAttention(nn.Module):
         query = self.q_proj(asking).view(*asking.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
         key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
         value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
+            # A paged cache reads, and writes, what attention is told of the lengths.
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        elif cache is not None:
+            kwargs["cache"] = cache  # a paged one, which attention itself updates
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

@@ -29,6 +29,7 @@ from .auxiliary_losses import (
     loss_of_logits,
     sequence_problem_type,
 )
+from .compatibility import CACHE, one_cache
 from .configuration_charformer import CharformerConfig
 from .generation_charformer import CharformerGenerationMixin
 from .layers_charformer import CharformerLayer, to_autocast_dtype
@@ -79,12 +80,13 @@ class CharformerModel(CharformerPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         on_layer_output: Mapping[int, Callable[[Tensor], None]] | None = None,
         positions_to_keep: int = 0,
         num_layers: int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -92,6 +94,7 @@ class CharformerModel(CharformerPreTrainedModel):
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding; positions count text only.
             position_ids: `(B, S)`, in the window; by default they follow from the mask and the cache.
+            cache: Keys and values of what comes before, or `past_key_values`, its name up to Transformers 5.23.
             on_layer_output: By the number of a layer (1..n), what is called with its output `(B, S, hidden_size)`, before the
                 final norm, right after it and before the next layer. The backward pass then comes to what a reader
                 computed when it comes to the layer: no two layers' gradients by readers are held at once.
@@ -108,17 +111,19 @@ class CharformerModel(CharformerPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         elif inputs_embeds is None or input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        named_cache: dict[str, Any] = {CACHE: cache}
 
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **named_cache,
         )
-        position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, past_key_values)
+        position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, cache)
 
         hidden_states = inputs_embeds
         on_layer_output = on_layer_output or {}
@@ -132,14 +137,14 @@ class CharformerModel(CharformerPreTrainedModel):
                 hidden_states,
                 position_ids=position_ids,
                 attention_mask=last_mask if is_last else causal_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 positions_to_keep=positions_to_keep if is_last else 0,
                 input_is_kept=number - 1 in on_layer_output,
                 **kwargs,
             )
             if number in on_layer_output:
                 on_layer_output[number](hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache)
 
     def _mask_of_last_positions(self, causal_mask: Any, inputs_embeds: Tensor, positions_to_keep: int) -> Any:
         length = inputs_embeds.shape[1]
@@ -166,13 +171,13 @@ class CharformerModel(CharformerPreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> Tensor:
         window, length = self.config.max_position_embeddings, inputs_embeds.shape[1]
         if position_ids is not None:
             self._check_range("position_ids", position_ids, window, "max_position_embeddings")
             return position_ids
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if cache is not None else 0
         if past + length > window:
             raise ValueError(
                 f"the sequence is {past + length} characters long"
@@ -232,7 +237,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -242,6 +247,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         target_counts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_final_hidden_state: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CharformerCausalLMOutput:
         """
@@ -249,6 +255,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding on either side.
             position_ids: `(B, S)`; by default they follow from the mask and the cache.
+            cache: Keys and values of what comes before, or `past_key_values`, its name up to Transformers 5.23.
             labels: `(B, S)`, usually `input_ids` itself, since targets are shifted here; -100 is not counted. In packed
                 rows no target lies in another document, see `packed_documents`.
             logits_to_keep: Compute logits for so many last positions only (0 is all), or for these indices.
@@ -277,7 +284,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             on_layer_output=step.on_layer_output(losses_of),
@@ -295,7 +302,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         return CharformerCausalLMOutput(
             **step.breakdown(self.loss_uncertainty if self.training else None, targets.share_of_step),
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             final_hidden_state=hidden_states[:, kept] if return_final_hidden_state else None,

@@ -11,6 +11,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +20,7 @@ os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'training'}"
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import set_seed
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, loss_settings
@@ -53,6 +55,20 @@ def make_ids() -> Callable[..., torch.Tensor]:
         return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """What a test draws: each figure as it is when it is saved."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def savefig(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        saved.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return saved
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,7 @@ def test_saved_folder_has_all_code_and_a_complete_auto_map(saved):
     assert names == {
         "auxiliary_heads.py",
         "auxiliary_losses.py",
+        "compatibility.py",
         "configuration_charformer.py",
         "generation_charformer.py",
         "hub.py",
