@@ -94,6 +94,7 @@ def test_saved_folder_has_all_code_and_a_complete_auto_map(saved):
         "generation_charformer.py",
         "hub.py",
         "modeling_charformer.py",
+        "text_encoding.py",
         "tokenization_charformer.py",
     }
     config = json.loads((folder / "config.json").read_text())

@@ -17,6 +17,7 @@ CODE = {
     "generation_charformer.py",
     "hub.py",
     "modeling_charformer.py",
+    "text_encoding.py",
     "tokenization_charformer.py",
     "tokenizer_config.json",
 }

@@ -139,7 +139,9 @@ def train(arguments: Arguments) -> dict[str, Any]:
         corpus = load_corpus(data, write=training.local_process_index == 0)
     splits = split_corpus(corpus, data.train_share, data.validation_share, data.source)
     name = model_arguments.model_name_or_path
-    tokenizer = CharformerTokenizer() if name is None else CharformerTokenizer.from_pretrained(name)
+    tokenizer = CharformerTokenizer.for_model(model.config)
+    if name is not None:
+        tokenizer = CharformerTokenizer.from_pretrained(name, model_max_length=tokenizer.model_max_length)
     trainer = build_trainer(arguments, model, tokenizer, splits)
     Path(str(training.output_dir)).mkdir(parents=True, exist_ok=True)
 
