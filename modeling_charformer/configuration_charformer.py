@@ -9,8 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .auxiliary_losses import AuxiliaryLossSettings, classifier_settings
 from .hub import CharformerPushToHubMixin
+from .loss_settings import AuxiliaryLossSettings, classifier_settings
 
 
 AUTO_MAP = {

@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import set_seed
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxiliary_losses
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, loss_settings
 from tests.helpers import TINY
 
 
@@ -35,7 +35,7 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """A schedule that a test registers is gone after it."""
-    monkeypatch.setattr(auxiliary_losses, "_SCHEDULES", dict(auxiliary_losses._SCHEDULES))
+    monkeypatch.setattr(loss_settings, "_SCHEDULES", dict(loss_settings._SCHEDULES))
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from modeling_charformer.auxiliary_heads import TRAINING_ONLY
 from modeling_charformer.hub import KINDS, TAGS, TASKS, is_unfilled_form
-from modeling_charformer.modeling_charformer import TRAINING_ONLY
 
 from .callbacks import final_terms
 from .data import ConsecutiveWindows, RandomWindows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_charformer.auxiliary_losses import AuxiliaryLossSettings
+from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 
 PICTURE = "loss_terms.png"

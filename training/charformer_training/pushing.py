@@ -20,6 +20,7 @@ import modeling_charformer
 from modeling_charformer import CharformerConfig, CharformerTokenizer
 
 from .card import is_charformer, merged_card, trainer_card
+from .models import HEADS_FILE
 from .plots import PICTURE, drop_steps, plot_loss_terms
 
 
@@ -77,7 +78,7 @@ class HubTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-        if self.processing_class is None and is_charformer(config):
+        if self.processing_class is None and config is not None and is_charformer(config):
             CharformerTokenizer.for_model(config).save_pretrained(folder)  # one that needs no training: ids are bytes
 
     def train(self, *args, **kwargs):
@@ -300,6 +301,8 @@ def _stage_checkpoint(checkpoint: Path, stage: Path, subfolder: str | None) -> N
     for path in checkpoint.iterdir():
         if path.is_file() and path.suffix not in PICKLES and path.name not in RESUME_FILES:
             _link(path, stage / path.name)
+    if (heads := checkpoint / HEADS_FILE).is_file():
+        _link(heads, stage / HEADS_FILE)
     if subfolder is not None:
         for path in checkpoint.rglob("*"):
             if path.is_file():

@@ -20,11 +20,14 @@ from modeling_charformer import CharformerConfig, CharformerForCausalLM, Charfor
 from .arguments import Arguments, AuxiliaryLossTrainingArguments, ModelArguments, RunArguments
 from .callbacks import LossTermProgress, SampleText, sample_text
 from .checkpoints import last_complete_checkpoint
+from .command_help import how_to_begin
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .files import whole_files
 from .ngrams import characters_per_byte, ngram_bits_per_byte
 from .plots import PICTURE
-from .recipes import parse_arguments
+from .pretrained import load_language_model, read_config
+from .recipes import USAGE, parse_arguments
+from .terminal import printable, use_safe_streams
 from .trainer import AuxiliaryLossTrainer
 
 
@@ -81,7 +84,7 @@ def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
     settings, name = arguments.config_fields(), arguments.model_name_or_path
     if name is None:
         return CharformerForCausalLM(CharformerConfig(**settings))
-    config = CharformerConfig.from_pretrained(name)
+    config = read_config(name, "model_name_or_path")
     # Blocks begin as the identity, so linear heads can be given some; blocks that were trained have no other shape.
     fixed = SHAPE_FIELDS if config.target_heads == "linear" else SHAPE_FIELDS | {"target_heads"}
     for field_name in fixed & settings.keys():
@@ -90,7 +93,7 @@ def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
                 f"{field_name} is {settings[field_name]!r}, but the model to fine-tune, {name}, has"
                 f" {getattr(config, field_name)!r}; leave its architecture as it is"
             )
-    return CharformerForCausalLM.from_pretrained(name, **settings)
+    return load_language_model(name, "model_name_or_path", **settings)
 
 
 def build_trainer(
@@ -129,6 +132,12 @@ def build_trainer(
     return trainer
 
 
+def _holds_special_symbols(corpus: np.ndarray) -> bool:
+    """Whether a corpus, of bytes, has some that stand for pad, eos or bos and that no UTF-8 text contains."""
+    step = 2**24
+    return any(bool((corpus[start : start + step] >= 0xFD).any()) for start in range(0, len(corpus), step))
+
+
 def train(arguments: Arguments) -> dict[str, Any]:
     """Run a recipe: data, model, training, evaluation, and the folder with all results. Returns the metrics."""
     model_arguments, data, run, training = arguments
@@ -139,6 +148,11 @@ def train(arguments: Arguments) -> dict[str, Any]:
         corpus = load_corpus(data, write=training.local_process_index == 0)
     splits = split_corpus(corpus, data.train_share, data.validation_share, data.source)
     name = model_arguments.model_name_or_path
+    if name is None and _holds_special_symbols(corpus):
+        for settings in (model.config, model.generation_config):
+            settings.pad_token_id = settings.eos_token_id = settings.bos_token_id = None
+        if training.process_index == 0:
+            print("The corpus is no UTF-8 text: its bytes 253 to 255 are not pad, eos and bos, so the model has none")
     tokenizer = CharformerTokenizer.for_model(model.config)
     if name is not None:
         tokenizer = CharformerTokenizer.from_pretrained(name, model_max_length=tokenizer.model_max_length)
@@ -224,7 +238,7 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
         if (key := f"{name}_bpc") in metrics
     ]
     if text:
-        lines += ["", "The model writes:", *(f"  | {line}" for line in text.strip("\n").splitlines())]
+        lines += ["", "The model writes:", *(f"  | {printable(line)}" for line in text.strip("\n").split("\n"))]
     lines += [
         "",
         f"Every loss term in a picture: {folder / PICTURE}",
@@ -241,8 +255,13 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console program; returns its exit status."""
     arguments = None
+    words = sys.argv[1:] if argv is None else argv
+    use_safe_streams()
+    if not words:
+        print(how_to_begin(USAGE), file=sys.stderr)
+        return 2
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        arguments = parse_arguments(words)
         train(arguments)
         # Left to the end of the interpreter, threads of gloo that still hold tensors now and then abort the process.
         PartialState().destroy_process_group()
@@ -251,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (StrictDataclassError, FloatingPointError, OSError, ValueError) as error:
         logger.debug("traceback", exc_info=True)
-        print(f"\ncharformer-train: error: {error}", file=sys.stderr)  # a progress bar may hold the line
+        print(f"\ncharformer-train: error: {printable(error)}", file=sys.stderr)  # a progress bar may hold the line
         return 1
     return 0
 
