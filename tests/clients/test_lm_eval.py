@@ -107,5 +107,5 @@ def test_all_three_kinds_of_tasks(make_folder, tasks):
     for row, sample in zip(ROWS, found["samples"]["write"], strict=True):
         inputs = tokenizer(str(row["question"]), return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        expected_text = tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0]
+        expected_text = str(tokenizer.decode(ids, skip_special_tokens=True)).split("\n")[0]
         assert sample["resps"][0][0] == expected_text

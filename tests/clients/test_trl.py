@@ -42,9 +42,7 @@ def finish(trainer: Any) -> dict[str, Any]:
     """Trains; the weights have changed and the losses are finite. Returns the first row of the log."""
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
-    changed = [
-        name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])
-    ]
+    changed = [name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])]
     assert any("layers.0." in name for name in changed)
     first = trainer.state.log_history[0]
     assert first["loss"] == first["loss"]
@@ -141,6 +139,9 @@ def test_reward(make_folder, settings):
         make_folder("CharformerForSequenceClassification", num_labels=1), AutoModelForSequenceClassification
     )
     trainer = trl.RewardTrainer(
-        model, args=trl.RewardConfig(**settings, max_length=32), train_dataset=preferences(), processing_class=tokenizer
+        model,
+        args=trl.RewardConfig(**settings, max_length=32),
+        train_dataset=preferences(),
+        processing_class=tokenizer,
     )
     finish(trainer)
