@@ -17,7 +17,7 @@ def make_folder(tmp_path: Path) -> Callable[..., str]:
 
     def make(kind: str = "CharformerForCausalLM", **changes: Any) -> str:
         set_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 64}
         config = CharformerConfig(
             **(sizes | {"initializer_range": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0} | changes)
         )
