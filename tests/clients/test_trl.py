@@ -39,11 +39,12 @@ def load(folder: str, auto: Any = AutoModelForCausalLM) -> tuple[Any, PreTrained
 
 
 def finish(trainer: Any) -> dict[str, Any]:
-    """Trains; the weights have changed and the losses are finite. Returns the first row of the log."""
+    """Trains; the weights have changed, those of auxiliary heads have not. Returns the first row of the log."""
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
     changed = [name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])]
     assert any("layers.0." in name for name in changed)
+    assert not any("auxiliary_" in name for name in changed)  # TRL computes losses of its own, from the logits
     first = trainer.state.log_history[0]
     assert first["loss"] == first["loss"]
     return dict(first)
