@@ -49,6 +49,14 @@ def test_equals_the_naive_loop(make_model, settings, window, stride):
     assert result.counted_characters == len(TEXT.decode()) - 1
 
 
+def test_with_added_tokens_bytes_are_counted_as_before(make_model):
+    model = make_model(vocab_size=260).eval()
+    with torch.no_grad():
+        bits = naive_bits(model, TEXT, 24, 5)
+    result = bits_per_character(model, TEXT, stride=5, progress=False)
+    assert result.counted_bytes == 99 and result.bpb == pytest.approx(sum(bits) / 99, rel=1e-6)
+
+
 @pytest.mark.parametrize("length", [2, 3, 24, 25, 26])
 def test_short_texts(make_model, length):
     model = make_model().eval()

@@ -65,6 +65,9 @@ def test_a_run_leaves_a_folder_that_explains_and_loads_itself(command, tmp_path,
     assert type(model) is CharformerForCausalLM
     ids = model.generate(**tokenizer("Zeile", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert tokenizer.decode(ids[0]).startswith("Zeile")
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
+    symbols = [(one.pad_token_id, one.eos_token_id) for one in (tokenizer, model.config, model.generation_config)]
+    assert symbols == [(255, 254)] * 3
 
     picture = (folder / "loss_terms.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
@@ -98,6 +101,17 @@ def test_a_run_leaves_a_folder_that_explains_and_loads_itself(command, tmp_path,
     ):
         assert line in shown
     assert metrics["splits"]["train"][1] in shown  # the checksum
+
+
+def test_raw_binary_data_makes_a_model_without_special_symbols(command, tmp_path, capsys):
+    data = tmp_path / "raw.dat"
+    data.write_bytes(bytes(range(1, 256)) * 40)
+    assert main(command(data_path=data, sample_length=0)) == 0
+    assert "253 to 255 are not pad, eos and bos" in capsys.readouterr().out
+    folder = tmp_path / "run"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.pad_token_id is None and model.generation_config.eos_token_id is None
+    assert tokenizer.all_special_tokens == []
 
 
 def test_the_shown_lines_load_the_model(command, tmp_path, capsys):

@@ -129,6 +129,12 @@ def build_trainer(
     return trainer
 
 
+def _holds_special_symbols(corpus: np.ndarray) -> bool:
+    """Whether a corpus, of bytes, has some that stand for pad, eos or bos and that no UTF-8 text contains."""
+    step = 2**24
+    return any(bool((corpus[start : start + step] >= 0xFD).any()) for start in range(0, len(corpus), step))
+
+
 def train(arguments: Arguments) -> dict[str, Any]:
     """Run a recipe: data, model, training, evaluation, and the folder with all results. Returns the metrics."""
     model_arguments, data, run, training = arguments
@@ -139,7 +145,14 @@ def train(arguments: Arguments) -> dict[str, Any]:
         corpus = load_corpus(data, write=training.local_process_index == 0)
     splits = split_corpus(corpus, data.train_share, data.validation_share, data.source)
     name = model_arguments.model_name_or_path
-    tokenizer = CharformerTokenizer() if name is None else CharformerTokenizer.from_pretrained(name)
+    if name is None and _holds_special_symbols(corpus):
+        for settings in (model.config, model.generation_config):
+            settings.pad_token_id = settings.eos_token_id = settings.bos_token_id = None
+        if training.process_index == 0:
+            print("The corpus is no UTF-8 text: its bytes 253 to 255 are not pad, eos and bos, so the model has none")
+    tokenizer = CharformerTokenizer.for_model(model.config)
+    if name is not None:
+        tokenizer = CharformerTokenizer.from_pretrained(name, model_max_length=tokenizer.model_max_length)
     trainer = build_trainer(arguments, model, tokenizer, splits)
     Path(str(training.output_dir)).mkdir(parents=True, exist_ok=True)
 
