@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -37,5 +39,24 @@ def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise OSError(saving_failed_message(folder, error)) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` when the block is through, and disappears if it fails.
+
+    Raises:
+        OSError: If the file cannot be written, or `path` is a folder or a device.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file, and is not replaced")
+    scratch = Path(tempfile.mkdtemp(prefix="_incomplete-", dir=path.parent))
+    try:
+        with open(scratch / "file", "wb") as file:
+            yield file
+        os.replace(scratch / "file", path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

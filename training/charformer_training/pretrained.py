@@ -143,4 +143,4 @@ def load_language_model(name: str, field: str = "model", **settings: Any) -> Cha
 
 
 def _first_line(error: BaseException) -> str:
-    return one_line(str(error).strip().split("\n")[0])[:200] or type(error).__name__
+    return one_line(str(error).strip().split("\n")[0])[:500] or type(error).__name__

@@ -41,6 +41,9 @@ class Parser(HfArgumentParser):
         message = re.sub(r"^argument --(\w+)(/--[\w-]+)?: ", r"\1: ", message)  # one of the two spellings will do
         for kind, accepted in (("int", "a whole number"), ("float", "a number")):
             message = re.sub(rf"^(\w+): invalid {kind} value: (.*)$", rf"\1 is \2; it must be {accepted}", message)
+        message = re.sub(
+            r"^(\w+): invalid choice: (.*) \(choose from (.*)\)$", r"\1 is \2; it must be one of \3", message
+        )
         raise ValueError(one_line(message))
 
     def known(self) -> set[str]:

@@ -23,12 +23,13 @@ from .checkpoints import last_complete_checkpoint
 from .command_help import how_to_begin
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .files import whole_files
-from .ngrams import characters_per_byte, ngram_bits_per_byte
+from .ngrams import ngram_bits_per_byte
 from .plots import PICTURE
 from .pretrained import load_language_model, read_config
 from .recipes import USAGE, parse_arguments
 from .terminal import printable, use_safe_streams
 from .trainer import AuxiliaryLossTrainer
+from .units import count_characters
 
 
 logger = logging.get_logger(__name__)
@@ -179,7 +180,7 @@ def _final_evaluation(trainer: AuxiliaryLossTrainer) -> dict[str, Any]:
 
 
 def _compare_ngrams(train: np.ndarray, text: np.ndarray) -> dict[str, float]:
-    per_byte = characters_per_byte(text)
+    per_byte = count_characters(text) / (len(text) - 1)
     return {
         f"{name}_bpc": ngram_bits_per_byte(train, text, order) / per_byte
         for name, order in (("unigram", 1), ("trigram", 3))
