@@ -113,7 +113,7 @@ def build_trainer(
     trainer = AuxiliaryLossTrainer(
         model=model,
         args=training,
-        train_dataset=RandomWindows(splits["train"], window, num_windows, seed),
+        train_dataset=RandomWindows(splits["train"], window, num_windows, seed, num_windows // training.max_steps),
         eval_dataset=ConsecutiveWindows(splits["validation"], window, data.max_eval_bytes),
         data_collator=default_data_collator,
         processing_class=tokenizer,
@@ -140,7 +140,7 @@ def train(arguments: Arguments) -> dict[str, Any]:
     model = build_model(model_arguments)  # wrong settings raise before the text is read
     replaced = check_output_dir(run, training)
     with training.main_process_first(desc="reading the corpus"):
-        corpus = load_corpus(data, write=training.local_process_index == 0)
+        corpus = load_corpus(data, training.local_process_index == 0, training.output_dir)
     splits = split_corpus(corpus, data.train_share, data.validation_share, data.source)
     name = model_arguments.model_name_or_path
     tokenizer = CharformerTokenizer() if name is None else CharformerTokenizer.from_pretrained(name)
