@@ -12,17 +12,17 @@ import numpy as np
 from accelerate.state import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import default_data_collator, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 
 from .arguments import Arguments, AuxiliaryLossTrainingArguments, ModelArguments, RunArguments
-from .callbacks import LossTermProgress, SampleText, sample_text
+from .callbacks import SampleText, sample_text, show_in_use
 from .checkpoints import last_complete_checkpoint
 from .command_help import how_to_begin
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .files import whole_files
+from .history import is_evaluation
 from .ngrams import ngram_bits_per_byte
 from .plots import PICTURE
 from .pretrained import load_language_model, read_config
@@ -118,10 +118,7 @@ def build_trainer(
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
-    if not training.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossTermProgress())
+    show_in_use(trainer, window * num_windows // training.max_steps)
     if run.sample_length:
         length = len(run.sample_prompt.encode())
         if not 1 <= length < window:
@@ -175,7 +172,7 @@ def _final_evaluation(trainer: AuxiliaryLossTrainer) -> dict[str, Any]:
     step = trainer.state.global_step
     if trainer.args.load_best_model_at_end:  # the weights are not those of the last step
         return {"step": trainer.state.best_global_step, **trainer.evaluate()}
-    done = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
+    done = [entry for entry in trainer.state.log_history if entry["step"] == step and is_evaluation(entry)]
     return {"step": step, **(done[-1] if done else trainer.evaluate())}
 
 
@@ -226,7 +223,7 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
         if (key := f"{name}_bpc") in metrics
     ]
     if text:
-        lines += ["", "The model writes:", *(f"  | {printable(line)}" for line in text.strip("\n").split("\n"))]
+        lines += ["", "The model writes:", *(f"  | {line}" for line in printable(text).strip("\n").split("\n"))]
     lines += [
         "",
         f"Every loss term in a picture: {folder / PICTURE}",
@@ -248,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         print(how_to_begin(USAGE), file=sys.stderr)
         return 2
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # a log file holds lines
     try:
         arguments = parse_arguments(words)
         train(arguments)
