@@ -325,13 +325,13 @@ def test_what_is_left_out_of_a_folder_is_counted_and_named(tmp_path, messages):
         assert corpus.tobytes() == b"eins\nzwei"
         (folder / "out" / "samples.jsonl").write_bytes(b"the run goes on")
     for part in (
-        "2 binary (data.bin, picture.png)",
-        "1 empty (empty)",
-        "1 links to nothing (broken)",
-        "1 links to folders (loop)",
-        "1 no regular files (pipe)",
-        "1 tables among texts (t.parquet)",
-        "2 folders of training runs (other run, out)",
+        "binary: 2 (data.bin, picture.png)",
+        "empty: 1 (empty)",
+        "links to nothing: 1 (broken)",
+        "links to folders: 1 (loop)",
+        "no regular files: 1 (pipe)",
+        "tables among texts: 1 (t.parquet)",
+        "folders of training runs: 2 (other run, out)",
     ):
         assert part in messages.text
     with pytest.raises(ValueError, match="output_dir is data_path"):
@@ -399,3 +399,8 @@ def test_names_that_are_not_utf8_are_read(tmp_path):
     arguments = DataArguments(data_path=os.fsdecode(path))
     assert load_corpus(arguments).tobytes() == b"text" and arguments.source == r"caf\xe9"
     assert load_corpus(DataArguments(data_path=os.fsdecode(path + b"/\xff.txt"))).tobytes() == b"text"
+
+
+def test_windows_say_whether_their_text_is_utf8():
+    assert ConsecutiveWindows(as_split("жёлтый лес, ".encode() * 9), 16).is_utf8
+    assert not ConsecutiveWindows(as_split("жёлтый лес, ".encode("koi8-r") * 9), 16).is_utf8

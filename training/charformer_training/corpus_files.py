@@ -288,5 +288,5 @@ def described(others: dict[str, list[Path]]) -> str:
     parts = []
     for reason, paths in others.items():
         names = ", ".join(one_line(path.name) for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
-        parts.append(f"{len(paths):,} {reason} ({names})")
+        parts.append(f"{reason}: {len(paths):,} ({names})")
     return "; ".join(parts)

@@ -208,6 +208,11 @@ class ConsecutiveWindows(Dataset):
     def __len__(self) -> int:
         return -(-(len(self.data) - 1) // (self.window - 1))
 
+    @cached_property
+    def is_utf8(self) -> bool:
+        """Whether the text is UTF-8; of any other the Trainer reports no bits per character."""
+        return is_utf8(self.data)
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(index)

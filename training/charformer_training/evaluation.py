@@ -27,7 +27,7 @@ from .arguments import check_text
 from .files import whole_file
 from .models import evaluating
 from .terminal import one_line
-from .units import BITS_PER_NAT, count_characters, is_utf8
+from .units import NATS_PER_BIT, count_characters, is_utf8
 
 
 # Standard errors are taken from means over so many bytes in a row: neighbours depend on each other.
@@ -174,7 +174,7 @@ def bits_by_position(
                     (logits,) = model.classify([term], layers[term.layer])
                 nats = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
                 sums[term.name] += nats.double().sum(0).cpu().numpy()
-    return {name: total / count * BITS_PER_NAT for name, total in sums.items()}
+    return {name: total / count / NATS_PER_BIT for name, total in sums.items()}
 
 
 class _Windows:
@@ -214,7 +214,7 @@ def _bits(
     wanted = torch.from_numpy(data[targets].astype(np.int64)).to(model.device)
     nats = -log_probabilities.gather(-1, wanted[..., None])[..., 0]
     chosen = np.arange(keep) >= keep - counted[:, None]
-    return targets[chosen], nats.double().cpu().numpy()[chosen] * BITS_PER_NAT
+    return targets[chosen], nats.double().cpu().numpy()[chosen] / NATS_PER_BIT
 
 
 class _State:

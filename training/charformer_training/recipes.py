@@ -21,6 +21,7 @@ from .arguments import (
     DataArguments,
     ModelArguments,
     RunArguments,
+    check_text,
 )
 from .checks import check_ranges, check_type, shown
 from .command_help import training_help
@@ -177,6 +178,7 @@ def _check_program(values: dict[str, Any]) -> None:
     """What the Trainer would accept, and this program cannot use."""
     if not values["output_dir"] or not values["output_dir"].strip():
         raise ValueError("output_dir is missing; give the folder for the trained model")
+    check_text("output_dir", values["output_dir"])  # it stands in the card, and is what others load
     if values["max_steps"] <= 0:
         raise ValueError(
             f"max_steps is {values['max_steps']}; give the number of optimizer steps: windows are drawn at random, so"
@@ -220,9 +222,10 @@ def _check_trainer(values: dict[str, Any]) -> None:
         if name not in get_available_reporting_integrations():
             raise ValueError(f"report_to is {shown('', name)}, which is not installed here")
     metric = values["metric_for_best_model"]
-    if metric is not None and not re.fullmatch(r"(eval_)?(loss|bpc|bpb|loss_\w+)", metric):
+    if metric is not None and not re.fullmatch(r"(eval_)?(loss|bpc|bpb|loss_next_char|loss_last_position)", metric):
         raise ValueError(
-            f"metric_for_best_model is {shown('', metric)}; it must be eval_loss, eval_bpc, eval_bpb or eval_loss_ and a term"
+            f"metric_for_best_model is {shown('', metric)}; it must be one of eval_loss, eval_bpc, eval_bpb,"
+            " eval_loss_next_char and eval_loss_last_position"
         )
     if values["torch_compile_mode"] not in (None, *_COMPILE_MODES):
         raise ValueError(

@@ -29,7 +29,7 @@ from .pretrained import load_language_model, read_config
 from .recipes import USAGE, parse_arguments
 from .terminal import printable, use_safe_streams
 from .trainer import AuxiliaryLossTrainer
-from .units import count_characters
+from .units import count_characters, is_utf8
 
 
 logger = logging.get_logger(__name__)
@@ -118,6 +118,11 @@ def build_trainer(
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
+    metric = training.metric_for_best_model or ""
+    if metric.endswith("bpc") and not is_utf8(splits["validation"].data[: data.max_eval_bytes]):
+        raise ValueError(
+            f"metric_for_best_model is {metric!r}; the text is not UTF-8, so it must be eval_bpb or eval_loss"
+        )
     show_in_use(trainer, window * num_windows // training.max_steps)
     if run.sample_length:
         length = len(run.sample_prompt.encode())
@@ -177,9 +182,9 @@ def _final_evaluation(trainer: AuxiliaryLossTrainer) -> dict[str, Any]:
 
 
 def _compare_ngrams(train: np.ndarray, text: np.ndarray) -> dict[str, float]:
-    per_byte = count_characters(text) / (len(text) - 1)
+    per_byte, unit = (count_characters(text) / (len(text) - 1), "bpc") if is_utf8(text) else (1.0, "bpb")
     return {
-        f"{name}_bpc": ngram_bits_per_byte(train, text, order) / per_byte
+        f"{name}_{unit}": ngram_bits_per_byte(train, text, order) / per_byte
         for name, order in (("unigram", 1), ("trigram", 3))
     }
 
@@ -213,14 +218,13 @@ def _save_results(
 
 
 def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
-    lines = [
-        "",
-        f"Validation: {metrics['eval_bpc']:.3f} bits per character (first {metrics['eval_bytes']:,} bytes of the split)",
-    ]
+    unit, of = ("bpc", "character") if "eval_bpc" in metrics else ("bpb", "byte")
+    bits = metrics[f"eval_{unit}"]
+    lines = ["", f"Validation: {bits:.3f} bits per {of} (first {metrics['eval_bytes']:,} bytes of the split)"]
     lines += [
-        f"  counted {name:<8} {metrics[key]:.3f}" + ("" if metrics["eval_bpc"] < metrics[key] else "  (not beaten)")
+        f"  counted {name:<8} {metrics[key]:.3f}" + ("" if bits < metrics[key] else "  (not beaten)")
         for name in ("trigram", "unigram")
-        if (key := f"{name}_bpc") in metrics
+        if (key := f"{name}_{unit}") in metrics
     ]
     if text:
         lines += ["", "The model writes:", *(f"  | {line}" for line in printable(text).strip("\n").split("\n"))]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 
-BITS_PER_NAT = 1 / math.log(2)
+NATS_PER_BIT = math.log(2)
 _CHUNK = 1 << 22
 
 
