@@ -234,7 +234,9 @@ class TestProgram:
         assert "text, all of it: 100 bytes" in capsys.readouterr().out
         assert main([]) == 2
         assert "charformer-evaluate runs/quickstart my_text.txt" in capsys.readouterr().err
-        assert main(["--help"]) == 0
+        with pytest.raises(SystemExit) as left:
+            main(["--help"])
+        assert left.value.code == 0
         assert "--max_bytes" in capsys.readouterr().out
 
     @pytest.mark.parametrize("option", ["--output", "--plots", "--state_file"])

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from charformer_training import evaluate_cli
 from charformer_training.arguments import (
     CONFIG_TYPES,
     Arguments,
@@ -302,7 +303,7 @@ def a_run_or_a_clear_error(words: list[str]) -> None:
     try:
         arguments = parse_arguments(words)
     except (ValueError, FileNotFoundError) as error:
-        assert str(error).strip() and "\x1b" not in str(error)
+        assert str(error).strip() and "\x1b" not in str(error) and "\n" not in str(error)
     else:
         assert isinstance(arguments, Arguments) and arguments.training.max_steps >= 1
 
@@ -341,6 +342,23 @@ def test_any_text_is_a_recipe_or_a_clear_error(tmp_path_factory, text):
 def test_any_command_line_is_a_run_or_a_clear_error(options):
     words = [word for name, value in options for word in (f"--{name}", value)]
     a_run_or_a_clear_error([QUICKSTART, "--use_cpu", "true", *words])
+
+
+@fuzzed
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(EvaluateArguments.__dataclass_fields__)), SCALARS.map(str)), max_size=3)
+)
+@example([("stride", "0")])
+@example([("max_bytes", "9" * 5000)])
+def test_any_command_line_of_an_evaluation_is_one_or_a_clear_error(options):
+    try:
+        _, _, found = evaluate_cli.parse_arguments(
+            ["m", "t", *(w for name, value in options for w in (f"--{name}", value))]
+        )
+    except ValueError as error:
+        assert str(error).strip() and "\x1b" not in str(error) and "\n" not in str(error)
+    else:
+        assert found.batch_size >= 1 and min(found.stride) >= 1
 
 
 @fuzzed

@@ -22,7 +22,7 @@ from .files import whole_file
 from .plots import plot_bits_by_position
 from .pretrained import load_language_model, read_config
 from .recipes import Parser
-from .terminal import one_line, printable, use_safe_streams
+from .terminal import error_message, one_line, use_safe_streams
 
 
 USAGE = "charformer-evaluate MODEL TEXT [--stride s ...] [--field value ...]"
@@ -191,13 +191,13 @@ def table(results: Sequence[Evaluation], source: str) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The console program; returns its exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    use_safe_streams()
-    if not words:
-        print(how_to_begin_evaluating(USAGE), file=sys.stderr)
-        return 2
+def parse_arguments(words: Sequence[str]) -> tuple[str, str, EvaluateArguments]:
+    """Model, text and settings from the command line.
+
+    Raises:
+        ValueError: If one is missing or not accepted.
+        SystemExit: After `--help`.
+    """
     parser = Parser(
         [EvaluateArguments],  # type: ignore[list-item]  # typed for one class
         prog="charformer-evaluate",
@@ -205,23 +205,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.format_help = lambda: evaluation_help(USAGE, EvaluateArguments)  # type: ignore[method-assign]
+    if "-h" in words or "--help" in words:
+        parser.parse(["--help"])
+    if len(words) < 2 or any(word.startswith("-") for word in words[:2]):
+        raise ValueError(f"give a model and a text first: {USAGE}")
+    for name, word in zip(("MODEL", "TEXT"), words, strict=False):
+        if not word.strip():
+            raise ValueError(f"{name} is empty: {USAGE}")
+    return words[0], words[1], EvaluateArguments(**parser.parse(words[2:]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console program; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    use_safe_streams()
+    if not words:
+        print(how_to_begin_evaluating(USAGE), file=sys.stderr)
+        return 2
     try:
-        if "-h" in words or "--help" in words:
-            print(parser.format_help(), end="")
-            return 0
-        if len(words) < 2 or any(word.startswith("-") for word in words[:2]):
-            raise ValueError(f"give a model and a text first: {USAGE}")
-        for name, word in zip(("MODEL", "TEXT"), words, strict=False):
-            if not word.strip():
-                raise ValueError(f"{name} is empty: {USAGE}")
-        values = parser.parse(words[2:])
-        evaluate(words[0], words[1], EvaluateArguments(**values))
+        evaluate(*parse_arguments(words))
         PartialState().destroy_process_group()  # like charformer-train
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
-        print(f"\ncharformer-evaluate: error: {printable(error)}", file=sys.stderr)
+        print(f"\ncharformer-evaluate: error: {error_message(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -26,7 +26,7 @@ from .arguments import (
 from .checks import check_ranges, check_type, shown
 from .command_help import training_help
 from .pretrained import check_size
-from .strict_yaml import read_yaml
+from .strict_yaml import MAX_LENGTH, read_yaml
 from .terminal import one_line
 
 
@@ -120,6 +120,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     name = one_line(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {name!r}; training/configs holds those of this project")
+    if path.stat().st_size > 4 * MAX_LENGTH:
+        raise ValueError(f"{name} has {path.stat().st_size:,} bytes; a recipe has {MAX_LENGTH:,} or fewer")
     try:
         recipe = read_yaml(path.read_text(encoding="utf-8-sig"), name)
     except UnicodeDecodeError as error:

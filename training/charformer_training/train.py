@@ -27,7 +27,7 @@ from .ngrams import ngram_bits_per_byte
 from .plots import PICTURE
 from .pretrained import load_language_model, read_config
 from .recipes import USAGE, parse_arguments
-from .terminal import printable, use_safe_streams
+from .terminal import error_message, printable, use_safe_streams
 from .trainer import AuxiliaryLossTrainer
 from .units import count_characters, is_utf8
 
@@ -154,7 +154,10 @@ def train(arguments: Arguments) -> dict[str, Any]:
         for name, split in splits.items():
             print(f"  {name:<10} {len(split.data):>13,} bytes  sha256 {split.sha256}")
         heads = model.num_parameters() - model.without_auxiliary_heads().num_parameters()
-        print(f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only", flush=True)
+        print(
+            f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only, on {training.device}",
+            flush=True,
+        )
         for path in replaced:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -261,7 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (StrictDataclassError, FloatingPointError, OSError, ValueError) as error:
         logger.debug("traceback", exc_info=True)
-        print(f"\ncharformer-train: error: {printable(error)}", file=sys.stderr)  # a progress bar may hold the line
+        print(
+            f"\ncharformer-train: error: {error_message(error)}", file=sys.stderr
+        )  # a progress bar may hold the line
         return 1
     return 0
 
