@@ -8,9 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from modeling_charformer import CharformerConfig
 
@@ -105,6 +108,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         training = AuxiliaryLossTrainingArguments(**_fields_of(AuxiliaryLossTrainingArguments, values))
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"the Trainer does not accept its settings: {error}") from error
+    _check_optimizer(training)
     # The windows themselves are random; shuffling their numbers would only cost memory.
     training.train_sampling_strategy = "sequential"
     return Arguments(model, data, run, training)
@@ -186,6 +190,17 @@ def _check_program(values: dict[str, Any]) -> None:
             f"max_steps is {values['max_steps']}; give the number of optimizer steps: windows are drawn at random, so"
             " there are no epochs to count"
         )
+    if Path(values["output_dir"]).exists() and not Path(values["output_dir"]).is_dir():
+        raise ValueError(f"output_dir is {shown('', values['output_dir'])}, a file; give a folder")
+    if values["ignore_data_skip"]:
+        raise ValueError("ignore_data_skip is true; it must be false: a resumed run would see its first windows again")
+    if values["train_sampling_strategy"] not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy is {shown('', values['train_sampling_strategy'])}; leave it out: windows are drawn at"
+            " random, and all have one length"
+        )
+    if values["dataloader_persistent_workers"] and not values["dataloader_num_workers"]:
+        raise ValueError("dataloader_persistent_workers is true; it needs dataloader_num_workers of 1 or more")
     if values["dataloader_drop_last"]:
         raise ValueError(
             "dataloader_drop_last is true; it must be false: the evaluation would leave out a part of the text"
@@ -233,6 +248,31 @@ def _check_trainer(values: dict[str, Any]) -> None:
         raise ValueError(
             f"torch_compile_mode is {shown('', values['torch_compile_mode'])}; it must be one of {list(_COMPILE_MODES)}"
         )
+
+
+def _check_optimizer(training: AuxiliaryLossTrainingArguments) -> None:
+    """What would fail at the first step, when an earlier model may have been deleted already."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except ImportError as error:
+        raise ValueError(f"optim is {OptimizerNames(training.optim).value!r}; {one_line(error)}") from error
+    except (AttributeError, ValueError):
+        pass  # some need the model to say
+    kwargs: Any = training.lr_scheduler_kwargs  # a mapping by now
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], training.learning_rate)
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            training.get_warmup_steps(training.max_steps),
+            training.max_steps,
+            kwargs or {},
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs is {shown('', kwargs)}, which lr_scheduler_type"
+            f" {SchedulerType(training.lr_scheduler_type).value!r} does not accept: {one_line(error)}"
+        ) from error
 
 
 def _check_model(model: ModelArguments) -> None:
