@@ -183,6 +183,7 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
         ("--torch_compile_mode fast", "torch_compile_mode is 'fast'; it must be one of"),
         ("--hub_tokn SECRET", "there is no option --hub_tokn; meant --hub_token?"),
         ("--hub-tokn=SECRET", "there is no option --hub-tokn; meant --hub_token?"),
+        ("--seed 1 other.yaml", "a word belongs to no option (after --seed); the recipe stands first"),
         ("--hub_token a SECRET", "a word belongs to no option (after --hub_token)"),
     ],
 )

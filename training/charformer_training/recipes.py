@@ -68,7 +68,10 @@ class Parser(HfArgumentParser):
         if left:
             before = [word.split("=")[0] for word in words[: list(words).index(left[0])] if word.startswith("--")]
             place = f" (after {one_line(before[-1])})" if before else ""
-            raise ValueError(f"a word belongs to no option{place}; text with spaces needs quotes")
+            advice = (
+                "the recipe stands first" if left[0].endswith((".yaml", ".yml")) else "text with spaces needs quotes"
+            )
+            raise ValueError(f"a word belongs to no option{place}; {advice}")
         return vars(namespace)
 
 
