@@ -19,6 +19,8 @@ from charformer_training.data import DataArguments
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 text, output_dir = sys.argv[1:]
 window, steps, batch = 64, 300, 8
 

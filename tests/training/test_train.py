@@ -288,6 +288,37 @@ class TestWrongInput:
         recipe.write_text("just text\n")
         assert "'field: value' lines" in self.refused(capsys, [str(recipe)])
 
+    def test_bits_per_character_of_text_that_is_not_utf8(self, command, tmp_path, capsys):
+        (tmp_path / "koi8").write_bytes(("Щедрая осень, жёлтый лес. " * 400).encode("koi8-r"))
+        words = command(data_path=tmp_path / "koi8", metric_for_best_model="eval_bpc", load_best_model_at_end="true")
+        assert "not UTF-8, so it must be eval_bpb or eval_loss" in self.refused(capsys, words)
+        assert main([*command(data_path=tmp_path / "koi8"), "--compare_ngrams"]) == 0
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        assert metrics["eval_bpb"] > 0 and "unigram_bpb" in metrics and not [key for key in metrics if "bpc" in key]
+        assert "bits per byte" in capsys.readouterr().out
+
+    def test_a_name_that_is_not_utf8_costs_no_model(self, command, text_file, tmp_path, capsys):
+        path = os.fsencode(tmp_path) + b"/caf\xe9\x1b[2J.txt"
+        with open(path, "wb") as file:
+            file.write(text_file.read_bytes())
+        assert main(command(data_path=os.fsdecode(path))) == 0
+        shown = capsys.readouterr()
+        assert r"caf\xe9\x1b[2J.txt" in shown.out and "\x1b[2J" not in shown.out + shown.err
+        assert r"caf\xe9" in (tmp_path / "run" / "README.md").read_text()
+        assert "must be text in UTF-8" in self.refused(capsys, command(output_dir=os.fsdecode(path)))
+
+    def test_a_corpus_does_not_grow_by_its_runs(self, command, text_file, tmp_path):
+        folder = tmp_path / "project"
+        folder.mkdir()
+        shutil.copy(text_file, folder)
+        found = []
+        for further in ([], ["--resume_from_last"], ["--overwrite_output_dir"]):
+            words = command(data_path=folder, output_dir=folder / "runs" / "a")
+            assert main([*words, *further]) == 0
+            found.append(json.loads((folder / "runs" / "a" / "metrics.json").read_text())["splits"])
+        assert found[0] == found[1] == found[2]
+        assert sum(size for size, _ in found[0].values()) == text_file.stat().st_size
+
     def test_unknown_field_on_the_command_line(self, command, capsys):
         assert "--num_target_x" in self.refused(capsys, [*command(), "--num_target_x", "3"])
         assert "--num_target" in self.refused(capsys, [*command(), "--num_target", "3"])
