@@ -306,13 +306,13 @@ class TestWrongInput:
         return Path(shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name))
 
     def test_resuming_without_or_from_a_foreign_checkpoint(self, command, tmp_path, capsys):
-        assert "holds no complete checkpoint" in self.refused(capsys, [*command(), "--resume_from_last"])
+        assert "holds no complete checkpoint" in self.refused(capsys, [*command(), "--resume auto"])
         assert main(command()) == 0
-        message = self.refused(capsys, [*command(hidden_size=32), "--resume_from_last"])
+        message = self.refused(capsys, [*command(hidden_size=32), "--resume auto"])
         assert "checkpoint of another model" in message
         broken = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
         broken.write_bytes(broken.read_bytes()[:1000])
-        assert "damaged or truncated" in self.refused(capsys, [*command(), "--resume_from_last"])
+        assert "damaged or truncated" in self.refused(capsys, [*command(), "--resume auto"])
 
     def test_a_loss_that_is_not_finite(self, command, capsys):
         message = self.refused(capsys, command(learning_rate="1e30", max_steps=30, max_grad_norm=0))
@@ -333,7 +333,7 @@ def test_resumed_run_equals_the_uninterrupted_one(command, tmp_path):
     whole = tmp_path / "run"
     interrupted = tmp_path / "interrupted"
     shutil.copytree(whole / "checkpoint-2", interrupted / "checkpoint-2")
-    assert main([*command(output_dir=str(interrupted)), "--resume_from_last"]) == 0
+    assert main([*command(output_dir=str(interrupted)), "--resume auto"]) == 0
     assert training_entries(interrupted) == training_entries(whole)
     assert (interrupted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -361,7 +361,7 @@ def test_ctrl_c_leaves_whole_checkpoints_and_says_how_to_go_on(command, tmp_path
         finally:
             process.kill()
     assert process.returncode == 130
-    assert "Interrupted. The last checkpoint is" in errors and "--resume_from_last" in errors
+    assert "Interrupted. The last checkpoint is" in errors and "--resume auto" in errors
     assert not (folder / "model.safetensors").exists()
     for checkpoint in folder.glob("checkpoint-*"):
         json.loads((checkpoint / "trainer_state.json").read_text())

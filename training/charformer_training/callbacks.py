@@ -12,6 +12,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from modeling_charformer import CharformerForCausalLM, CharformerTokenizer
 
+from .files import append_line, cut_samples
 from .running_means import group_by_layer
 
 
@@ -40,12 +41,15 @@ class SampleText(TrainerCallback):
     def __init__(self, tokenizer: CharformerTokenizer, path: Path, prompt: str, length: int, seed: int):
         self.tokenizer, self.path, self.prompt, self.length, self.seed = tokenizer, path, prompt, length, seed
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            cut_samples(self.path, state.global_step)
+
     def on_evaluate(self, args, state, control, model: CharformerForCausalLM | None = None, **kwargs):
         if not state.is_world_process_zero or model is None:
             return
         text = sample_text(model, self.tokenizer, self.prompt, self.length, self.seed)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "text": text}) + "\n")
+        append_line(self.path, json.dumps({"step": state.global_step, "text": text}, ensure_ascii=False))
         print(f"\n--- text written at step {state.global_step} ---\n{text}\n---", flush=True)
 
 

@@ -29,7 +29,10 @@ CARD_FILE = "README.md"
 STAGE_PREFIX = "_push-"  # the Trainer's own pushes leave out what begins with an underscore
 # What a checkpoint holds beside the model. Pickles are of no use to those who load it, and they can run code.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-RESUME_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py")
+RESUME_FILES = ("trainer_state.json", "running_sums.json", "manifest.json", "latest", "zero_to_fp32.py")
+# What a run keeps in its folder for itself: with the paths of a machine, and of no use to others.
+RECIPE, COMMAND, RESULT = "recipe.yaml", "command.txt", "_result.json"
+PRIVATE = (RECIPE, COMMAND)
 
 
 class HubTrainer(Trainer):
