@@ -18,6 +18,7 @@ import constriction
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from modeling_charformer import CharformerForCausalLM
 
@@ -34,22 +35,20 @@ class Predictor:
         self.window = model.config.max_position_embeddings
         self.stride = max(1, self.window // 2)
         self.seen: list[int] = []
-        self.cache = None
+        self.cache = DynamicCache(config=model.config)
 
     @torch.no_grad()
     def __call__(self) -> np.ndarray:
         """`(1, 256)` float32. Nothing comes before the first byte, so all values are as probable."""
         if not self.seen:
             return np.full((1, 256), 1 / 256, np.float32)
-        past = 0 if self.cache is None else self.cache.get_seq_length()
-        if past == self.window:  # full: the later part of it is encoded anew
-            self.cache = None
+        if self.cache.get_seq_length() == self.window:  # full: the later part of it is encoded anew
+            self.cache = DynamicCache(config=self.model.config)
             new = self.seen[-(self.window - self.stride + 1) :]
         else:
             new = self.seen[-1:]
-        outputs = self.model(torch.tensor([new]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = outputs.past_key_values
-        return outputs.logits[:, -1].double().softmax(-1).float().numpy()
+        logits = self.model(torch.tensor([new]), cache=self.cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].double().softmax(-1).float().numpy()
 
 
 def compress(model: CharformerForCausalLM, text: bytes) -> bytes:

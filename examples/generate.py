@@ -17,7 +17,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 inputs = tokenizer(prompt, return_tensors="pt")
 room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
-model.generate(  # type: ignore[misc]  # Transformers types `self` as a protocol
+model.generate(
     **inputs,
     max_new_tokens=min(200, room),
     do_sample=True,

@@ -21,6 +21,8 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .compatibility import CACHE, one_cache
+
 
 # Drafting goes on while the probability that all drafts which the text did not give are right, by the drafter's own
 # account, is above this.
@@ -82,7 +84,7 @@ class SelfDraftingCandidateGenerator(CandidateGenerator):
         room = min(
             self.generation_config.max_length - input_ids.shape[1] - 1,
             # One more character goes through the model: the one before the drafts.
-            self.model.config.max_position_embeddings - model_kwargs["past_key_values"].get_seq_length() - 1,
+            self.model.config.max_position_embeddings - model_kwargs[CACHE].get_seq_length() - 1,
         )
         if room < 1:
             return input_ids, None
@@ -155,7 +157,7 @@ class EarlyExitCandidateGenerator(SelfDraftingCandidateGenerator):
 
     @contextmanager
     def drafter(self, model_kwargs, state):
-        layer, cache = self.generation_config.assistant_early_exit, model_kwargs["past_key_values"]
+        layer, cache = self.generation_config.assistant_early_exit, model_kwargs[CACHE]
         past, mask = cache.get_seq_length(), model_kwargs.get("attention_mask")
         term = next(term for term in self.model.loss_settings.terms if (term.layer, term.offset) == (layer, 1))
         if mask is not None:
@@ -166,7 +168,7 @@ class EarlyExitCandidateGenerator(SelfDraftingCandidateGenerator):
             nonlocal drafted
             seen = None if mask is None else torch.nn.functional.pad(mask, (0, number), value=1)
             outputs = self.model.model(
-                previous[:, None], attention_mask=seen, past_key_values=cache, use_cache=True, num_layers=layer
+                previous[:, None], attention_mask=seen, cache=cache, use_cache=True, num_layers=layer
             )
             drafted += 1
             return self.model.auxiliary_heads[term.name](outputs.last_hidden_state[:, -1])
@@ -300,7 +302,7 @@ class CharformerGenerationMixin:
         def draft_inside_window(input_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
             """Prompt look-up would pass the end of the window."""
             candidates, logits = draft(input_ids, *args, **kwargs)
-            past = model_kwargs["past_key_values"].get_seq_length() if generation_config.rolling_context else None
+            past = model_kwargs[CACHE].get_seq_length() if generation_config.rolling_context else None
             room = max(0, window - (input_ids.shape[1] if past is None else past + 1))
             if logits is not None:
                 logits = logits[:, :room]
@@ -336,27 +338,30 @@ class CharformerGenerationMixin:
             for name in ("scores", "logits", "attentions", "hidden_states"):
                 if result.get(name) is not None:
                     result[name] = result[name][:-excess]
-            if result.get("past_key_values") is not None:
-                result["past_key_values"].crop(-excess)
+            if result.get(CACHE) is not None:
+                result[CACHE].crop(-excess)
         return result
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         rolling_context: int | None = None,
         use_extra_targets: bool | None = None,
+        past_key_values: Any = None,
         **kwargs,
     ) -> dict[str, Any]:
         """As everywhere in Transformers; when the window is full and may roll, its end is all that is encoded."""
+        cache = one_cache(cache, past_key_values)
         if rolling_context is not None:
             window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
-            past = past_key_values.get_seq_length()
+            past = cache.get_seq_length()
             new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
             if past + new > window:
-                past_key_values.crop(-past)
+                cache.crop(-past)
                 past, new = 0, rolling_context
             visible = past + new
             input_ids, next_sequence_length = input_ids[:, -new:], None
@@ -369,8 +374,9 @@ class CharformerGenerationMixin:
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **{CACHE: cache},
             **kwargs,
         )
 

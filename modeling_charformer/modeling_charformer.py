@@ -3,36 +3,24 @@
 Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K number of targets.
 """
 
-import copy
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .auxiliary_heads import ResidualBlock
 from .auxiliary_losses import (
     IGNORE_INDEX,
-    AuxiliaryLossSettings,
-    LossTerm,
-    UncertaintyWeighting,
     causal_lm_losses,
     classification_loss,
     cross_entropy_sum,
@@ -43,10 +31,12 @@ from .auxiliary_losses import (
     shifted_targets,
     weighted_loss,
 )
+from .compatibility import CACHE, one_cache
 from .configuration_charformer import CharformerConfig
 from .generation_charformer import CharformerGenerationMixin
-from .hub import CharformerPushToHubMixin
-from .tokenization_charformer import CharformerTokenizer
+from .layers_charformer import CharformerLayer, to_autocast_dtype
+from .loss_settings import AuxiliaryLossSettings, LossTerm
+from .pretrained_charformer import CharformerPreTrainedModel
 
 
 @dataclass
@@ -71,292 +61,6 @@ class CharformerClassifierOutput(SequenceClassifierOutput):
     loss_weights: dict[str, Any] | None = None
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out, for `attn_implementation="eager"`: it alone returns the weights, `(B, H, S, S_key)`."""
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def to_autocast_dtype(hidden_states: Tensor) -> Tensor:
-    """What several linear layers read, in the type of autocast, where it is on.
-
-    Each would cast it by itself otherwise, and keep a copy of its own for the backward pass.
-    """
-    kind = hidden_states.device.type
-    # The meta device has no autocast, and float64 is not cast.
-    if (
-        hidden_states.dtype == torch.float32
-        and torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
-    ):
-        return hidden_states.to(torch.get_autocast_dtype(kind))
-    return hidden_states
-
-
-class CharformerAttention(nn.Module):
-    """Causal multi-head self-attention, computed by Transformers' attention interface."""
-
-    def __init__(self, config: CharformerConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        positions_to_keep: int = 0,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """`positions_to_keep`: compute the output of so many last positions only; 0 is all."""
-        hidden_states = to_autocast_dtype(hidden_states)
-        by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
-        asking = hidden_states[:, -positions_to_keep:]
-        query = self.q_proj(asking).view(*asking.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
-        key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*asking.shape[:-1], -1)), weights
-
-
-class CharformerMLP(nn.Module):
-    def __init__(self, config: CharformerConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.activation_dropout)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
-
-
-class CharformerLayer(GradientCheckpointingLayer):
-    """One layer, with a learned position table of its own that is added to its input (paper, section 2)."""
-
-    def __init__(self, config: CharformerConfig, layer_idx: int):
-        super().__init__()
-        self.norm_first = config.norm_placement == "pre"
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.self_attn = CharformerAttention(config, layer_idx)
-        self.mlp = CharformerMLP(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_ids: Tensor,
-        positions_to_keep: int = 0,
-        input_is_kept: bool = False,
-        **kwargs,
-    ) -> Tensor:
-        """`input_is_kept`: a classifier keeps this layer's input for the backward pass; the sum with the positions and its norm
-        are computed from it again there, instead of being kept too.
-        """
-        if input_is_kept and self.norm_first and not (self.gradient_checkpointing and self.training):
-            hidden_states, attended = checkpoint(
-                self._with_positions, hidden_states, position_ids, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            hidden_states, attended = self._with_positions(hidden_states, position_ids)
-        attended = self.self_attn(attended, positions_to_keep=positions_to_keep, **kwargs)[0]
-        hidden_states = hidden_states[:, -positions_to_keep:] + attended
-        if self.norm_first:
-            return hidden_states + self.mlp(self.mlp_norm(hidden_states))
-        hidden_states = self.attention_norm(hidden_states)
-        return self.mlp_norm(hidden_states + self.mlp(hidden_states))
-
-    def _with_positions(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum, and what attention reads of it."""
-        hidden_states = hidden_states + self.position_embeddings(position_ids)
-        return hidden_states, self.attention_norm(hidden_states) if self.norm_first else hidden_states
-
-
-class AuxiliaryHead(nn.Linear):
-    """A linear classifier that exists for the training only; `index` tells it from its siblings."""
-
-    def __init__(self, in_features: int, out_features: int, index: int):
-        self.index = index
-        super().__init__(in_features, out_features)
-
-    def reset_parameters(self) -> None:
-        """Nothing: `CharformerPreTrainedModel._init_weights` draws the weights, from a generator of their own."""
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that begins with zeros."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-
-class ResidualBlock(nn.Module):
-    """`h + SiLU(W h)` on hidden states `(..., hidden_size)`; the identity at first (Medusa, section 2.1.1).
-
-    With `reads_previous`, `h + SiLU(W [h; e])` with the embedding `e` of the character before the one to predict.
-    """
-
-    def __init__(self, hidden_size: int, reads_previous: bool = False):
-        super().__init__()
-        self.linear = ZeroLinear(hidden_size * (2 if reads_previous else 1), hidden_size)
-
-    def forward(self, hidden_states: Tensor, previous: Tensor | None = None) -> Tensor:
-        inputs = hidden_states if previous is None else torch.cat([hidden_states, previous], dim=-1)
-        return hidden_states + nn.functional.silu(self.linear(inputs))
-
-
-Model = TypeVar("Model", bound="CharformerPreTrainedModel")
-
-# Beginnings of the names of weights that exist for training only.
-TRAINING_ONLY = ("auxiliary_heads.", "target_blocks.", "auxiliary_classifiers.", "loss_uncertainty.")
-
-
-class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
-    config: CharformerConfig
-    loss_settings: AuxiliaryLossSettings
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["CharformerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": CharformerLayer, "attentions": CharformerAttention}
-    # A model loads from another kind's checkpoint without a report on what only that one has.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^lm_head\.",
-        r"^score\.",
-        *(f"^{name}".replace(".", r"\.") for name in TRAINING_ONLY),
-    ]
-
-    def __init__(self, config: CharformerConfig):
-        # Values assigned to a config after it was built, as `from_pretrained(..., hidden_size=...)` does, are checked
-        # one by one there and as a whole here.
-        config.validate()
-        super().__init__(config)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AuxiliaryHead):
-            # Beside the global random numbers, so that with and without auxiliary heads the rest of the model, and
-            # all that is drawn after it, is the same at the same seed.
-            generator = torch.Generator().manual_seed(torch.initial_seed() + module.index)
-            draw = torch.empty(module.weight.shape).normal_(0.0, self.config.initializer_range, generator=generator)
-            init.copy_(module.weight, draw)
-            init.zeros_(module.bias)
-        elif isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, UncertaintyWeighting):
-            for log_variance in module.log_variances.values():
-                init.zeros_(log_variance)
-        else:
-            super()._init_weights(module)
-
-    def _uncertainty_weighting(self) -> UncertaintyWeighting | None:
-        """Learned weights of the terms of `loss_settings`, if they are asked for."""
-        if self.loss_settings.loss_weighting == "fixed":
-            return None
-        return UncertaintyWeighting([*(term.name for term in self.loss_settings.terms), "last_position"])
-
-    def _classifiers_of_terms(self, num_outputs: int) -> nn.ModuleDict:
-        """A classifier for each term of `loss_settings` but the main one, under the term's name.
-
-        To be made before the layers that they read: DistributedDataParallel sends gradients from the last
-        parameter to the first and waits for each, and those of the first layer's classifiers come late.
-        """
-        return nn.ModuleDict(
-            {
-                term.name: AuxiliaryHead(self.config.hidden_size, num_outputs, index)
-                for index, term in enumerate(self.loss_settings.terms)
-                if not term.is_main
-            }
-        )
-
-    def without_auxiliary_heads(self: Model) -> Model:
-        """A new model with copies of the same weights and none of those that exist for training only.
-
-        Its logits are the same. It can be trained further only without auxiliary losses.
-        """
-        config = copy.deepcopy(self.config)
-        config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
-        config.target_heads = "linear"
-        config.classifier_layers, config.loss_weights, config.loss_weighting = None, None, "fixed"
-        model, weights = type(self)(config), self.state_dict()
-        model.to(self.device, self.dtype)  # type: ignore[arg-type]  # wrapped by Transformers
-        model.load_state_dict({name: weights[name] for name in model.state_dict()})
-        if self.can_generate():
-            model.generation_config = copy.deepcopy(self.generation_config)
-        return model.train(self.training)
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        """A repository without a tokenizer gets one beside the model: it needs no training, ids are bytes."""
-        name, options = "tokenizer_config.json", {key: kwargs.get(key) for key in ("token", "revision")}
-        if not (Path(working_dir, name).exists() or HfApi().file_exists(repo_id, name, **options)):
-            CharformerTokenizer().save_pretrained(working_dir)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-    def _card_facts(self) -> str:
-        config, parameters = self.config, self.num_parameters()
-        heads = sum(weight.numel() for name, weight in self.named_parameters() if name.startswith(TRAINING_ONLY))
-        facts = {
-            "Layers, width, attention heads": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}",
-            "Window, bytes": f"{config.max_position_embeddings:,}",
-            "Parameters for inference": f"{parameters - heads:,}",
-            "Parameters of the auxiliary classifiers, for training only": f"{heads:,}",
-        }
-        rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-        return f"| | |\n| --- | --- |\n{rows}"
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """Refuses any size but the present one: the classifiers and the tokenizer are made for these symbols."""
-        if new_num_tokens not in (None, self.config.vocab_size):
-            raise ValueError(
-                f"a Charformer's vocabulary cannot be resized (from {self.config.vocab_size} to {new_num_tokens}):"
-                " its symbols are bytes. CharformerTokenizer takes pad, bos and eos out of the 256 values"
-            )
-        return self.get_input_embeddings()  # type: ignore[return-value]  # typed as any module
-
-
 class CharformerModel(CharformerPreTrainedModel):
     """The layers, from ids to the last hidden state."""
 
@@ -378,12 +82,13 @@ class CharformerModel(CharformerPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         on_layer_output: Mapping[int, Callable[[Tensor], None]] | None = None,
         positions_to_keep: int = 0,
         num_layers: int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -391,6 +96,7 @@ class CharformerModel(CharformerPreTrainedModel):
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding; positions count text only.
             position_ids: `(B, S)`, in the window; by default they follow from the mask and the cache.
+            cache: Keys and values of what comes before, or `past_key_values`, its name up to Transformers 5.23.
             on_layer_output: By the number of a layer (1..n), what is called with its output `(B, S, hidden_size)`, before the
                 final norm, right after it and before the next layer. The backward pass then comes to what a reader
                 computed when it comes to the layer: no two layers' gradients by readers are held at once.
@@ -407,17 +113,19 @@ class CharformerModel(CharformerPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         elif inputs_embeds is None or input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        named_cache: dict[str, Any] = {CACHE: cache}
 
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **named_cache,
         )
-        position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, past_key_values)
+        position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, cache)
 
         hidden_states = inputs_embeds
         on_layer_output = on_layer_output or {}
@@ -431,14 +139,14 @@ class CharformerModel(CharformerPreTrainedModel):
                 hidden_states,
                 position_ids=position_ids,
                 attention_mask=last_mask if is_last else causal_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 positions_to_keep=positions_to_keep if is_last else 0,
                 input_is_kept=number - 1 in on_layer_output,
                 **kwargs,
             )
             if number in on_layer_output:
                 on_layer_output[number](hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache)
 
     def _mask_of_last_positions(self, causal_mask: Any, inputs_embeds: Tensor, positions_to_keep: int) -> Any:
         length = inputs_embeds.shape[1]
@@ -465,13 +173,13 @@ class CharformerModel(CharformerPreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> Tensor:
         window, length = self.config.max_position_embeddings, inputs_embeds.shape[1]
         if position_ids is not None:
             self._check_range("position_ids", position_ids, window, "max_position_embeddings")
             return position_ids
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if cache is not None else 0
         if past + length > window:
             raise ValueError(
                 f"the sequence is {past + length} characters long"
@@ -531,7 +239,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -541,6 +249,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         target_counts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_final_hidden_state: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CharformerCausalLMOutput:
         """
@@ -548,6 +257,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding on either side.
             position_ids: `(B, S)`; by default they follow from the mask and the cache.
+            cache: Keys and values of what comes before, or `past_key_values`, its name up to Transformers 5.23.
             labels: `(B, S)`, usually `input_ids` itself, since targets are shifted here; -100 is not counted.
             logits_to_keep: Compute logits for so many last positions only (0 is all), or for these indices.
             training_progress: Share of training done, 0 to 1, which the schedules follow; `None` is 0 in training mode.
@@ -591,7 +301,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             on_layer_output={layer: partial(add_losses, group) for layer, group in by_layer.items() if layer < last},
@@ -622,7 +332,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         return CharformerCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             loss_dict=loss_dict,

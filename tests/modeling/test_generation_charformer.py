@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer, generation_charformer
+from modeling_charformer.compatibility import CACHE
 from tests.helpers import TINY
 
 
@@ -204,7 +205,7 @@ def test_stop_strings_end_the_text_where_they_end_plain_text(model, drafting, st
     assert drafted.sequences.equal(plain.sequences)
     assert streamer.ids == plain.sequences[0].tolist()
     assert len(drafted.scores) == len(plain.scores)
-    assert drafted.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    assert drafted[CACHE].get_seq_length() == plain[CACHE].get_seq_length()
 
 
 def test_settings_may_stand_in_a_generation_config(model):

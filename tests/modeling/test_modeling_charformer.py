@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, TextStreamer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, TextStreamer, pipeline
 
 from modeling_charformer import (
     CharformerConfig,
@@ -12,8 +12,9 @@ from modeling_charformer import (
     CharformerModel,
     CharformerTokenizer,
     auxiliary_losses,
-    modeling_charformer,
+    layers_charformer,
 )
+from modeling_charformer.compatibility import CACHE
 
 
 def reference_logits(model: CharformerForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -161,14 +162,20 @@ def test_packed_rows_are_separate_texts(make_model, make_ids):
     torch.testing.assert_close(packed, torch.cat([model(a).logits, model(b).logits], 1))
 
 
-def test_cached_forward_equals_full_forward(make_model, make_ids):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_cached_forward_by_either_name_equals_full_forward(make_model, make_ids, name):
     model, ids = make_model().eval(), make_ids(length=12)
-    full, cache, parts = model(ids).logits, None, []
-    for start, end in ((0, 5), (5, 6), (6, 12)):
-        output = model(ids[:, start:end], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        parts.append(output.logits)
-    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-5)
+    cache = model(ids[:, :5], use_cache=True)[CACHE]
+    parts = [model(ids[:, start:end], **{name: cache}).logits for start, end in ((5, 6), (6, 12))]
+    assert cache.get_seq_length() == 12
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+def test_two_caches_are_refused(make_model, make_ids):
+    model = make_model().eval()
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
+            part(make_ids(1, 4), cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 def greedy_reference(model, row: torch.Tensor, count: int) -> list[int]:
@@ -270,9 +277,9 @@ def test_sequence_past_the_window_raises(make_model, make_ids):
     model = make_model().eval()
     with pytest.raises(ValueError, match="25 characters long, longer than the window of max_position_embeddings=24"):
         model(make_ids(1, 25))
-    cache = model(make_ids(1, 20), use_cache=True).past_key_values
+    cache = model(make_ids(1, 20), use_cache=True)[CACHE]
     with pytest.raises(ValueError, match=r"25 characters long \(20 of them cached\)"):
-        model(make_ids(1, 5), past_key_values=cache)
+        model(make_ids(1, 5), cache=cache)
     with pytest.raises(ValueError, match=r"position_ids contains 24; it must be in 0..23"):
         model(make_ids(1, 2), position_ids=torch.tensor([[23, 24]]))
 
@@ -394,7 +401,7 @@ def test_intermediate_losses_keep_no_hidden_states_of_their_own(make_model, make
             keep(read)  # positions and targets are small
             return torch.utils.checkpoint.checkpoint(function, read, *inputs, **options)
 
-        monkeypatch.setattr(modeling_charformer, "checkpoint", checkpoint)
+        monkeypatch.setattr(layers_charformer, "checkpoint", checkpoint)
         monkeypatch.setattr(auxiliary_losses, "checkpoint", checkpoint)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(ids, labels=ids, training_progress=0.0)

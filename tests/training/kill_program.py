@@ -92,7 +92,11 @@ def _child(case: Case, folder: Path, rank: int, port: int, kill: Kill | None, co
             signal.signal(signum - 128, signal.default_int_handler if signum == 130 else signal.SIG_DFL)
         if case.processes > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.processes)}
-            os.environ |= {"LOCAL_WORLD_SIZE": str(case.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {
+                "LOCAL_WORLD_SIZE": str(case.processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
         count = _watch_files(folder, kill if kill is not None and kill.rank == rank else None)
         status = case.program(folder)
         if count_to is not None and rank == 0:
@@ -135,7 +139,7 @@ def training(text: Path, folder: Path, cache: Path | None = None, **settings: An
     """The command that is given again and again."""
     if cache is not None:
         data.HF_HOME = str(cache)
-    chosen = {"data_path": text, "output_dir": folder, "max_steps": 8, "eval_steps": 4, "save_steps": 3}
+    chosen: dict[str, Any] = {"data_path": text, "output_dir": folder, "max_steps": 8, "eval_steps": 4, "save_steps": 3}
     chosen |= {"logging_steps": 5, "save_total_limit": 3, "activation_dropout": 0.1, "disable_tqdm": "true"}
     return train.main([*small_command(**(chosen | settings)), "--resume", "auto"])
 
@@ -223,7 +227,7 @@ def check(kind: str, case: Case, folder: Path, kills: int, draw: random.Random) 
     expected, hit = case.compared(whole), 0
     for number in range(kills):
         place = folder / "killed" / f"{kind}-{number}" / "run"
-        told = []
+        told: list[tuple[Kill | None, list[int]]] = []
         for _ in range(draw.choice((1, 1, 2))):
             first = 1 if case.last_events is None else max(1, events - case.last_events)
             by_event = case.signals == (signal.SIGKILL,) and draw.random() < 0.75

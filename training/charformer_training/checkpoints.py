@@ -22,7 +22,7 @@ from .arguments import AuxiliaryLossTrainingArguments, lower_is_better
 from .files import SCRATCH_PREFIX, give_default_permissions, remove, saving_failed_message
 from .locks import run_lock
 from .manifest import RUNNING_SUMS, Checkpoint, inspect, is_scheduled, newest_good, write_manifest
-from .models import HEADS_FILE, unwrap_peft
+from .models import saved_heads, unwrap_peft
 from .pushing import HubTrainer
 from .run_settings import OPTIMIZER_FIELDS, check_same_settings, run_settings
 from .stopping import StoppedBySignal, StopSignals, random_states
@@ -537,8 +537,9 @@ def check_same_weights(folder: Path, model: nn.Module) -> None:
     """
     saved: dict[str, tuple[int, ...]] = {}
     weights_files = sorted(folder.glob("model*.safetensors"))
-    if weights_files:  # beside a PEFT adapter alone there is no whole model to compare
-        weights_files += folder.glob(HEADS_FILE)
+    heads = saved_heads(folder)
+    if weights_files and heads:  # beside a PEFT adapter alone there is no whole model to compare
+        weights_files.append(heads)
     for path in weights_files:
         with safe_open(path, framework="pt") as weights:
             saved |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}

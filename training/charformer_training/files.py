@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, with the permissions that any new file gets; links are not followed."""
 
 import contextlib
-import json
 import os
 import shutil
 import stat
@@ -76,22 +75,6 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     with open(descriptor, "ab") as file:
         file.write(line.encode("utf-8", "replace") + b"\n")
-
-
-def cut_samples(path: Path, step: int) -> None:
-    """Leave in a file of samples those up to `step`: what a run that was killed wrote after its checkpoint comes again."""
-    if not path.is_file() or path.is_symlink():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            sample = json.loads(line)
-            if int(sample["step"]) <= step:
-                kept.append(json.dumps(sample, ensure_ascii=False))
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line
-    with whole_file(path) as file:
-        file.write("".join(f"{line}\n" for line in kept).encode("utf-8", "replace"))
 
 
 def remove(path: Path) -> None:

@@ -130,6 +130,8 @@ def _model_settings(model: nn.Module) -> dict[str, Any]:
 def _fingerprint(dataset: Any) -> Any:
     if isinstance(dataset, Mapping):
         return {name: _fingerprint(part) for name, part in dataset.items()}
+    if (split := getattr(dataset, "split", None)) is not None and hasattr(split, "sha256"):
+        return f"sha256 {split.sha256}, {len(getattr(dataset, 'data', split.data)):,} bytes"
     return getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
 
 
@@ -159,6 +161,8 @@ def check_same_settings(
     if unknown := sorted(set(accepted) - now.keys() - saved.keys()):
         raise ValueError(f"accept_changes names {', '.join(unknown)}; a run has the settings {', '.join(sorted(now))}")
     changed = differences(saved, now)
+    if changed.keys() & saved.keys() - {"trained_parameters"} and "trained_parameters" not in accepted:
+        changed.pop("trained_parameters", None)  # follows from the others
     if refused := sorted(changed.keys() - set(accepted)):
         lines = [f"  {name}: {_short(changed[name][0])} there, {_short(changed[name][1])} now" for name in refused]
         raise ValueError(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
-from modeling_charformer.auxiliary_losses import IGNORE_INDEX, ScheduleContext, count_targets, scheduled
+from modeling_charformer.auxiliary_losses import IGNORE_INDEX, count_targets
+from modeling_charformer.loss_settings import ScheduleContext, scheduled
 
 from .checkpoints import SafeTrainer
 from .models import is_causal_lm, unwrap_peft
