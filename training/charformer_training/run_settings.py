@@ -59,8 +59,18 @@ FREE_FIELDS = {
     "use_cache",
     "use_cpu",
 }
-# Fields of a model's configuration that do not change what is computed.
-FREE_MODEL_FIELDS = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
+# Fields of a model's configuration that do not change what is computed, or that the Trainer itself sets.
+FREE_MODEL_FIELDS = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+}
 # What a resumed optimizer takes from its checkpoint, unless the change was accepted.
 OPTIMIZER_FIELDS = {
     "adam_beta1",
