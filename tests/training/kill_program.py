@@ -139,7 +139,13 @@ def training(text: Path, folder: Path, cache: Path | None = None, **settings: An
     """The command that is given again and again."""
     if cache is not None:
         data.HF_HOME = str(cache)
-    chosen: dict[str, Any] = {"data_path": text, "output_dir": folder, "max_steps": 8, "eval_steps": 4, "save_steps": 3}
+    chosen: dict[str, Any] = {
+        "data_path": text,
+        "output_dir": folder,
+        "max_steps": 8,
+        "eval_steps": 4,
+        "save_steps": 3,
+    }
     chosen |= {"logging_steps": 5, "save_total_limit": 3, "activation_dropout": 0.1, "disable_tqdm": "true"}
     return train.main([*small_command(**(chosen | settings)), "--resume", "auto"])
 

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import safe_open
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, rotate_checkpoints
 
-from .arguments import AuxiliaryLossTrainingArguments, lower_is_better
 from .files import SCRATCH_PREFIX, give_default_permissions, remove, saving_failed_message
-from .locks import run_lock
-from .manifest import RUNNING_SUMS, Checkpoint, inspect, is_scheduled, newest_good, write_manifest
-from .models import saved_heads, unwrap_peft
+from .manifest import RUNNING_SUMS, inspect, is_scheduled, newest_good, write_manifest
+from .models import unwrap_peft
 from .pushing import HubTrainer
+from .resuming import changed, check_same_weights, find_checkpoint, let_lower_be_better, only_run
 from .run_settings import OPTIMIZER_FIELDS, check_same_settings, run_settings
 from .stopping import StoppedBySignal, StopSignals, random_states
 
@@ -83,9 +81,9 @@ class SafeTrainer(HubTrainer):
         self._given_optimizer = (kwargs.get("optimizers") or (None, None))[0]
         self._scratch: Path | None = None  # where a checkpoint is being written
         # Transformers' own handler saves in the middle of a step, and lets a half-trained model pass for the result.
-        with _changed(args, enable_jit_checkpoint=False):
+        with changed(args, enable_jit_checkpoint=False):
             super().__init__(model=model, args=args, **kwargs)
-        _let_lower_be_better(self.args)
+        let_lower_be_better(self.args)
         self._signals: StopSignals | None = None
         self._forget()
         self.add_callback(WatchSignals(self))
@@ -129,7 +127,7 @@ class SafeTrainer(HubTrainer):
         self._forget()
         with self._alone(), self._watching_signals():
             folder = self._checked(resume_from_checkpoint, accept_changes)
-            with _changed(self.args, eval_on_start=self.args.eval_on_start and folder is None):
+            with changed(self.args, eval_on_start=self.args.eval_on_start and folder is None):
                 output = super().train(folder, *args, **kwargs)
         self._raise_if_not_finite()  # in the steps since the last log entry
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -244,7 +242,7 @@ class SafeTrainer(HubTrainer):
         scratch, writes = self._make_scratch(run_dir)
         try:
             # Nothing is pushed, and no other checkpoint deleted, before this one is whole.
-            with _changed(self.args, save_total_limit=None, push_to_hub=False):
+            with changed(self.args, save_total_limit=None, push_to_hub=False):
                 self._scratch = scratch
                 super()._save_checkpoint(model, trial)
             self._complete(scratch / folder.name, folder, sums, writes)
@@ -451,114 +449,4 @@ class SafeTrainer(HubTrainer):
             f"not finite at step {step}: {', '.join(names)}. "
             + (f"The last good checkpoint is {last.path}. " if last else "No checkpoint had been written. ")
             + "Lower the learning rate, warm it up for longer, or clip gradients (max_grad_norm)"
-        )
-
-
-@contextlib.contextmanager
-def _changed(args: TrainingArguments | None, **values: Any) -> Iterator[None]:
-    """Other values of arguments for a while."""
-    old = {name: getattr(args, name) for name in values} if args is not None else {}
-    vars(args).update(values) if args is not None else None
-    try:
-        yield
-    finally:
-        vars(args).update(old) if args is not None else None
-
-
-def _let_lower_be_better(args: TrainingArguments) -> None:
-    metric = args.metric_for_best_model
-    if isinstance(args, AuxiliaryLossTrainingArguments) or not metric or not args.greater_is_better:
-        return  # the former know whether the user has set it
-    if lower_is_better(metric):
-        args.greater_is_better = False
-        logger.warning(
-            "metric_for_best_model is %s, of which the lower is the better: greater_is_better is set to False (to have it"
-            " otherwise, give it in AuxiliaryLossTrainingArguments)",
-            metric,
-        )
-
-
-@contextlib.contextmanager
-def only_run(args: TrainingArguments) -> Iterator[bool]:
-    """Keep other runs out of `output_dir`, see `run_lock`; the processes of a run call this together.
-
-    Raises:
-        FileExistsError: If another run is at work there.
-    """
-    first = args.process_index == 0
-    with contextlib.ExitStack() as stack:
-        answer: list[Any] = [None, False]
-        for turn in (True, False):
-            if first == turn:
-                try:
-                    answer = [None, stack.enter_context(run_lock(str(args.output_dir), first))]
-                except OSError as error:
-                    answer = [error, False]
-            if turn and args.world_size > 1:
-                broadcast_object_list(answer)
-            if answer[0] is not None:
-                raise answer[0]
-        yield bool(answer[1])
-
-
-def find_checkpoint(folder: str | os.PathLike[str], newest: bool, args: TrainingArguments) -> Checkpoint:
-    """The checkpoint in `folder`, or with `newest` the newest good one of those in it.
-
-    Raises:
-        ValueError: If it is not good, or if there is none; says what is wrong, and which would be good.
-    """
-    processes = max(1, args.world_size)
-    if newest:
-        good, bad = newest_good(folder, processes)
-        told = [f"{found.path} is not good: {'; '.join(found.faults)}" for found in bad]
-        if good is None:
-            raise ValueError(". ".join([f"resume_from_checkpoint: {folder} holds no complete checkpoint", *told]))
-        found = good
-        for line in told:
-            logger.warning("%s. Training goes on from %s", line, good.path)
-    else:
-        found = inspect(folder, processes)
-        if found.faults:
-            other, _ = newest_good(Path(folder).parent, processes)
-            hint = (
-                f"the newest good checkpoint beside it is {other.path}" if other else "there is no good one beside it"
-            )
-            raise ValueError(f"resume_from_checkpoint: {folder} is not good: {'; '.join(found.faults)}; {hint}")
-    for warning in found.warnings:
-        logger.warning(warning)
-    return found
-
-
-def check_same_weights(folder: Path, model: nn.Module) -> None:
-    """Check that a checkpoint's weights are those of `model`, by name and shape.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    saved: dict[str, tuple[int, ...]] = {}
-    weights_files = sorted(folder.glob("model*.safetensors"))
-    heads = saved_heads(folder)
-    if weights_files and heads:  # beside a PEFT adapter alone there is no whole model to compare
-        weights_files.append(heads)
-    for path in weights_files:
-        with safe_open(path, framework="pt") as weights:
-            saved |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
-    if not saved:
-        return
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = sorted(expected.keys() - saved.keys() - tied)
-    unexpected = sorted(saved.keys() - expected.keys())
-    reshaped = sorted(name for name in saved.keys() & expected.keys() if saved[name] != expected[name])
-    differences = [
-        *(f"{name} is missing" for name in missing[:3]),
-        *(f"{name} is unknown to the model" for name in unexpected[:3]),
-        *(f"{name} has the shape {saved[name]}, not {expected[name]}" for name in reshaped[:3]),
-    ]
-    if differences:
-        total = len(missing) + len(unexpected) + len(reshaped)
-        raise ValueError(
-            f"resume_from_checkpoint: {folder} is the checkpoint of another model ({total} weights differ):"
-            f" {'; '.join(differences)}. Training goes on only with the settings it began with; an inference-only"
-            " model cannot be resumed"
         )

@@ -19,7 +19,6 @@ from modeling_charformer import CharformerConfig, CharformerForCausalLM, Charfor
 
 from .arguments import Arguments, ModelArguments, RunArguments
 from .callbacks import SampleText, sample_text, show_in_use
-from .checkpoints import only_run
 from .command_help import how_to_begin
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .files import whole_file, whole_files
@@ -30,6 +29,7 @@ from .plots import PICTURE
 from .pretrained import load_language_model, read_config
 from .pushing import RESULT
 from .recipes import USAGE, parse_arguments
+from .resuming import only_run
 from .run_folder import SAMPLES, Start, plan_start, record_run
 from .run_settings import check_same_settings
 from .stopping import StoppedBySignal
