@@ -228,7 +228,8 @@ class SafeTrainer(HubTrainer):
         folder = Path(output_dir or str(self.args.output_dir))
         if base is not self.model and hasattr(base, "save_auxiliary_heads"):  # PEFT saves its adapter alone
             base.save_auxiliary_heads(folder)
-        give_default_permissions(folder)
+        if self.args.should_save:
+            give_default_permissions(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._raise_if_not_finite()
