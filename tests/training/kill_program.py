@@ -70,7 +70,7 @@ def run(case: Case, folder: Path, kill: Kill | None = None, count_to: Path | Non
         if pid not in children:
             continue
         statuses[pid] = os.waitstatus_to_exitcode(status)
-        if statuses[pid] < 0 and kill is not None and kill.signum == signal.SIGKILL:
+        if statuses[pid] < 0:
             for other in set(children) - statuses.keys():  # as a launcher does
                 _send(other, signal.SIGKILL)
     return [statuses[pid] for pid in children]

@@ -376,6 +376,8 @@ class SafeTrainer(HubTrainer):
         if not self.state.global_step:
             return trained
         self._resumed_step = self.state.global_step
+        # Transformers would go on logging, evaluating and saving as often as the run that wrote the checkpoint.
+        self.state.compute_steps(self.args, self.state.max_steps)
         if self.state.best_global_step is not None:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if (best := Path(self._get_output_dir(None), name)).is_dir():

@@ -26,7 +26,7 @@ RUNNING_SUMS = "running_sums.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # Names that are read when training is resumed: a file of such a name that is not the run's own would change it.
 READ_ON_RESUME = re.compile(
-    r"(model|pytorch_model|adapter|optimizer|scheduler|scaler|rng_state|auxiliary_heads|trainer_state|running_sums|global_step)"
+    r"(model[-.]|pytorch_model|adapter|optimizer|scheduler|scaler|rng_state|auxiliary_heads|trainer_state|running_sums|global_step)"
 )
 
 
@@ -199,7 +199,7 @@ def _missing_files(folder: Path, processes: int) -> list[str]:
         return ["trainer_state.json is missing"]
     names = {path.name for path in folder.iterdir()}
     faults = []
-    if not any(re.match(r"(model|pytorch_model|adapter_model|global_step)", name) for name in names):
+    if not any(re.match(r"(model[-.]|pytorch_model|adapter_model|global_step)", name) for name in names):
         faults.append("its weights are missing")
     for index in folder.glob("*.index.json"):
         try:
