@@ -153,7 +153,20 @@ def training(text: Path, folder: Path, cache: Path | None = None, **settings: An
 def evaluating(model: Path, text: Path, folder: Path) -> int:
     """An evaluation that keeps what is done."""
     state, output = folder / "state.json", folder / "results.json"
-    words = [str(model), str(text), "--stride", "3", "--max_bytes", "2000", "--batch_size", "4", "--device", "cpu"]
+    words = [
+        str(model),
+        str(text),
+        "--stride",
+        "3",
+        "--max_bytes",
+        "2000",
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+        "--split",
+        "all",
+    ]
     return evaluate_cli.main([*words, "--state_file", str(state), "--output", str(output)])
 
 

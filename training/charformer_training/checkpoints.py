@@ -211,7 +211,7 @@ class SafeTrainer(HubTrainer):
     def _catch_up(self) -> None:
         """Do what the checkpoint's step would have done, if a signal had not come."""
         due, self._to_catch_up = self._to_catch_up, None
-        if due is not None and due["evaluate"]:
+        if due is not None:
             self.at_epoch_end = True  # as far as this step goes
             self.control.should_evaluate, self.control.should_save = True, due["save"]
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, 0.0)
@@ -291,7 +291,8 @@ class SafeTrainer(HubTrainer):
             if self.args.should_save:
                 self.state.save_to_json(str(written / STATE))
             common = {"total_loss": self._total_loss_scalar, "last_logged_step": self._globalstep_last_logged}
-            content = {**common, "pending": self._pending, "processes": sums}
+            missed = self._pending if self._pending["evaluate"] else None
+            content = {**common, "pending": missed, "processes": sums}
             (written / RUNNING_SUMS).write_text(json.dumps(content), encoding="utf-8")
             give_default_permissions(written)
             scheduled = not self._signum or self._pending["save"]

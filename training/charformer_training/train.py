@@ -221,11 +221,12 @@ def _finish(
         metrics = _evaluate(arguments, trainer, splits)
         if not math.isfinite(metrics["eval_loss"]):
             raise FloatingPointError("the trained model's validation loss is not finite")
-    if training.should_save:
+    if training.should_save and metrics:
         with failed.told(METRICS), whole_file(folder / METRICS) as file:
             described = {name: (len(split.data), split.sha256) for name, split in splits.items()}
             results = {**metrics, "data": data.source, "splits": described}
             file.write((json.dumps(results, indent=2) + "\n").encode())
+    if training.should_save:
         with failed.told("the card and its picture"), whole_files(folder) as scratch:
             trainer.state.save_to_json(str(scratch / "trainer_state.json"))
             trainer.write_card(scratch)
@@ -234,14 +235,14 @@ def _finish(
             commit = trainer.push_to_hub()
             if commit is not None:
                 print(f"\nOn the Hub: {commit.commit_url}", flush=True)
-    if training.should_save:
+    if training.should_save and metrics:
         with failed.told("the summary"):
             model = trainer.accelerator.unwrap_model(trainer.model)
             length = run.sample_length
             text = sample_text(model, tokenizer, run.sample_prompt, length, training.seed) if length else ""
             print(_summary(folder, metrics, text), flush=True)
-        if not failed.messages:
-            write_result(folder / RESULT, trainer.run_settings(), complete=True)
+    if training.should_save and not failed.messages:
+        write_result(folder / RESULT, trainer.run_settings(), complete=True)
     if failed.messages:
         raise RuntimeError(f"the trained model is whole in {folder}, but " + "; ".join(failed.messages))
     return metrics
