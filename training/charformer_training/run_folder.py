@@ -1,7 +1,6 @@
 """A run's folder: how a run begins there, goes on or is complete already, and what it was asked for."""
 
 import enum
-import json
 import logging
 import shlex
 from collections.abc import Sequence
@@ -139,9 +138,11 @@ def record_run(arguments: Arguments, command: Sequence[str], start: Start) -> No
 def effective_recipe(arguments: Arguments) -> dict[str, Any]:
     """All settings of a run, defaults included, as a recipe holds them; no secrets."""
     recipe: dict[str, Any] = {}
+    # On the command line a mapping is text.
+    parsed = {name: value for name, value in arguments.model.config_fields().items() if isinstance(value, dict)}
     for part in arguments:
         for item in fields(part):
-            value = _as_recipe_value(getattr(part, item.name))
+            value = _as_recipe_value(parsed.get(item.name, getattr(part, item.name)))
             if item.init and item.name not in NOT_IN_RECIPES and value is not None:
                 recipe[item.name] = value
     if not arguments.training.report_to:
@@ -153,9 +154,9 @@ def _as_recipe_value(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     if is_dataclass(value) and not isinstance(value, type):
-        return json.dumps(asdict(value)) if value != type(value)() else None
+        return asdict(value) if value != type(value)() else None
     if isinstance(value, dict):
-        return json.dumps(value) if value else None
+        return {key: _as_recipe_value(part) for key, part in value.items()} or None
     if isinstance(value, list | tuple):
         return [_as_recipe_value(part) for part in value] or None
     return value
