@@ -126,6 +126,8 @@ class SafeTrainer(HubTrainer):
         """
         self._forget()
         with self._alone(), self._watching_signals():
+            if self.args.should_save:
+                self.run_settings()  # now: model and configuration change when they are prepared for training
             folder = self._checked(resume_from_checkpoint, accept_changes)
             with changed(self.args, eval_on_start=self.args.eval_on_start and folder is None):
                 output = super().train(folder, *args, **kwargs)

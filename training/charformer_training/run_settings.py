@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -150,7 +151,7 @@ def _as_json(value: Any) -> Any:
         return dataclasses.asdict(value)
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
-    return str(value)
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))  # an object's address is another in each process
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
