@@ -328,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Left to the end of the interpreter, threads of gloo that still hold tensors now and then abort the process.
         PartialState().destroy_process_group()
     except StoppedBySignal as stopped:
-        print(f"\ncharformer-train: {stopped}. {_how_to_resume(arguments)}", file=sys.stderr)
+        print(f"\ncharformer-train: {stopped}. {_how_to_resume(arguments)}", file=sys.stderr, flush=True)
+        PartialState().destroy_process_group()
         return int(stopped.code or 1)
     except KeyboardInterrupt:
         print(f"\nInterrupted. {_how_to_resume(arguments)}", file=sys.stderr)
