@@ -147,9 +147,9 @@ class AuxiliaryLossTrainer(SafeTrainer):
 
     # ---- Training ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def _forget(self) -> None:
+        super()._forget()
         self._training_terms = TrainingTerms()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and getattr(self.args, "muon", False):
@@ -341,6 +341,13 @@ class AuxiliaryLossTrainer(SafeTrainer):
             logs.update({_log_key(name): value for name, value in means.items()})
             self._training_terms = TrainingTerms()
         super().log(logs, *args, **kwargs)
+
+    def _running_sums(self) -> dict[str, Any]:
+        return {**super()._running_sums(), "terms": self._training_terms.state()}
+
+    def _take_up(self, sums: dict[str, Any]) -> None:
+        super()._take_up(sums)
+        self._training_terms = TrainingTerms(sums["terms"], self.args.device)
 
     def _first_not_finite(self) -> tuple[int, list[str]] | None:
         return self._training_terms.first_not_finite()
