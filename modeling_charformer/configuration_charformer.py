@@ -66,7 +66,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             of it is done), `"constant"`, `"linear"`, `"cosine"`, `"random"` (one layer a step), `"rotate_2"`,
             `"rotate_4"`, `"rotate_8"` (every second, fourth or eighth layer, in rotation), or a name given to `register_schedule`.
         position_loss: `"all"`: each position of the window counts alike; `"last"`: only the last one.
-        loss_weights: Weights of terms by name (`{"target_2": 0.4, "layer_1": 0.8}`), in place of those that follow from
+        term_weights: Weights of terms by name (`{"target_2": 0.4, "layer_1": 0.8}`), in place of those that follow from
             the fields above.
         loss_weighting: `"fixed"`, or `"uncertainty"`: each term is weighed by what training learns of its uncertainty.
         classifier_layers: Layers of a sequence or token classifier that have an auxiliary classifier in training:
@@ -76,6 +76,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     """
 
     model_type = "charformer"
+    attribute_map = {"loss_weights": "term_weights"}  # what earlier versions saved
     keys_to_ignore_at_inference = ["cache", "past_key_values", "loss_dict", "loss_weights", "final_hidden_state"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -112,7 +113,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     intermediate_weight: float | int = 1.0
     intermediate_schedule: str = "paper"
     position_loss: str = "all"
-    loss_weights: dict[str, float | int] | None = None
+    term_weights: dict[str, float | int] | None = None
     loss_weighting: str = "fixed"
 
     classifier_layers: str | list[int] | tuple[int, ...] | None = "thirds"
@@ -170,15 +171,17 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         if self.target_heads not in TARGET_HEADS:
             raise ValueError(f"target_heads is {self.target_heads!r}; it must be one of {TARGET_HEADS}")
         names = [
-            *dict.fromkeys(term.name for term in (*self.loss_settings().terms, *self.classifier_settings().terms))
+            *dict.fromkeys(
+                term.name for term in (*self.language_model_losses().terms, *self.classifier_losses().terms)
+            )
         ]
-        wrong = [name for name in self.loss_weights or {} if name not in names]
+        wrong = [name for name in self.term_weights or {} if name not in names]
         if wrong:
-            raise ValueError(f"loss_weights names {wrong}; the terms of these settings are {names}")
+            raise ValueError(f"term_weights names {wrong}; the terms of these settings are {names}")
 
-    def loss_settings(self) -> AuxiliaryLossSettings:
+    def language_model_losses(self) -> AuxiliaryLossSettings:
         """The losses that a language model with this configuration is trained with."""
-        return self._with_own_weights(
+        return self._with_term_weights(
             AuxiliaryLossSettings(
                 self.num_hidden_layers,
                 num_targets=self.num_targets,
@@ -192,25 +195,24 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             )
         )
 
-    def classifier_settings(self) -> AuxiliaryLossSettings:
+    def classifier_losses(self) -> AuxiliaryLossSettings:
         """The losses that a sequence or token classifier with this configuration is trained with."""
-        try:
-            settings = classifier_settings(
+        return self._with_term_weights(
+            classifier_settings(
                 self.num_hidden_layers,
                 self.classifier_layers,
                 self.classifier_weight,
                 self.classifier_schedule,
                 loss_weighting=self.loss_weighting,
+                prefix="classifier",
             )
-        except ValueError as error:  # names the fields as those of a language model
-            raise ValueError(str(error).replace("intermediate_", "classifier_")) from error
-        return self._with_own_weights(settings)
+        )
 
-    def _with_own_weights(self, settings: AuxiliaryLossSettings) -> AuxiliaryLossSettings:
-        """`settings` with those of `loss_weights` that name a term of its own: a classifier may begin as a language model."""
+    def _with_term_weights(self, settings: AuxiliaryLossSettings) -> AuxiliaryLossSettings:
+        """`settings` with those of `term_weights` that name one of its terms: a classifier may begin as a language model."""
         names = {term.name for term in settings.terms}
-        own = {name: weight for name, weight in (self.loss_weights or {}).items() if name in names}
-        return replace(settings, loss_weights=own or None)
+        weights = {name: weight for name, weight in (self.term_weights or {}).items() if name in names}
+        return replace(settings, term_weights=weights or None)
 
     @classmethod
     def recommended(cls, purpose: str = "much_text", **fields: Any) -> "CharformerConfig":

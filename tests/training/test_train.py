@@ -130,7 +130,7 @@ def test_fine_tuning_begins_with_the_given_model(command, tmp_path):
     settings = {"output_dir": str(tmp_path / "tuned"), "model_name_or_path": first}
     assert main(command(**settings, learning_rate=0.0, intermediate_layers="none")) == 0
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (first, tmp_path / "tuned"))
-    assert after.config.loss_settings().terms[1:] == (("target_2", 4, 2, 0.5, False),)
+    assert after.config.language_model_losses().terms[2:] == (("target_2", 4, 2, 0.5, False, "all"),)
     for name, weight in after.state_dict().items():
         assert weight.equal(before.state_dict()[name])
 
@@ -146,13 +146,13 @@ def test_weights_of_single_terms_reach_the_saved_model(command, tmp_path, place)
     )
     if place == "recipe":
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump({**yaml.safe_load(Path(QUICKSTART).read_text()), "loss_weights": weights}))
+        recipe.write_text(yaml.safe_dump({**yaml.safe_load(Path(QUICKSTART).read_text()), "term_weights": weights}))
         words[0] = str(recipe)
     else:
-        words += ["--loss_weights", json.dumps(weights)]
+        words += ["--term_weights", json.dumps(weights)]
     assert main(words) == 0
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "run").config
-    assert config.loss_weights == weights and config.loss_weighting == "uncertainty"
+    assert config.term_weights == weights and config.loss_weighting == "uncertainty"
     assert config.target_heads == "sequential"
     first, *_, last = training_entries(tmp_path / "run")
     assert "loss_uncertainty" in first

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from modeling_charformer import CharformerForCausalLM
+from modeling_charformer.loss_settings import LAST_POSITION
 
 
 # Standard errors are taken from means over so many bytes in a row: neighbours depend on each other.
@@ -158,7 +159,7 @@ def bits_by_position(
     count = (len(data) - 1) // window
     if count < 1:
         raise ValueError(f"the text has {len(data)} bytes; bits by position need more than a window of {window}")
-    terms = [term for term in model.loss_settings.terms if term.offset == 1]
+    terms = [term for term in model.loss_settings.terms if term.offset == 1 and term.name != LAST_POSITION]
     sums = {term.name: np.zeros(window) for term in terms}
     was_training = model.training
     model.eval()

@@ -236,7 +236,7 @@ def _check_model(model: ModelArguments) -> None:
         config = CharformerConfig(**fields)
     except (StrictDataclassError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(one_line(error.__cause__ or error)) from error
-    terms = config.loss_settings().terms
+    terms = config.language_model_losses().terms
     if not any(term.weight for term in terms):
         raise ValueError(
             f"the weights of all loss terms are 0 ({', '.join(term.name for term in terms)}): give one above 0"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
-from modeling_charformer.auxiliary_losses import IGNORE_INDEX, count_targets
+from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 from modeling_charformer.loss_settings import ScheduleContext, scheduled
 
 from .checkpoints import SafeTrainer
@@ -102,7 +102,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
             ValueError: If the name is taken, the weight not finite or the schedule unknown.
         """
         settings = getattr(self.model, "loss_settings", None)
-        taken = [*(term.name for term in settings.terms), "last_position"] if settings is not None else []
+        taken = [term.name for term in settings.terms] if settings is not None else []
         if name in (*taken, *self._user_terms):
             raise ValueError(
                 f"a loss term {name!r} exists already, beside {[*taken, *self._user_terms]}; choose another"
@@ -173,9 +173,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
                 num_items_in_batch = None
         if self._takes_target_counts and batch_samples and "labels" in batch_samples[0]:
             num_targets = self.accelerator.unwrap_model(self.model).loss_settings.num_targets
-            counts = (
-                torch.stack([count_targets(batch["labels"], num_targets) for batch in batch_samples]).sum(0).to(device)
-            )
+            counts = torch.stack([Targets(batch, num_targets).counts() for batch in batch_samples]).sum(0).to(device)
             if self.args.average_tokens_across_devices:
                 counts = self.accelerator.reduce(counts, "sum")
             self._target_counts = counts
@@ -281,7 +279,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
         if not isinstance(labels, Tensor):
             positions = rows = find_batch_size(inputs) or 1
         elif labels.dim() == 2 and self._loss_shifts_labels:
-            positions, rows = count_targets(labels, 1)[:, 0]
+            positions, rows = Targets(inputs, 1).counts()[:, 0]
         else:
             positions = rows = labels.ne(IGNORE_INDEX).sum()
         self._evaluation_terms.add("loss", loss, positions)
@@ -290,7 +288,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         if "next_char" in terms and isinstance(labels, Tensor) and getattr(config, "vocab_size", None) == 256:
             # A character of UTF-8 is one byte that is not a continuation byte (10xxxxxx), and those that follow.
-            targets = labels[..., 1:]
+            targets = Targets(inputs, 1).ahead(1)
             characters = ((targets != IGNORE_INDEX) & (targets & 0xC0 != 0x80)).sum()
             self._evaluation_terms.add("characters", torch.zeros_like(terms["next_char"]), characters)
 
