@@ -19,6 +19,7 @@ class TrainingTerms:
     """
 
     def __init__(self) -> None:
+        # By the names of the terms that came together, whose values are one tensor; the last two by each name.
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._first_bad_step: dict[tuple[str, ...], Tensor] = {}
         self._num_steps: dict[str, int] = {}
