@@ -16,6 +16,8 @@ from charformer_training import (
 )
 
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 (output_dir,) = sys.argv[1:]
 set_seed(0)
 # Any causal language model: AutoModelForCausalLM.from_pretrained(...). This one is small and new.

@@ -49,7 +49,9 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             (norms after each residual sum). The paper does not say which it used.
         tie_word_embeddings: Whether the next-character classifier of the final layer is the embedding's matrix.
         use_cache: Whether the forward pass returns the key-value cache by default.
-        pad_token_id, bos_token_id, eos_token_id: Special symbols; none by default, since all 256 bytes are text.
+        pad_token_id, bos_token_id, eos_token_id: Special symbols, those of `CharformerTokenizer` by default: bytes that UTF-8 never
+            uses. `None` is to have none, as raw binary data may need it: `generate` stops at eos. A vocabulary too small for
+            one has none.
         num_targets: Number of characters predicted at each position, `K`; 1 is only the next.
         target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
         target_schedule: How they change in training: `"constant"`, `"forward"` (targets come in one after the other),
@@ -99,9 +101,9 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     norm_placement: str = "pre"
     tie_word_embeddings: bool = False
     use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = 255
+    bos_token_id: int | None = 253
+    eos_token_id: int | list[int] | None = 254
 
     num_targets: int = 2
     target_weights: list[float | int] | tuple[float | int, ...] | None = None
@@ -127,6 +129,9 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
                 raise ValueError(
                     f"CharformerConfig has no field {name!r} (given {kwargs[name]!r}); meant {close[0]!r}?"
                 )
+        for name, default in (("pad_token_id", 255), ("bos_token_id", 253), ("eos_token_id", 254)):
+            if getattr(self, name) == default >= self.vocab_size:
+                setattr(self, name, None)
         # Saving one class writes its own entry only; a repository is to load with every Auto class.
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)

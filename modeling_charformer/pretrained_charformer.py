@@ -121,7 +121,7 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         """A repository without a tokenizer gets one beside the model: it needs no training, ids are bytes."""
         name, options = "tokenizer_config.json", {key: kwargs.get(key) for key in ("token", "revision")}
         if not (Path(working_dir, name).exists() or HfApi().file_exists(repo_id, name, **options)):
-            CharformerTokenizer().save_pretrained(working_dir)
+            CharformerTokenizer.for_model(self.config).save_pretrained(working_dir)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _card_facts(self) -> str:

@@ -17,6 +17,7 @@ from .checkpoints import SafeTrainer
 from .models import is_causal_lm, unwrap_peft
 from .optimizer import muon_adamw
 from .running_means import EvaluationTerms, TrainingTerms, group_by_layer
+from .units import NATS_PER_BIT, begins_character
 
 
 class ForgetTerms(TrainerCallback):
@@ -339,9 +340,8 @@ class AuxiliaryLossTrainer(SafeTrainer):
             self._evaluation_terms.add(_log_key(name), value, rows if name == "last_position" else positions)
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         if "next_char" in terms and isinstance(labels, Tensor) and getattr(config, "vocab_size", None) == 256:
-            # A character of UTF-8 is one byte that is not a continuation byte (10xxxxxx), and those that follow.
             targets = Targets(inputs, 1).ahead(1)
-            characters = ((targets != IGNORE_INDEX) & (targets & 0xC0 != 0x80)).sum()
+            characters = ((targets != IGNORE_INDEX) & begins_character(targets)).sum()
             self._evaluation_terms.add("characters", torch.zeros_like(terms["next_char"]), characters)
 
     def prediction_step(
@@ -373,8 +373,9 @@ class AuxiliaryLossTrainer(SafeTrainer):
         metrics = {name: total / count for name, (total, count) in totals.items() if count}
         if characters:
             nats, num_bytes = totals["loss_next_char"]
-            metrics["bpb"] = nats / math.log(2) / num_bytes
-            metrics["bpc"] = nats / math.log(2) / characters
+            metrics["bpb"] = nats / NATS_PER_BIT / num_bytes
+            if getattr(dataloader.dataset, "is_utf8", True):  # characters of other encodings cannot be counted
+                metrics["bpc"] = nats / NATS_PER_BIT / characters
         if self.is_in_train and (names := [name for name, value in metrics.items() if not math.isfinite(value)]):
             raise self._not_finite_error(self.state.global_step, [f"{metric_key_prefix}_{name}" for name in names])
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
