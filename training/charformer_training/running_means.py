@@ -23,6 +23,7 @@ class TrainingTerms:
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None, device: torch.device | None = None) -> None:
+        # By the names of the terms that came together, whose values are one tensor; the last two by each name.
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._first_bad_step: dict[tuple[str, ...], Tensor] = {}
         self._num_steps: dict[str, int] = {}
