@@ -34,6 +34,14 @@ def is_causal_lm(kind: type) -> bool:
     return "ForCausalLM" in kind.__name__ or kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
+def loss_unit(model: nn.Module) -> str | None:
+    """What a language model's loss is a mean over, `"byte"` or `"token"`; `None` for other models."""
+    base = unwrap_peft(model)
+    if not is_causal_lm(type(base)):
+        return None
+    return "byte" if getattr(getattr(base, "config", None), "vocab_size", None) == 256 else "token"
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients, for a look at what a model does."""
