@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from transformers.utils.logging import disable_progress_bar
 
 from tests.serving.models import MODELS, make_models
 from tests.serving.server import Server
@@ -16,6 +17,7 @@ collect_ignore = [] if find_spec("vllm") else ["test_serving.py"]
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    disable_progress_bar()
     return make_models(tmp_path_factory.mktemp("models"))
 
 

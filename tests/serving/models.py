@@ -88,5 +88,5 @@ def make_models(folder: Path) -> dict[str, Path]:
     trained["inference"] = trained["charformer"].without_auxiliary_heads()
     for name in MODELS:
         trained[name].save_pretrained(folder / name)
-        CharformerTokenizer(eos_token="<eos>").save_pretrained(folder / name)
+        CharformerTokenizer().save_pretrained(folder / name)
     return {name: folder / name for name in MODELS}

@@ -135,7 +135,9 @@ def test_the_window_is_the_limit(client, complete, model, server):
     assert window == (256 if server.folder.name == "post" else WINDOW)
     prompt = ("".join(TEXTS) * 2).encode()[: window - 12].decode(errors="ignore")
     room = window - len(prompt.encode())
-    assert bytes(complete(prompt, room).token_ids) == greedy(model, prompt, room)
+    choice = complete(prompt, room + 10)
+    assert choice.finish_reason == "length"
+    assert bytes(choice.token_ids) == greedy(model, prompt, room)
     with pytest.raises(openai.BadRequestError, match=f"maximum context length is {window} tokens"):
-        complete(prompt, room + 1)
-    print(f"  {room} bytes up to the end of a window of {window}: the same; one more: refused")
+        complete("x" * (window + 1))
+    print(f"  {room} bytes up to the end of a window of {window}: the same, and no more; a longer prompt: refused")
