@@ -1,6 +1,6 @@
 """vLLM serves what we save: the greedy text of Transformers to the byte, and its log-probabilities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
@@ -19,8 +19,9 @@ PROMPTS = [text[:length] for text in TEXTS for length in (1, 4, 17)] + ["zz top"
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +101,15 @@ def test_log_probabilities_are_those_of_transformers(complete, model):
 
 def test_streamed_pieces_are_the_text(client, complete, server):
     for prompt in PROMPTS[:9]:
-        stream = client.completions.create(
+        with client.completions.create(
             model=server.folder.name,
             prompt=prompt,
             max_tokens=60,
             temperature=0,
             stream=True,
             extra_body={"ignore_eos": True},
-        )
-        pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
+        ) as stream:
+            pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
         assert len([piece for piece in pieces if piece]) > 5
         assert "".join(pieces) == complete(prompt).text
     print("  9 streamed texts: the same")
