@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+CLIENTS := .venv-clients
 SERVING := .venv-serving
 # Most of the tests' time goes into starting programs, a core each.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart shakespeare ablation test test-oldest test-serving check format clean
+.PHONY: help quickstart shakespeare ablation test test-oldest test-clients test-serving check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about five minutes), show the result"
@@ -16,6 +17,7 @@ help:
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
 	@echo "make test         install, run all tests"
 	@echo "make test-oldest  the same with the oldest versions supported"
+	@echo "make test-clients other people's programs: TRL, lm-evaluation-harness, ONNX, 8 bits, loggers (a few minutes)"
 	@echo "make test-serving served by vLLM on a CPU, the same text (needs Python 3.11; some minutes)"
 	@echo "make check        lint, format and types"
 	@echo "make format       reformat the code"
@@ -36,6 +38,10 @@ test: $(VENV)/dev.stamp
 
 test-oldest: $(OLDEST)/dev.stamp
 	$(OLDEST)/bin/python $(PYTEST)
+
+# Their warnings are not ours.
+test-clients: $(CLIENTS)/dev.stamp
+	$(CLIENTS)/bin/python -m pytest -W ignore tests/clients
 
 test-serving: $(SERVING)/dev.stamp
 	$(SERVING)/bin/python -m pytest -v -s tests/serving
@@ -66,6 +72,11 @@ $(OLDEST)/dev.stamp: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[dev]'
 	@touch $@
 
+$(CLIENTS)/dev.stamp: pyproject.toml constraints.txt tests/clients/requirements.txt
+	$(PYTHON) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]' -r tests/clients/requirements.txt
+	@touch $@
+
 # The last one without what it depends on, see the requirements.
 $(SERVING)/dev.stamp: pyproject.toml tests/serving/requirements.txt
 	$(PYTHON) -m venv --clear $(SERVING)
@@ -74,4 +85,4 @@ $(SERVING)/dev.stamp: pyproject.toml tests/serving/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(SERVING) .mypy_cache .pytest_cache .ruff_cache dist build
+	rm -rf $(VENV) $(OLDEST) $(CLIENTS) $(SERVING) .mypy_cache .pytest_cache .ruff_cache dist build

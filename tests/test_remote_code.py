@@ -98,6 +98,7 @@ def test_saved_folder_has_all_code_and_a_complete_auto_map(saved):
         "loss_settings.py",
         "modeling_charformer.py",
         "pretrained_charformer.py",
+        "text_encoding.py",
         "tokenization_charformer.py",
     }
     config = json.loads((folder / "config.json").read_text())

@@ -21,6 +21,7 @@ CODE = {
     "loss_settings.py",
     "modeling_charformer.py",
     "pretrained_charformer.py",
+    "text_encoding.py",
     "tokenization_charformer.py",
     "tokenizer_config.json",
 }
