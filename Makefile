@@ -18,7 +18,7 @@ help:
 	@echo "make test         install, run all tests"
 	@echo "make test-oldest  the same with the oldest versions supported"
 	@echo "make test-clients other people's programs: TRL, lm-evaluation-harness, ONNX, 8 bits, loggers (a few minutes)"
-	@echo "make test-serving served by vLLM on a CPU, the same text (needs Python 3.11; some minutes)"
+	@echo "make test-serving vLLM serves what we save: the same text (Python 3.11 or newer, about ten minutes)"
 	@echo "make check        lint, format and types"
 	@echo "make format       reformat the code"
 	@echo "make clean        delete environments and caches (not runs/)"
