@@ -121,6 +121,13 @@ class TestStage:
         assert not names & {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
         assert (tmp_path / "stage" / "last-checkpoint" / "optimizer.pt").exists()
 
+    def test_the_heads_of_added_losses_go_along(self, tmp_path):
+        heads = tmp_path / "checkpoint" / "auxiliary_heads" / "model.safetensors"
+        heads.parent.mkdir(parents=True)
+        heads.write_bytes(b"heads")
+        _stage_checkpoint(tmp_path / "checkpoint", tmp_path / "stage", None)
+        assert (tmp_path / "stage" / "auxiliary_heads" / "model.safetensors").read_bytes() == b"heads"
+
     def test_no_pickle_of_the_arguments_is_written(self, trained, tmp_path):
         trained.save_model()
         assert not list(tmp_path.rglob("*.bin"))
