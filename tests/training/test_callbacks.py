@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from charformer_training import history
-from charformer_training.callbacks import LossTermProgress, SampleText, Speed, printable, sample_text, show_in_use
+from charformer_training.callbacks import LossTermProgress, SampleText, Speed, sample_text, show_in_use
 from modeling_charformer import CharformerTokenizer
 
 
@@ -129,20 +129,6 @@ def test_tensorboard_groups_terms_weights_and_speed(in_use, tmp_path):
 def test_lines_of_transformers_are_left_where_they_are_asked_for(in_use):
     kinds = [type(callback) for callback in in_use(disable_tqdm=True).callback_handler.callbacks]
     assert LossTermProgress not in kinds and "PrinterCallback" in [kind.__name__ for kind in kinds]
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        (f"a{ESCAPE}b", "a\\x1b[2Jb"),
-        ("\x9b2J\r\x07\x00", "\\x9b2J\\r\\x07\\x00"),
-        ("\u202e\u2028", "\\u202e\\u2028"),  # turns the direction of a line, ends one
-        ("täglich\n\tдень \ufffd", "täglich\n\tдень \ufffd"),
-    ],
-    ids=ascii,
-)
-def test_printed_text_cannot_drive_a_terminal(text, shown):
-    assert printable(text) == shown
 
 
 class TestSamples:

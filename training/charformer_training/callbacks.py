@@ -21,6 +21,7 @@ from . import history
 from .files import whole_files
 from .models import evaluating
 from .running_means import group_by_layer
+from .terminal import printable
 
 
 logger = logging.getLogger(__name__)
@@ -307,13 +308,6 @@ def _json_line(entry: Mapping[str, Any]) -> str:
 
 def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
-def printable(text: str) -> str:
-    """`text` with its control characters, but for line ends and tabs, written out: printed, it cannot drive a terminal."""
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 def sample_text(

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 
 from .arguments import Arguments, AuxiliaryLossTrainingArguments, ModelArguments, RunArguments
-from .callbacks import SampleText, printable, sample_text, show_in_use
+from .callbacks import SampleText, sample_text, show_in_use
 from .checkpoints import last_complete_checkpoint
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .files import whole_files
@@ -25,6 +25,7 @@ from .history import is_evaluation
 from .ngrams import characters_per_byte, ngram_bits_per_byte
 from .plots import PICTURE
 from .recipes import parse_arguments
+from .terminal import printable
 from .trainer import AuxiliaryLossTrainer
 
 
