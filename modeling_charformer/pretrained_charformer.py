@@ -2,8 +2,9 @@
 
 import copy
 import os
+import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi
@@ -18,6 +19,9 @@ from .layers_charformer import CharformerAttention, CharformerLayer
 from .loss_settings import AuxiliaryLossSettings
 from .tokenization_charformer import CharformerTokenizer
 
+
+# Beginnings of the names of weights that tell one kind of model from another.
+HEADS = ("lm_head.", "score.")
 
 Model = TypeVar("Model", bound="CharformerPreTrainedModel")
 
@@ -34,11 +38,10 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": CharformerLayer, "attentions": CharformerAttention}
-    # A model loads from another kind's checkpoint without a report on what only that one has.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^lm_head\.",
-        r"^score\.",
-        *(f"^{name}".replace(".", r"\.") for name in TRAINING_ONLY),
+    # Not the heads of other kinds: engines such as vLLM put a head of their own on a `CharformerModel` and load nothing
+    # that its list names.
+    _keys_to_ignore_on_load_unexpected: list[str] | set[str] | None = [
+        f"^{name}".replace(".", r"\.") for name in TRAINING_ONLY
     ]
 
     def __init__(self, config: CharformerConfig):
@@ -63,6 +66,19 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
                 init.zeros_(log_variance)
         else:
             super()._init_weights(module)
+
+    def post_init(self) -> None:
+        """The list of what is left out on loading is made of this model's and its parts'; what it has itself leaves it."""
+        super().post_init()
+        names, listed = self.state_dict().keys(), self._keys_to_ignore_on_load_unexpected or ()
+        has = {pattern for pattern in listed if any(re.search(pattern, name) for name in names)}
+        self._keys_to_ignore_on_load_unexpected = set(listed) - has
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """A model loads from another kind's checkpoint without a report on what only that one has."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        others = (*HEADS, *TRAINING_ONLY)
+        loading_info.unexpected_keys = {name for name in loading_info.unexpected_keys if not name.startswith(others)}
 
     def _uncertainty_weighting(self) -> UncertaintyWeighting | None:
         """Learned weights of the terms of `loss_settings`, if they are asked for."""

@@ -113,6 +113,14 @@ def test_inference_export(hub, pushed, loaded):
     assert sizes[0] < sizes[1]
 
 
+def test_added_losses_come_back_from_the_hub(hub, run):
+    saved, *loaded = run("push_program.py", "added_losses", "user/added")
+    assert any(saved) and loaded == [saved] * 3
+    for repo in ("user/added", "user/added-saved"):
+        weights = {name for name in hub.files(repo, "main") if name.endswith(".safetensors")}
+        assert weights == {"model.safetensors", "auxiliary_heads/model.safetensors"}
+
+
 CHECKPOINTS = {
     "end": set(),
     "every_save": set(),

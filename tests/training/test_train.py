@@ -196,8 +196,8 @@ def test_one_target_needs_no_weights_of_the_recipes_further_ones(command):
     recipe = str(CONFIGS / "drafting.yaml")
     model, _, _, _ = parse_arguments(command(recipe, num_targets=1, target_heads="linear"))
     assert build_model(model).config.target_weights is None
-    model, _, _, _ = parse_arguments(command(recipe, num_targets=1, target_weights=0.3))
-    assert model.target_weights == [0.3]  # given together, for the configuration to refuse
+    with pytest.raises(ValueError, match="target_weights"):
+        parse_arguments(command(recipe, num_targets=1, target_weights=0.3))
 
 
 @pytest.mark.parametrize(("words", "layers"), [(["all"], "all"), (["none"], None), (["3", "1"], [3, 1])])
@@ -210,7 +210,7 @@ def test_layers_on_the_command_line(command, words, layers):
 def test_yaml_values_are_what_they_look_like(tmp_path, text_file, none):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"data_path: {text_file}\nmax_steps: 5\nlearning_rate: 1e-3\nintermediate_layers: {none}\nuse_cpu: true\n"
+        f"data_path: {text_file}\nmax_steps: 5\nlearning_rate: 1e-3\nintermediate_layers: {none}\noutput_dir: runs/x\n"
     )
     model, _, _, training = parse_arguments([str(recipe)])
     assert training.learning_rate == 0.001 and model.config_fields() == {"intermediate_layers": None}
@@ -268,7 +268,7 @@ class TestWrongInput:
         assert "no recipe 'missing.yaml'" in self.refused(capsys, ["missing.yaml"])
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("num_target: 3\n")
-        assert "no field 'num_target'; meant 'num_targets'?" in self.refused(capsys, [str(recipe)])
+        assert "no field 'num_target'; meant num_targets?" in self.refused(capsys, [str(recipe)])
         recipe.write_text("a: [\n")
         assert "not valid YAML" in self.refused(capsys, [str(recipe)])
         recipe.write_text("just text\n")

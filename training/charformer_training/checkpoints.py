@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .files import saving_failed_message
-from .models import HEADS_FILE, unwrap_peft
+from .models import saved_heads, unwrap_peft
 from .pushing import HubTrainer
 
 
@@ -171,8 +171,9 @@ def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:
             )
     saved: dict[str, tuple[int, ...]] = {}
     weights_files = sorted(folder.glob("model*.safetensors"))
-    if weights_files:  # beside a PEFT adapter alone there is no whole model to compare
-        weights_files += folder.glob(HEADS_FILE)
+    heads = saved_heads(folder)
+    if weights_files and heads:  # beside a PEFT adapter alone there is no whole model to compare
+        weights_files.append(heads)
     for path in weights_files:
         try:
             with safe_open(path, framework="pt") as weights:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .history import Curve, Entry, curve, is_training, term_curves, terms
 from .running_means import group_by_layer
-from .terminal import one_line
+from .terminal import one_line, use_safe_streams
 
 
 if TYPE_CHECKING:
@@ -221,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, finished or not; two or more")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="the picture (comparison.png)")
+    use_safe_streams()
     arguments = parser.parse_args(argv)
     try:
         if len({os.path.realpath(run) for run in arguments.runs}) < max(2, len(arguments.runs)):

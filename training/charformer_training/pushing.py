@@ -21,7 +21,7 @@ from modeling_charformer import CharformerConfig, CharformerTokenizer
 
 from .card import is_charformer, merged_card, trainer_card
 from .history import drop_steps
-from .models import loss_unit
+from .models import HEADS_FILE, loss_unit
 from .plots import PICTURE, plot_loss_terms
 
 
@@ -302,6 +302,8 @@ def _stage_checkpoint(checkpoint: Path, stage: Path, subfolder: str | None) -> N
     for path in checkpoint.iterdir():
         if path.is_file() and path.suffix not in PICKLES and path.name not in RESUME_FILES:
             _link(path, stage / path.name)
+    if (heads := checkpoint / HEADS_FILE).is_file():
+        _link(heads, stage / HEADS_FILE)
     if subfolder is not None:
         for path in checkpoint.rglob("*"):
             if path.is_file():

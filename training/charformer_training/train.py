@@ -19,13 +19,15 @@ from modeling_charformer import CharformerConfig, CharformerForCausalLM, Charfor
 from .arguments import Arguments, AuxiliaryLossTrainingArguments, ModelArguments, RunArguments
 from .callbacks import SampleText, sample_text, show_in_use
 from .checkpoints import last_complete_checkpoint
+from .command_help import how_to_begin
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .files import whole_files
 from .history import is_evaluation
 from .ngrams import characters_per_byte, ngram_bits_per_byte
 from .plots import PICTURE
-from .recipes import parse_arguments
-from .terminal import printable
+from .pretrained import load_language_model, read_config
+from .recipes import USAGE, parse_arguments
+from .terminal import printable, use_safe_streams
 from .trainer import AuxiliaryLossTrainer
 
 
@@ -82,7 +84,7 @@ def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
     settings, name = arguments.config_fields(), arguments.model_name_or_path
     if name is None:
         return CharformerForCausalLM(CharformerConfig(**settings))
-    config = CharformerConfig.from_pretrained(name)
+    config = read_config(name, "model_name_or_path")
     # Blocks begin as the identity, so linear heads can be given some; blocks that were trained have no other shape.
     fixed = SHAPE_FIELDS if config.target_heads == "linear" else SHAPE_FIELDS | {"target_heads"}
     for field_name in fixed & settings.keys():
@@ -91,7 +93,7 @@ def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
                 f"{field_name} is {settings[field_name]!r}, but the model to fine-tune, {name}, has"
                 f" {getattr(config, field_name)!r}; leave its architecture as it is"
             )
-    return CharformerForCausalLM.from_pretrained(name, **settings)
+    return load_language_model(name, "model_name_or_path", **settings)
 
 
 def build_trainer(
@@ -220,7 +222,7 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
         if (key := f"{name}_bpc") in metrics
     ]
     if text:
-        lines += ["", "The model writes:", *(f"  | {line}" for line in printable(text).strip("\n").split("\n"))]
+        lines += ["", "The model writes:", *(f"  | {printable(line)}" for line in text.strip("\n").split("\n"))]
     lines += [
         "",
         f"Every loss term in a picture: {folder / PICTURE}",
@@ -237,10 +239,15 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console program; returns its exit status."""
     arguments = None
+    words = sys.argv[1:] if argv is None else argv
+    use_safe_streams()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # a log file holds lines
+    if not words:
+        print(how_to_begin(USAGE), file=sys.stderr)
+        return 2
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        arguments = parse_arguments(words)
         train(arguments)
         # Left to the end of the interpreter, threads of gloo that still hold tensors now and then abort the process.
         PartialState().destroy_process_group()
@@ -249,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (StrictDataclassError, FloatingPointError, OSError, ValueError) as error:
         logger.debug("traceback", exc_info=True)
-        print(f"\ncharformer-train: error: {error}", file=sys.stderr)  # a progress bar may hold the line
+        print(f"\ncharformer-train: error: {printable(error)}", file=sys.stderr)  # a progress bar may hold the line
         return 1
     return 0
 
