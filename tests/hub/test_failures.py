@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from tests.hub.test_push_and_load import check_repository, with_weights
+from tests.hub.conftest import check_repository, with_weights
 
 
 COMMIT = "POST /api/models/[^ ]*/commit"

@@ -24,7 +24,7 @@ from charformer_training import (
 )
 from charformer_training.models import HEADS_FILE, OLD_HEADS_FILE
 from modeling_charformer import CharformerConfig, CharformerForSequenceClassification
-from tests.helpers import TINY, loss_logs
+from tests.helpers import TINY, assert_same_logs, loss_logs
 
 
 SIZES = {
@@ -440,12 +440,6 @@ def train(
         prepare(trainer)
     trainer.train()
     return trainer
-
-
-def assert_same_logs(first, second):
-    assert [set(entry) for entry in first] == [set(entry) for entry in second]
-    for one, other in zip(first, second, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
 
 
 def mixtral(**changes):
