@@ -7,13 +7,14 @@ OLDEST := .venv-oldest
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart shakespeare ablation test test-oldest check format clean
+.PHONY: help quickstart shakespeare ablation test test-fast test-oldest check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about five minutes), show the result"
 	@echo "make shakespeare  train on DATA=tinyshakespeare.txt at nanoGPT's CPU setting (a few minutes)"
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
 	@echo "make test         install, run all tests"
+	@echo "make test-fast    those that take about two minutes on two cores"
 	@echo "make test-oldest  the same with the oldest versions supported"
 	@echo "make check        lint, format and types"
 	@echo "make format       reformat the code"
@@ -31,6 +32,9 @@ ablation: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python $(PYTEST)
+
+test-fast: $(VENV)/dev.stamp
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-oldest: $(OLDEST)/dev.stamp
 	$(OLDEST)/bin/python $(PYTEST)

@@ -10,6 +10,9 @@ from modeling_charformer.configuration_charformer import AUTO_MAP
 from tests.helpers import CODE_FILES, run_without_package
 
 
+pytestmark = pytest.mark.slow
+
+
 PROGRAM = """
 import json, sys
 sys.path = [path for path in sys.path if "charformer" not in path]

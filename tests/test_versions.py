@@ -53,6 +53,7 @@ def test_with_this_package(folder):
 
 
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+@pytest.mark.slow
 def test_with_its_own_code(folder, tmp_path):
     result = run_without_package(PROGRAM, folder, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -7,6 +7,9 @@ import pytest
 from tests.hub.conftest import check_repository, with_weights
 
 
+pytestmark = pytest.mark.slow
+
+
 COMMIT = "POST /api/models/[^ ]*/commit"
 
 

@@ -14,6 +14,9 @@ from tests.hub.conftest import (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 COMPARED = ("logits", "hidden", "ids", "text")
 
 

@@ -165,6 +165,7 @@ def test_gradient_checkpointing_and_tied_embeddings_give_the_same_gradients(kind
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph():
     model, ids = add_auxiliary_losses(build("llama")), make_ids()
     expected = model(ids, labels=ids, use_cache=False, training_progress=0.2)

@@ -170,6 +170,7 @@ def test_a_window_longer_than_the_split_raises_naming_both(make):
         make(as_split(bytes(15), "validation"))
 
 
+@pytest.mark.slow
 def test_a_large_file_costs_no_private_memory(tmp_path):
     """A sparse file of 1 GB: read from its beginning to its end, mapped, it must not become private memory."""
     path = tmp_path / "large.txt"

@@ -47,6 +47,7 @@ def training_entries(folder: Path) -> list[dict]:
 
 @pytest.mark.filterwarnings("ignore:The hidden_size")
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.slow
 def test_every_recipe_runs(command, tmp_path, recipe, capsys):
     layers = yaml.safe_load((CONFIGS / recipe).read_text())["num_hidden_layers"]
     assert main(command(str(CONFIGS / recipe))) == 0, capsys.readouterr().err
@@ -106,6 +107,7 @@ def test_a_run_leaves_a_folder_that_explains_and_loads_itself(command, tmp_path,
     assert metrics["splits"]["train"][1] in shown  # the checksum
 
 
+@pytest.mark.slow
 def test_the_shown_lines_load_the_model(command, tmp_path, capsys):
     assert main(command()) == 0
     lines = capsys.readouterr().out.split("Load it with:")[1]
@@ -340,6 +342,7 @@ def test_resumed_run_equals_the_uninterrupted_one(command, tmp_path):
     assert (interrupted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_checkpoints_and_says_how_to_go_on(command, tmp_path):
     arguments = command(max_steps=100_000, save_steps=20, logging_steps=20, eval_steps=100_000, save_total_limit=2)
     process = subprocess.Popen(

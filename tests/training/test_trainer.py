@@ -230,6 +230,7 @@ class TestCost:
         assert waited  # it would have been noticed
 
     @pytest.mark.parametrize("schedule", ["paper", "random"])
+    @pytest.mark.slow
     def test_compiled_training_never_falls_back_to_eager(self, make_trainer, schedule):
         """Three layers drop out, and torch is told to make two graphs of a function at most; the Trainer knows better."""
         model = {"num_hidden_layers": 4, "num_targets": 1, "intermediate_schedule": schedule}

@@ -222,7 +222,7 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
         if (key := f"{name}_bpc") in metrics
     ]
     if text:
-        lines += ["", "The model writes:", *(f"  | {printable(line)}" for line in text.strip("\n").split("\n"))]
+        lines += ["", "The model writes:", *(f"  | {line}" for line in printable(text).strip("\n").split("\n"))]
     lines += [
         "",
         f"Every loss term in a picture: {folder / PICTURE}",
