@@ -9,13 +9,14 @@ SERVING := .venv-serving
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart shakespeare ablation test test-oldest test-clients test-serving check format clean
+.PHONY: help quickstart shakespeare ablation test test-fast test-oldest test-clients test-serving check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about five minutes), show the result"
 	@echo "make shakespeare  train on DATA=tinyshakespeare.txt at nanoGPT's CPU setting (a few minutes)"
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
 	@echo "make test         install, run all tests"
+	@echo "make test-fast    those that take about two minutes on two cores"
 	@echo "make test-oldest  the same with the oldest versions supported"
 	@echo "make test-clients other people's programs: TRL, lm-evaluation-harness, ONNX, 8 bits, loggers (a few minutes)"
 	@echo "make test-serving vLLM serves what we save: the same text (Python 3.11 or newer, about ten minutes)"
@@ -35,6 +36,9 @@ ablation: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python $(PYTEST)
+
+test-fast: $(VENV)/dev.stamp
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-oldest: $(OLDEST)/dev.stamp
 	$(OLDEST)/bin/python $(PYTEST)

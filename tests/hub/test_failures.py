@@ -4,7 +4,10 @@ import signal
 
 import pytest
 
-from tests.hub.test_push_and_load import check_repository, with_weights
+from tests.hub.conftest import check_repository, with_weights
+
+
+pytestmark = pytest.mark.slow
 
 
 COMMIT = "POST /api/models/[^ ]*/commit"

@@ -69,6 +69,7 @@ def test_logits_match_the_reference(make_model, make_ids, placement, implementat
 # Transformers asks flex attention for its mask in a way that torch has deprecated.
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @torch.no_grad()
+@pytest.mark.slow
 def test_flex_attention_agrees(make_model, make_ids):
     # Power-of-two heads of 16 are the least that flex attention takes.
     model = make_model(hidden_size=32, max_position_embeddings=128).eval()
@@ -262,7 +263,7 @@ def test_streaming_and_pipeline(make_model, capsys):
 def test_default_generation_length_stays_inside_the_window(make_model, make_ids):
     model = make_model().eval()
     with pytest.warns(UserWarning, match="default `max_length`"):
-        assert model.generate(make_ids(1, 20), do_sample=False).shape[1] <= 24
+        assert model.generate(make_ids(1, 20), do_sample=False).shape[1] == 24
 
 
 def test_generation_past_the_window_raises_before_it_begins(make_model, make_ids):
@@ -362,6 +363,7 @@ def test_vocabulary_cannot_be_resized(make_model):
         model.resize_token_embeddings(257)
 
 
+@pytest.mark.slow
 def test_compiled_training_step_is_the_eager_one(make_model, make_ids):
     """In one graph; `aot_eager` needs no compiler on the machine."""
     ids, results = make_ids(), []

@@ -28,7 +28,7 @@ from charformer_training import (
 )
 from charformer_training.models import HEADS_FILE, OLD_HEADS_FILE
 from modeling_charformer import CharformerConfig, CharformerForSequenceClassification
-from tests.helpers import TINY, loss_logs
+from tests.helpers import TINY, assert_same_logs, loss_logs
 
 
 SIZES = {
@@ -169,6 +169,7 @@ def test_gradient_checkpointing_and_tied_embeddings_give_the_same_gradients(kind
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph():
     model, ids = add_auxiliary_losses(build("llama")), make_ids()
     expected = model(ids, labels=ids, use_cache=False, training_progress=0.2)
@@ -561,12 +562,6 @@ def train(
         prepare(trainer)
     trainer.train()
     return trainer
-
-
-def assert_same_logs(first, second):
-    assert [set(entry) for entry in first] == [set(entry) for entry in second]
-    for one, other in zip(first, second, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
 
 
 def mixtral(**changes):

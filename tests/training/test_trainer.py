@@ -21,16 +21,9 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, ConsecutiveWindows
-from charformer_training.data import RandomWindows
+from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments
 from modeling_charformer import register_schedule
-from tests.helpers import loss_logs
-
-
-def assert_same_logs(first: list[dict], second: list[dict], rel: float = 1e-4) -> None:
-    assert [set(entry) for entry in first] == [set(entry) for entry in second]
-    for one, other in zip(first, second, strict=True):
-        assert one == pytest.approx(other, rel=rel)
+from tests.helpers import assert_same_logs, loss_logs
 
 
 class TestLogs:
@@ -237,6 +230,7 @@ class TestCost:
         assert waited  # it would have been noticed
 
     @pytest.mark.parametrize("schedule", ["paper", "random"])
+    @pytest.mark.slow
     def test_compiled_training_never_falls_back_to_eager(self, make_trainer, schedule):
         """Three layers drop out, and torch is told to make two graphs of a function at most; the Trainer knows better."""
         model = {"num_hidden_layers": 4, "num_targets": 1, "intermediate_schedule": schedule}
@@ -436,9 +430,3 @@ def test_progress_is_the_share_of_steps_done(make_trainer):
     trainer.model.forward = recording
     trainer.train()
     assert seen == [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
-
-
-def test_random_windows_are_all_different(make_trainer):
-    dataset = make_trainer().train_dataset
-    assert isinstance(dataset, RandomWindows) and isinstance(make_trainer().eval_dataset, ConsecutiveWindows)
-    assert len({item["input_ids"].tobytes() for item in (dataset[i] for i in range(len(dataset)))}) > 55

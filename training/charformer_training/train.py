@@ -336,11 +336,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console program; returns its exit status."""
     arguments, words = None, list(sys.argv[1:] if argv is None else argv)
     use_safe_streams()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # a log file holds lines
     if not words:
         print(how_to_begin(USAGE), file=sys.stderr)
         return 2
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # a log file holds lines
     try:
         arguments = parse_arguments(words)
         train(arguments, ["charformer-train", *words])
