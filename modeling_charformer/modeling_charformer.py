@@ -43,9 +43,9 @@ from .auxiliary_losses import (
     shifted_targets,
     weighted_loss,
 )
-from .compatibility import CACHE, one_cache
+from .compatibility import CACHE, check_arguments, one_cache
 from .configuration_charformer import CharformerConfig
-from .generation_charformer import CharformerGenerationMixin
+from .generation_charformer import CharformerGenerationMixin, check_ids
 from .hub import CharformerPushToHubMixin
 from .tokenization_charformer import CharformerTokenizer
 
@@ -351,15 +351,6 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
         return f"| | |\n| --- | --- |\n{rows}"
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """Refuses any size but the present one: the classifiers and the tokenizer are made for these symbols."""
-        if new_num_tokens not in (None, self.config.vocab_size):
-            raise ValueError(
-                f"a Charformer's vocabulary cannot be resized (from {self.config.vocab_size} to {new_num_tokens}):"
-                " its symbols are bytes. CharformerTokenizer takes pad, bos and eos out of the 256 values"
-            )
-        return self.get_input_embeddings()  # type: ignore[return-value]  # typed as any module
-
 
 class CharformerModel(CharformerPreTrainedModel):
     """The layers, from ids to the last hidden state."""
@@ -405,25 +396,33 @@ class CharformerModel(CharformerPreTrainedModel):
             num_layers: Stop after so many layers (1..n); `last_hidden_state` is then their output after the final norm.
 
         Raises:
+            TypeError: If an argument is unknown that could change the result.
             ValueError: If the sequence, with what is cached, is longer than the window, or an id is outside the
                 vocabulary (found on the CPU only: elsewhere looking would stall the device).
         """
+        cache = one_cache(cache, past_key_values)
+        is_paged = cache is not None and not isinstance(
+            cache, Cache
+        )  # of continuous batching, with arguments of its own
+        if not is_paged:
+            check_arguments(kwargs, self.config._attn_implementation, position_ids is not None)
         if input_ids is not None and inputs_embeds is None:
+            check_ids("input_ids", input_ids)
             self._check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)
         elif inputs_embeds is None or input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        cache = one_cache(cache, past_key_values)
+        # Without a cache the mask keeps packed texts apart, and that of an empty one is the same.
+        cache_of_mask: dict[str, Any] = {CACHE: cache}
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        named_cache: dict[str, Any] = {CACHE: cache}
 
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **named_cache,
+            **cache_of_mask,
         )
         position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, cache)
 
@@ -446,7 +445,8 @@ class CharformerModel(CharformerPreTrainedModel):
             )
             if number in on_layer_output:
                 on_layer_output[number](hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache)
+        outputs: dict[str, Any] = {"last_hidden_state": self.norm(hidden_states), CACHE: cache}
+        return BaseModelOutputWithPast(**outputs)
 
     def _mask_of_last_positions(self, causal_mask: Any, inputs_embeds: Tensor, positions_to_keep: int) -> Any:
         length = inputs_embeds.shape[1]
@@ -480,7 +480,8 @@ class CharformerModel(CharformerPreTrainedModel):
             self._check_range("position_ids", position_ids, window, "max_position_embeddings")
             return position_ids
         past = cache.get_seq_length() if cache is not None else 0
-        if past + length > window:
+        # The length of a static cache is a tensor: to look at it would stall the device, and cannot be exported.
+        if not isinstance(past, Tensor) and past + length > window:
             raise ValueError(
                 f"the sequence is {past + length} characters long"
                 + (f" ({past} of them cached)" if past else "")
@@ -532,6 +533,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         )
         self.loss_uncertainty = self._uncertainty_weighting()
         self.post_init()
+        self.generation_config = self._own_generation_config()
 
     @can_return_tuple
     def forward(
@@ -639,6 +641,23 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             loss_weights=weights if labels is not None else None,
             final_hidden_state=hidden_states[:, kept] if return_final_hidden_state else None,
         )
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As everywhere in Transformers; the auxiliary heads follow. Ids from 256 on are added tokens.
+
+        Rows that are new in them are drawn as all their weights were at first.
+        """
+        embeddings: nn.Embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        heads: dict[str, Any] = dict(self.auxiliary_heads.items())
+        for name, head in heads.items():
+            resized = AuxiliaryHead(head.in_features, self.config.vocab_size, head.index)
+            self._init_weights(resized)
+            resized = resized.to(head.weight.device, head.weight.dtype).requires_grad_(head.weight.requires_grad)
+            kept = min(head.out_features, resized.out_features)
+            with torch.no_grad():
+                resized.weight[:kept], resized.bias[:kept] = head.weight[:kept], head.bias[:kept]
+            self.auxiliary_heads[name] = resized.train(head.training)
+        return embeddings
 
     def _target_states(
         self,
@@ -749,6 +768,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         training_progress: float | None = None,
         training_step: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -760,6 +780,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
             attention_mask: `(B, S)`, 1 for text and 0 for padding on either side.
             position_ids: `(B, S)`; by default they follow from the mask.
             labels: One for each sequence, `(B,)`, or for each character, `(B, S)`, -100 for none.
+            use_cache: Taken because trainers pass it to every model; nothing reads a classifier's cache, and there is none.
             training_progress: Share of training done, 0 to 1, which schedules follow; `None` is 0 in training mode.
             training_step: Optimizer steps done, which schedules that change from step to step follow; `None` is 0.
             num_items_in_batch: What `transformers.Trainer` passes: labels in the whole optimizer step.

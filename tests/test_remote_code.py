@@ -91,6 +91,7 @@ def test_saved_folder_has_all_code_and_a_complete_auto_map(saved):
         "auxiliary_losses.py",
         "compatibility.py",
         "configuration_charformer.py",
+        "drafting_charformer.py",
         "generation_charformer.py",
         "hub.py",
         "modeling_charformer.py",

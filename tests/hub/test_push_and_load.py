@@ -14,6 +14,7 @@ CODE = {
     "auxiliary_losses.py",
     "compatibility.py",
     "configuration_charformer.py",
+    "drafting_charformer.py",
     "generation_charformer.py",
     "hub.py",
     "modeling_charformer.py",
