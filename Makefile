@@ -26,8 +26,8 @@ shakespeare: $(VENV)/train.stamp
 	$(BIN)/charformer-train training/configs/shakespeare-cpu.yaml --data_path $(DATA) --overwrite_output_dir
 
 ablation: $(VENV)/train.stamp
-	$(BIN)/python benchmarks/ablation.py run cpu --workers 2 --data $(DATA) --output runs/ablation/ablation.jsonl
-	$(BIN)/python benchmarks/ablation.py report runs/ablation/ablation.jsonl
+	$(BIN)/python -m benchmarks.ablation run cpu --workers 2 --data $(DATA) --output runs/ablation/ablation.jsonl
+	$(BIN)/python -m benchmarks.ablation report runs/ablation/ablation.jsonl
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python $(PYTEST)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Step, in_own_process, machine, peak_memory, times_by_turns
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
 
+from benchmarks.measure import Step, in_own_process, machine, peak_memory, times_by_turns
 from charformer_training import add_auxiliary_losses
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import transformers
-from measure import in_own_process
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks.measure import in_own_process
 from charformer_training.data import DataArguments, load_corpus, split_corpus
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 

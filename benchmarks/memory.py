@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Step, in_own_process, machine, peak_memory
 from tqdm import tqdm
 from transformers import set_seed
 
+from benchmarks.measure import Step, in_own_process, machine, peak_memory
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
 

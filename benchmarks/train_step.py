@@ -24,7 +24,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measure import (
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
+
+from benchmarks.measure import (
     TENTHS,
     MatrixMultiply,
     Step,
@@ -34,9 +37,6 @@ from measure import (
     time_by_kind,
     times_by_turns,
 )
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
-
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import machine
 from transformers import default_data_collator, set_seed
 
+from benchmarks.measure import machine
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, RandomWindows, Split, trainer
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 

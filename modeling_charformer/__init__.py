@@ -12,8 +12,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .auxiliary_losses import ScheduleContext, register_schedule, rotating_schedule, schedule_names
 from .configuration_charformer import CharformerConfig
+from .loss_settings import ScheduleContext, register_schedule, rotating_schedule, schedule_names
 from .modeling_charformer import (
     CharformerForCausalLM,
     CharformerForSequenceClassification,

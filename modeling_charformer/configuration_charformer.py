@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from .auxiliary_losses import AuxiliaryLossSettings, classifier_settings
 from .hub import CharformerPushToHubMixin
+from .loss_settings import AuxiliaryLossSettings, classifier_settings
 
 
 AUTO_MAP = {
@@ -260,39 +260,31 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
 
     @classmethod
     def recommended(cls, purpose: str = "much_text", **fields: Any) -> "CharformerConfig":
-        """Losses for practical use, as the project's ablation has them (`benchmarks/results/ablation.md`); `fields` for the rest.
+        """Losses and dropout for practical use. What they gain, and at what cost, is measured in the project's docs/evidence.md.
 
         Args:
             purpose: What the model is to be good at, and on what:
 
-                - `"much_text"`, of which training sees each part once or a few times: no auxiliary losses. At nanoGPT's CPU
-                  setting (tiny Shakespeare, 4 layers, 2,000 steps, three seeds, learning rates retuned) four targets
-                  gained 0.006 bpc with Muon (standard error 0.001) at 1.12 times the cost of a step, and all of the
-                  paper's losses 0.006 (0.004) at 1.11; both needed 1.1 times the seconds to come to what training without
-                  them comes to. Muon itself gained 0.235 bpc.
-                - `"little_text"`, which a model learns by heart: the paper's losses, beside dropout, which does more. On a twentieth
-                  of the same text, 20 times over, with Muon and 4 layers, dropout of 0.1 gained 0.085 bpc (0.006) at a model's
-                  best, and the losses 0.025 (0.002) on top of it, at 1.05 times the cost of a step and in 0.97 of the
-                  seconds; without dropout they gained 0.031 (0.005). Four targets at 0.2 each and no intermediate layers
-                  gained 0.018 (0.004) on top of dropout: the choice for deep models, where losses on all layers outweigh the
-                  one that counts.
-                - `"drafting"`: eight targets by sequential heads, as in the recipe `drafting.yaml`, with which
-                  `generate(use_extra_targets=True)` was 2.8 times as fast in greedy text. Such heads cost half as much
-                  again as a step, and no bits (a gain of 0.010, standard error 0.005, at weights of 0.1).
-            fields: The model's other fields, and losses in place of these.
+                - `"much_text"`: text that training sees once or a few times. No auxiliary losses, no dropout.
+                - `"little_text"`: text that training sees so often that a model overfits. The paper's losses, and dropout. In
+                  a deep model give `intermediate_layers=None` besides: losses on all layers outweigh the one that counts.
+                - `"drafting"`: fast generation, by `generate(use_extra_targets=True)`. Eight targets with sequential heads.
+            fields: The model's other fields, and values in place of these.
 
         Raises:
             ValueError: If `purpose` is none of these; for fields that are wrong, as `CharformerConfig`.
         """
+        no_dropout = {"attention_dropout": 0.0, "activation_dropout": 0.0}
         losses: dict[str, dict[str, Any]] = {
-            "much_text": {"num_targets": 1, "intermediate_layers": None},
-            "little_text": {},
+            "much_text": {"num_targets": 1, "intermediate_layers": None, **no_dropout},
+            "little_text": {"attention_dropout": 0.2, "activation_dropout": 0.2},
             "drafting": {
                 "intermediate_layers": None,
                 "num_targets": 8,
                 "target_weights": [0.2] * 7,
                 "target_schedule": "forward",
                 "target_heads": "sequential",
+                **no_dropout,
             },
         }
         if purpose not in losses:

@@ -3,36 +3,24 @@
 Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K number of targets.
 """
 
-import copy
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .auxiliary_heads import ResidualBlock
 from .auxiliary_losses import (
     IGNORE_INDEX,
-    AuxiliaryLossSettings,
-    LossTerm,
-    UncertaintyWeighting,
     causal_lm_losses,
     classification_loss,
     cross_entropy_sum,
@@ -46,8 +34,9 @@ from .auxiliary_losses import (
 from .compatibility import CACHE, check_arguments, one_cache
 from .configuration_charformer import CharformerConfig
 from .generation_charformer import CharformerGenerationMixin, check_ids
-from .hub import CharformerPushToHubMixin
-from .tokenization_charformer import CharformerTokenizer
+from .layers_charformer import CharformerLayer, to_autocast_dtype
+from .loss_settings import AuxiliaryLossSettings, LossTerm
+from .pretrained_charformer import CharformerPreTrainedModel
 
 
 @dataclass
@@ -70,286 +59,6 @@ class CharformerClassifierOutput(SequenceClassifierOutput):
 
     loss_dict: dict[str, Tensor] | None = None
     loss_weights: dict[str, Any] | None = None
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out, for `attn_implementation="eager"`: it alone returns the weights, `(B, H, S, S_key)`."""
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def to_autocast_dtype(hidden_states: Tensor) -> Tensor:
-    """What several linear layers read, in the type of autocast, where it is on.
-
-    Each would cast it by itself otherwise, and keep a copy of its own for the backward pass.
-    """
-    kind = hidden_states.device.type
-    # The meta device has no autocast, and float64 is not cast.
-    if (
-        hidden_states.dtype == torch.float32
-        and torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
-    ):
-        return hidden_states.to(torch.get_autocast_dtype(kind))
-    return hidden_states
-
-
-class CharformerAttention(nn.Module):
-    """Causal multi-head self-attention, computed by Transformers' attention interface."""
-
-    def __init__(self, config: CharformerConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        positions_to_keep: int = 0,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """`positions_to_keep`: compute the output of so many last positions only; 0 is all."""
-        hidden_states = to_autocast_dtype(hidden_states)
-        by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
-        asking = hidden_states[:, -positions_to_keep:]
-        query = self.q_proj(asking).view(*asking.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
-        key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
-        if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
-            # A paged cache reads, and writes, what attention is told of the lengths.
-            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        elif cache is not None:
-            kwargs["cache"] = cache  # a paged one, which attention itself updates
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*asking.shape[:-1], -1)), weights
-
-
-class CharformerMLP(nn.Module):
-    def __init__(self, config: CharformerConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.activation_dropout)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
-
-
-class CharformerLayer(GradientCheckpointingLayer):
-    """One layer, with a learned position table of its own that is added to its input (paper, section 2)."""
-
-    def __init__(self, config: CharformerConfig, layer_idx: int):
-        super().__init__()
-        self.norm_first = config.norm_placement == "pre"
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.self_attn = CharformerAttention(config, layer_idx)
-        self.mlp = CharformerMLP(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_ids: Tensor,
-        positions_to_keep: int = 0,
-        input_is_kept: bool = False,
-        **kwargs,
-    ) -> Tensor:
-        """`input_is_kept`: a classifier keeps this layer's input for the backward pass; the sum with the positions and its norm
-        are computed from it again there, instead of being kept too.
-        """
-        if input_is_kept and self.norm_first and not (self.gradient_checkpointing and self.training):
-            hidden_states, attended = checkpoint(
-                self._with_positions, hidden_states, position_ids, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            hidden_states, attended = self._with_positions(hidden_states, position_ids)
-        attended = self.self_attn(attended, positions_to_keep=positions_to_keep, **kwargs)[0]
-        hidden_states = hidden_states[:, -positions_to_keep:] + attended
-        if self.norm_first:
-            return hidden_states + self.mlp(self.mlp_norm(hidden_states))
-        hidden_states = self.attention_norm(hidden_states)
-        return self.mlp_norm(hidden_states + self.mlp(hidden_states))
-
-    def _with_positions(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum, and what attention reads of it."""
-        hidden_states = hidden_states + self.position_embeddings(position_ids)
-        return hidden_states, self.attention_norm(hidden_states) if self.norm_first else hidden_states
-
-
-class AuxiliaryHead(nn.Linear):
-    """A linear classifier that exists for the training only; `index` tells it from its siblings."""
-
-    def __init__(self, in_features: int, out_features: int, index: int):
-        self.index = index
-        super().__init__(in_features, out_features)
-
-    def reset_parameters(self) -> None:
-        """Nothing: `CharformerPreTrainedModel._init_weights` draws the weights, from a generator of their own."""
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that begins with zeros."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-
-class ResidualBlock(nn.Module):
-    """`h + SiLU(W h)` on hidden states `(..., hidden_size)`; the identity at first (Medusa, section 2.1.1).
-
-    With `reads_previous`, `h + SiLU(W [h; e])` with the embedding `e` of the character before the one to predict.
-    """
-
-    def __init__(self, hidden_size: int, reads_previous: bool = False):
-        super().__init__()
-        self.linear = ZeroLinear(hidden_size * (2 if reads_previous else 1), hidden_size)
-
-    def forward(self, hidden_states: Tensor, previous: Tensor | None = None) -> Tensor:
-        inputs = hidden_states if previous is None else torch.cat([hidden_states, previous], dim=-1)
-        return hidden_states + nn.functional.silu(self.linear(inputs))
-
-
-Model = TypeVar("Model", bound="CharformerPreTrainedModel")
-
-# Beginnings of the names of weights that exist for training only.
-TRAINING_ONLY = ("auxiliary_heads.", "target_blocks.", "auxiliary_classifiers.", "loss_uncertainty.")
-
-
-class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
-    config: CharformerConfig
-    loss_settings: AuxiliaryLossSettings
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["CharformerLayer"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": CharformerLayer, "attentions": CharformerAttention}
-    # A model loads from another kind's checkpoint without a report on what only that one has.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^lm_head\.",
-        r"^score\.",
-        *(f"^{name}".replace(".", r"\.") for name in TRAINING_ONLY),
-    ]
-
-    def __init__(self, config: CharformerConfig):
-        # Values assigned to a config after it was built, as `from_pretrained(..., hidden_size=...)` does, are checked
-        # one by one there and as a whole here.
-        config.validate()
-        super().__init__(config)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AuxiliaryHead):
-            # Beside the global random numbers, so that with and without auxiliary heads the rest of the model, and
-            # all that is drawn after it, is the same at the same seed.
-            generator = torch.Generator().manual_seed(torch.initial_seed() + module.index)
-            draw = torch.empty(module.weight.shape).normal_(0.0, self.config.initializer_range, generator=generator)
-            init.copy_(module.weight, draw)
-            init.zeros_(module.bias)
-        elif isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, UncertaintyWeighting):
-            for log_variance in module.log_variances.values():
-                init.zeros_(log_variance)
-        else:
-            super()._init_weights(module)
-
-    def _uncertainty_weighting(self) -> UncertaintyWeighting | None:
-        """Learned weights of the terms of `loss_settings`, if they are asked for."""
-        if self.loss_settings.loss_weighting == "fixed":
-            return None
-        return UncertaintyWeighting([*(term.name for term in self.loss_settings.terms), "last_position"])
-
-    def _classifiers_of_terms(self, num_outputs: int) -> nn.ModuleDict:
-        """A classifier for each term of `loss_settings` but the main one, under the term's name.
-
-        To be made before the layers that they read: DistributedDataParallel sends gradients from the last
-        parameter to the first and waits for each, and those of the first layer's classifiers come late.
-        """
-        return nn.ModuleDict(
-            {
-                term.name: AuxiliaryHead(self.config.hidden_size, num_outputs, index)
-                for index, term in enumerate(self.loss_settings.terms)
-                if not term.is_main
-            }
-        )
-
-    def without_auxiliary_heads(self: Model) -> Model:
-        """A new model with copies of the same weights and none of those that exist for training only.
-
-        Its logits are the same. It can be trained further only without auxiliary losses.
-        """
-        config = copy.deepcopy(self.config)
-        config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
-        config.target_heads = "linear"
-        config.classifier_layers, config.loss_weights, config.loss_weighting = None, None, "fixed"
-        model, weights = type(self)(config), self.state_dict()
-        model.to(self.device, self.dtype)  # type: ignore[arg-type]  # wrapped by Transformers
-        model.load_state_dict({name: weights[name] for name in model.state_dict()})
-        if self.can_generate():
-            model.generation_config = copy.deepcopy(self.generation_config)
-        return model.train(self.training)
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        """A repository without a tokenizer gets one beside the model: it needs no training, ids are bytes."""
-        name, options = "tokenizer_config.json", {key: kwargs.get(key) for key in ("token", "revision")}
-        if not (Path(working_dir, name).exists() or HfApi().file_exists(repo_id, name, **options)):
-            CharformerTokenizer().save_pretrained(working_dir)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-    def _card_facts(self) -> str:
-        config, parameters = self.config, self.num_parameters()
-        heads = sum(weight.numel() for name, weight in self.named_parameters() if name.startswith(TRAINING_ONLY))
-        facts = {
-            "Layers, width, attention heads": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}",
-            "Window, bytes": f"{config.max_position_embeddings:,}",
-            "Parameters for inference": f"{parameters - heads:,}",
-            "Parameters of the auxiliary classifiers, for training only": f"{heads:,}",
-        }
-        rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-        return f"| | |\n| --- | --- |\n{rows}"
 
 
 class CharformerModel(CharformerPreTrainedModel):
@@ -401,10 +110,7 @@ class CharformerModel(CharformerPreTrainedModel):
                 vocabulary (found on the CPU only: elsewhere looking would stall the device).
         """
         cache = one_cache(cache, past_key_values)
-        is_paged = cache is not None and not isinstance(
-            cache, Cache
-        )  # of continuous batching, with arguments of its own
-        if not is_paged:
+        if cache is None or isinstance(cache, Cache):  # else continuous batching's, with arguments of its own
             check_arguments(kwargs, self.config._attn_implementation, position_ids is not None)
         if input_ids is not None and inputs_embeds is None:
             check_ids("input_ids", input_ids)
@@ -641,23 +347,6 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             loss_weights=weights if labels is not None else None,
             final_hidden_state=hidden_states[:, kept] if return_final_hidden_state else None,
         )
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As everywhere in Transformers; the auxiliary heads follow. Ids from 256 on are added tokens.
-
-        Rows that are new in them are drawn as all their weights were at first.
-        """
-        embeddings: nn.Embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        heads: dict[str, Any] = dict(self.auxiliary_heads.items())
-        for name, head in heads.items():
-            resized = AuxiliaryHead(head.in_features, self.config.vocab_size, head.index)
-            self._init_weights(resized)
-            resized = resized.to(head.weight.device, head.weight.dtype).requires_grad_(head.weight.requires_grad)
-            kept = min(head.out_features, resized.out_features)
-            with torch.no_grad():
-                resized.weight[:kept], resized.bias[:kept] = head.weight[:kept], head.bias[:kept]
-            self.auxiliary_heads[name] = resized.train(head.training)
-        return embeddings
 
     def _target_states(
         self,

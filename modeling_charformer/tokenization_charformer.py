@@ -1,15 +1,33 @@
 """Tokenizer of the Charformer model: characters are bytes of UTF-8, and ids are the bytes themselves."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 
 from .hub import CharformerPushToHubMixin
+from .text_encoding import (
+    AddedTokenMatch,
+    EncodedText,
+    Part,
+    Span,
+    TextEncoding,
+    byte_ids,
+    pair_lengths,
+    truncation_windows,
+)
 
 
+NUM_BYTES = 256
 # Byte values that no valid UTF-8 text contains.
 SPECIAL_TOKEN_IDS = {"pad_token": 0xFF, "eos_token": 0xFE, "bos_token": 0xFD}
+# U+FDD0 is a noncharacter: Unicode keeps it for uses like this one and out of text.
+PAD_TOKEN, EOS_TOKEN, BOS_TOKEN = "<pad\ufdd0>", "<eos\ufdd0>", "<bos\ufdd0>"
+
+Token = str | AddedToken
+Sample = tuple[Any, Any]  # a text and its pair, or None
+Row = tuple[int, Sequence[EncodedText], list[Span]]  # number of the sample, its texts, what the row holds of each
 
 
 class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
@@ -17,122 +35,382 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
 
     `bytes(ids)` gives back exactly the bytes that went in, whatever they were. `decode` gives text.
 
-    There are no special tokens by default. Those that are asked for take the place of byte values that never occur in
-    UTF-8 (pad 255, eos 254, bos 253), so that no id lies outside the model's 256, and their names have no meaning in
-    text: `"<pad>"` in a text is five characters. Only raw binary data can contain these values by itself.
+    Pad (255), eos (254) and bos (253) take the place of byte values that never occur in UTF-8, so that no id lies outside
+    the model's 256. None is added to a text by itself. A name of theirs in a text is the token, as everywhere in
+    Transformers; those they have by default hold a character that Unicode keeps out of text, so that `"<pad>"` is five
+    characters. Only raw binary data can contain these bytes by itself.
+
+    Tokens beyond the bytes (`add_tokens`, other special tokens) get the ids from 256 on; the model then needs
+    `resize_token_embeddings(len(tokenizer))`.
+
+    Words (`is_split_into_words=True`) are joined as they are: a space between them is part of a word. `word_ids()`, offsets
+    in characters and `return_overflowing_tokens` are those of Transformers' fast tokenizers; in a text that is not split,
+    a word begins with the white space before it.
 
     Args:
         pad_token, eos_token, bos_token: What the special tokens are called; `None` is not to have them.
         errors: What `decode` makes of bytes that are not UTF-8, as in `bytes.decode`: `"replace"` by U+FFFD, or
             `"surrogateescape"`, which `encode` turns back into the same bytes.
+        kwargs: As for any tokenizer. With `split_special_tokens=True` names of special tokens in a text are text.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(
         self,
-        pad_token: str | None = None,
-        eos_token: str | None = None,
-        bos_token: str | None = None,
+        pad_token: Token | None = PAD_TOKEN,
+        eos_token: Token | None = EOS_TOKEN,
+        bos_token: Token | None = BOS_TOKEN,
         errors: str = "replace",
-        **kwargs,
+        added_tokens_decoder: dict[int, AddedToken] | None = None,
+        **kwargs: Any,
     ):
         self.errors = errors
+        self._added_tokens_decoder: dict[int, AddedToken] = dict(added_tokens_decoder or {})
+        self._added_tokens_encoder = {token.content: index for index, token in self._added_tokens_decoder.items()}
+        self._patterns: dict[bool, tuple[dict[str, int], re.Pattern[str], list[int]]] = {}
         tokens = {"pad_token": pad_token, "eos_token": eos_token, "bos_token": bos_token}
-        self._added_tokens_decoder: dict[int, AddedToken] = {}
-        self._place_special_tokens(tokens)
-        kwargs = {
-            "split_special_tokens": True,  # the name of a special token in a text is text
-            "special_tokens_pattern": "none",
-            "token_type_ids_pattern": "all_zeros",
-            **kwargs,
-        }
-        super().__init__(**tokens, errors=errors, **kwargs)
-
-    def _place_special_tokens(self, tokens: dict[str, Any]) -> None:
         for name, token in tokens.items():
-            if name not in SPECIAL_TOKEN_IDS:
-                raise ValueError(
-                    f"CharformerTokenizer has no place for {name} ({token!r}); it can have {sorted(SPECIAL_TOKEN_IDS)}"
-                )
             if token is not None:
-                self._added_tokens_decoder[SPECIAL_TOKEN_IDS[name]] = AddedToken(
-                    str(token), special=True, normalized=False
-                )
+                self._place(name, token)
+        super().__init__(**tokens, errors=errors, **({"special_tokens_pattern": "none"} | kwargs))
 
-    def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args, **kwargs) -> int:
-        """As everywhere in Transformers, but only pad, eos and bos tokens, at the ids kept for them."""
-        self._place_special_tokens(special_tokens_dict)
-        self.added_tokens_decoder = dict(self._added_tokens_decoder)  # refreshes what the base class derives from it
-        for name, token in special_tokens_dict.items():
-            setattr(self, name, str(token))
-        return len(special_tokens_dict)
+    @property
+    def is_fast(self) -> bool:
+        """True: clients ask this to know whether encodings have words, offsets and overflow."""
+        return True
 
-    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        new = [str(token) for token in new_tokens if str(token) not in self._added_tokens_encoder]
-        if new:
-            raise ValueError(
-                f"CharformerTokenizer cannot take the tokens {new}: its ids are the 256 byte values. Special tokens"
-                f" ({sorted(SPECIAL_TOKEN_IDS)}) are given by their names when it is built, or to add_special_tokens"
-            )
-        return 0
+    # --- Vocabulary ---------------------------------------------------------------------------------------------
 
     @property
     def vocab_size(self) -> int:
-        return 256
+        """The bytes; `len(tokenizer)` counts added tokens too."""
+        return NUM_BYTES
 
     def get_vocab(self) -> dict[str, int]:
-        """Each byte under the character with its number (Latin-1), the special tokens under their own names."""
-        vocab = {chr(byte): byte for byte in range(256) if byte not in self._added_tokens_decoder}
-        return vocab | {str(token): index for index, token in self._added_tokens_decoder.items()}
+        """Each byte under the character with its number (Latin-1), added and special tokens under their own names."""
+        vocab = {chr(byte): byte for byte in range(NUM_BYTES) if byte not in self._added_tokens_decoder}
+        return vocab | {token.content: index for index, token in self._added_tokens_decoder.items()}
+
+    def _place(self, name: str, token: Token) -> None:
+        """Call the byte that is kept for the special token `name` by the name of `token`, if no other token has it."""
+        content = str(token)
+        self._refuse_byte_names([content])
+        if content in self._added_tokens_encoder or (len(content) == 1 and content.isascii()):
+            return
+        index = SPECIAL_TOKEN_IDS[name]
+        if index in self._added_tokens_decoder:
+            old = self._added_tokens_decoder[index].content
+            del self._added_tokens_encoder[old]
+            for role, value in self.__dict__.get("_special_tokens_map", {}).items():
+                if str(value) == old:
+                    self._special_tokens_map[role] = content
+        given = token if isinstance(token, AddedToken) else AddedToken(token)
+        self._added_tokens_decoder[index] = AddedToken(
+            content,
+            single_word=given.single_word,
+            lstrip=given.lstrip,
+            rstrip=given.rstrip,
+            special=True,
+            normalized=False,
+        )
+        self._added_tokens_encoder[content] = index
+        self._patterns = {}
 
     @staticmethod
-    def _to_bytes(text: str | bytes) -> bytes:
-        return text.encode("utf-8", errors="surrogateescape") if isinstance(text, str) else text
+    def _refuse_byte_names(contents: Sequence[str]) -> None:
+        wrong = [content for content in contents if len(content) == 1 and 0x80 <= ord(content) < NUM_BYTES]
+        if wrong:
+            raise ValueError(f"CharformerTokenizer cannot take the tokens {wrong}: each is the name of a byte there")
 
-    def _encode_plus(self, text, text_pair=None, *args, **kwargs) -> BatchEncoding:
-        # The base class takes lists of ids as they are: that is several dozen times faster than its way through
-        # tokens of one character each.
-        return super()._encode_plus(self._bytes_as_ids(text), self._bytes_as_ids(text_pair), *args, **kwargs)
+    def __setattr__(self, key: str, value: Any) -> None:
+        if value is not None and "_special_tokens_map" in self.__dict__:
+            if key in SPECIAL_TOKEN_IDS and isinstance(value, Token):
+                self._place(key, value)
+            elif key in self.SPECIAL_TOKENS_ATTRIBUTES and isinstance(value, str) and value not in self.get_vocab():
+                raise ValueError(
+                    f"{key} is {value!r}, which is no token of this tokenizer; add_special_tokens({{{key!r}: {value!r}}})"
+                    " adds it"
+                )
+        super().__setattr__(key, value)
 
-    def _bytes_as_ids(self, text):
-        if isinstance(text, str | bytes):
-            return list(self._to_bytes(text)) or ""  # the base class refuses an empty list of ids
-        if isinstance(text, list | tuple) and text and not isinstance(text[0], int):
-            return type(text)(self._bytes_as_ids(part) for part in text)
-        return text
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
+        """As everywhere in Transformers; pad, eos and bos get the bytes that are kept for them, others ids from 256 on.
 
-    def _tokenize(self, text: str | bytes, **kwargs) -> list[str]:
-        return list(self._to_bytes(text).decode("latin-1"))
+        Returns:
+            The number of ids that the vocabulary has grown by.
+        """
+        before = len(self)
+        super().add_special_tokens(special_tokens_dict, *args, **kwargs)
+        return len(self) - before
+
+    def _add_tokens(self, new_tokens: Sequence[Token], special_tokens: bool = False) -> int:
+        self._refuse_byte_names([str(token) for token in new_tokens])
+        tokens: list[Any] = list(new_tokens)
+        return int(super()._add_tokens(tokens, special_tokens=special_tokens))
+
+    def _update_total_vocab_size(self) -> None:
+        super()._update_total_vocab_size()  # called when tokens have changed
+        self._patterns = {}
 
     def _convert_token_to_id(self, token: str) -> int:
-        if len(token) == 1 and ord(token) < 256:
+        if len(token) == 1 and ord(token) < NUM_BYTES:
             return ord(token)
-        raise ValueError(f"{token!r} is no token of CharformerTokenizer; its tokens are single bytes, as Latin-1")
+        if self.unk_token in self._added_tokens_encoder:
+            return self._added_tokens_encoder[self.unk_token]
+        raise ValueError(
+            f"{token!r} is no token of CharformerTokenizer: these are single bytes, as Latin-1, and the added tokens"
+            f" {sorted(self._added_tokens_encoder)}; add_tokens and add_special_tokens add more"
+        )
 
     def _convert_id_to_token(self, index: int) -> str:
-        if 0 <= index < 256:
+        if 0 <= index < NUM_BYTES:
             return chr(index)
-        raise ValueError(f"the id {index} is outside 0..255; the ids of CharformerTokenizer are bytes")
+        raise self._no_such_id(index)
+
+    def _no_such_id(self, index: int) -> ValueError:
+        return ValueError(
+            f"the id {index} is outside 0..{len(self) - 1}; the ids of CharformerTokenizer are bytes, and from"
+            f" {NUM_BYTES} on added tokens"
+        )
+
+    # --- Text to ids --------------------------------------------------------------------------------------------
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        return list(self._encode_plus(text, pair, add_special_tokens=add_special_tokens, **kwargs).tokens())
+
+    def _encode_without_added_tokens(self, text: str) -> list[int]:
+        return byte_ids(text)
+
+    def _encode_plus(  # type: ignore[override]  # strategies as the base class has resolved them
+        self,
+        text: Any,
+        text_pair: Any = None,
+        add_special_tokens: bool = True,
+        padding_strategy: Any = False,
+        truncation_strategy: Any = "do_not_truncate",
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: Any = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        verbose: bool = True,
+        split_special_tokens: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        samples, is_batch = self._samples(text, text_pair, is_split_into_words)
+        split_special = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        rows: list[Row] = []
+        for number, sample in enumerate(samples):
+            texts = [
+                self._encoded_text(part, is_split_into_words, split_special, **kwargs)
+                for part in sample
+                if part is not None
+            ]
+            num_special = self.num_special_tokens_to_add(pair=len(texts) > 1) if add_special_tokens else 0
+            room = None if max_length is None else max_length - num_special
+            windows = self._windows(texts, truncation_strategy, room, stride, return_overflowing_tokens)
+            rows += [(number, texts, window) for window in (windows if return_overflowing_tokens else windows[:1])]
+        data = self._inputs(rows, add_special_tokens, return_token_type_ids)
+        for ids in data["input_ids"]:
+            self._eventual_warn_about_too_long_sequence(ids, max_length, verbose)
+        padding: dict[str, Any] = {
+            "max_length": max_length,
+            "pad_to_multiple_of": pad_to_multiple_of,
+            "padding_side": padding_side,
+        }
+        data = dict(self.pad(data, padding=padding_strategy, return_attention_mask=True, **padding))
+        data.setdefault("attention_mask", [])  # where there are no rows
+
+        encodings = self._encodings(data, rows)
+        if not return_special_tokens_mask:
+            del data["special_tokens_mask"]
+        if return_attention_mask is False or "attention_mask" not in self.model_input_names:
+            del data["attention_mask"]
+        if return_offsets_mapping:
+            data["offset_mapping"] = [encoding.offsets for encoding in encodings]
+        if return_overflowing_tokens:
+            data["overflow_to_sample_mapping"] = [number for number, _, _ in rows]
+        if return_length:
+            data["length"] = [len(ids) for ids in data["input_ids"]]
+        if not (is_batch or return_tensors or return_overflowing_tokens):
+            data = {name: values[0] for name, values in data.items()}
+        return BatchEncoding(data, encodings, tensor_type=return_tensors)  # type: ignore[arg-type]  # like theirs
+
+    def _samples(self, text: Any, pair: Any, is_split: bool) -> tuple[list[Sample], bool]:
+        """The texts, each with its pair or `None`, and whether they came as a batch."""
+        first = text[0] if isinstance(text, list | tuple) and text else None
+        is_batch = isinstance(text, list | tuple) and (
+            isinstance(first, list | tuple) or (not is_split and (not text or isinstance(first, str | bytes)))
+        )
+        if not is_batch:
+            return [(text, pair)], False
+        if pair is None:
+            return [self._sample(part, is_split) for part in text], True
+        if not isinstance(pair, list | tuple) or len(pair) != len(text):
+            raise ValueError("text is a batch; text_pair must be a batch of the same length")
+        return list(zip(text, pair, strict=True)), True
+
+    @staticmethod
+    def _sample(part: Any, is_split: bool) -> Sample:
+        """What stands at one place of a batch: a text, ids, words, or a pair of them."""
+        if isinstance(part, list | tuple) and part and not isinstance(part[0], int):
+            if len(part) == 2 and (isinstance(part, tuple) if is_split else True):
+                return part[0], part[1]
+            if not is_split:
+                if len(part) > 1:
+                    raise ValueError(
+                        f"expected a text or a pair of texts, got {len(part)} texts; for words give"
+                        " is_split_into_words=True"
+                    )
+                return part[0], None
+        return part, None
+
+    def _encoded_text(self, part: Any, is_split: bool, split_special: bool, **kwargs: Any) -> EncodedText:
+        if kwargs.get("sanitize_control_tokens") and isinstance(part, str):  # by apply_chat_template
+            from transformers.utils.chat_template_utils import encode_marked_chat
+
+            part = encode_marked_chat(self, part)
+        are_words = is_split and isinstance(part, list | tuple) and not (part and isinstance(part[0], int))
+        parts: Sequence[Part] = part if are_words else [part]
+        for given in parts:
+            is_ids = isinstance(given, list | tuple) and all(isinstance(index, int) for index in given)
+            if not (isinstance(given, str | bytes) or (is_ids and not are_words)):
+                raise ValueError(
+                    f"a text must be a str, bytes or a list of ids, or with is_split_into_words=True a list of words, or"
+                    f" a batch of one of these; got {type(given).__name__} ({given!r:.80})"
+                )
+        return EncodedText(parts, [self._matches(given, split_special) for given in parts], are_words)
+
+    def _matches(self, part: Part, split_special: bool) -> list[AddedTokenMatch]:
+        """The added tokens in a text; raw bytes and ids have none."""
+        if not isinstance(part, str):
+            return []
+        if split_special not in self._patterns:
+            self._patterns[split_special] = self._pattern(split_special)
+        names, pattern, ids = self._patterns[split_special]
+        if not any(name in part for name in names):  # much faster than the pattern
+            return []
+        return [
+            AddedTokenMatch(match.start(), match.end(), ids[(match.lastindex or 0) - 1])
+            for match in pattern.finditer(part)
+        ]
+
+    def _pattern(self, split_special: bool) -> tuple[dict[str, int], re.Pattern[str], list[int]]:
+        """The added tokens that count in a text, a pattern with a group for each, and their ids in that order.
+
+        At one place the longest counts; white space that a token takes with it (`lstrip`, `rstrip`) is part of it.
+        """
+        tokens = [
+            (token.content, index, token)
+            for index, token in self._added_tokens_decoder.items()
+            if not (split_special and token.special) and token.content != chr(index)
+        ]
+        tokens.sort(key=lambda found: len(found[0]), reverse=True)
+        groups = []
+        for content, _, token in tokens:
+            group = re.escape(content)
+            if token.single_word:
+                group = rf"(?<!\w){group}(?!\w)"
+            before, after = (r"\s*" if strip else "" for strip in (token.lstrip, token.rstrip))
+            groups.append(f"({before}{group}{after})")
+        return (
+            {content: index for content, index, _ in tokens},
+            re.compile("|".join(groups)),
+            [found[1] for found in tokens],
+        )
+
+    def _windows(
+        self, texts: Sequence[EncodedText], strategy: Any, room: int | None, stride: int, overflow: bool
+    ) -> list[list[Span]]:
+        """For each row that a text, or a pair, becomes: what it keeps of them."""
+        lengths = [len(encoded.ids) for encoded in texts]
+        strategy = str(getattr(strategy, "value", strategy))
+        if room is None or strategy == "do_not_truncate" or sum(lengths) <= room:
+            return [[(0, length) for length in lengths]]
+        side = self.truncation_side
+        if len(texts) == 2 and strategy == "longest_first":
+            if overflow:
+                raise ValueError(
+                    "return_overflowing_tokens does not go with pairs of texts that are both truncated; give"
+                    " truncation='only_first' or 'only_second'"
+                )
+            kept = pair_lengths(lengths[0], lengths[1], room)
+            return [[truncation_windows(*both, 0, side)[0] for both in zip(lengths, kept, strict=True)]]
+        cut = 1 if strategy == "only_second" and len(texts) == 2 else 0
+        others = sum(lengths) - lengths[cut]
+        if others >= room and len(texts) == 2:
+            raise ValueError(
+                f"truncation={strategy!r} leaves nothing of its text: the other one has {others} of {room} tokens"
+            )
+        windows = truncation_windows(lengths[cut], room - others, stride, side)
+        return [
+            [window if number == cut else (0, lengths[number]) for number in range(len(texts))] for window in windows
+        ]
+
+    def _inputs(self, rows: Sequence[Row], add_special_tokens: bool, type_ids: bool | None) -> dict[str, Any]:
+        """What models read of the rows, before padding."""
+        data: dict[str, Any] = {"input_ids": [], "special_tokens_mask": []}
+        with_types = type_ids or (type_ids is None and "token_type_ids" in self.model_input_names)
+        for _, texts, windows in rows:
+            parts = [encoded.window(*window) for encoded, window in zip(texts, windows, strict=True)]
+            ids = self.build_inputs_with_special_tokens(*parts) if add_special_tokens else sum(parts[1:], parts[0])
+            pair = parts[1] if len(parts) > 1 else None
+            mask = self.get_special_tokens_mask(parts[0], pair) if add_special_tokens else [0] * len(ids)
+            data["input_ids"].append(ids)
+            data["special_tokens_mask"].append(mask)
+            if with_types:
+                types = self.create_token_type_ids_from_sequences(*parts) if add_special_tokens else [0] * len(ids)
+                data.setdefault("token_type_ids", []).append(types)
+        return data
+
+    def _encodings(self, data: dict[str, Any], rows: Sequence[Row]) -> list[TextEncoding]:
+        names = {index: token.content for index, token in self._added_tokens_decoder.items()}
+        texts = [list(zip(texts, windows, strict=True)) for _, texts, windows in rows]
+        masks = data["attention_mask"], data["special_tokens_mask"]
+        return [TextEncoding(*row, names) for row in zip(data["input_ids"], *masks, texts, strict=True)]
+
+    # --- Ids to text --------------------------------------------------------------------------------------------
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        special = self._added_tokens_encoder
-        raw = b"".join(token.encode() if token in special else token.encode("latin-1") for token in tokens)
+        added = self._added_tokens_encoder
+        raw = b"".join(token.encode() if token in added else token.encode("latin-1") for token in tokens)
         return raw.decode("utf-8", errors=self.errors)
 
-    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, *args, **kwargs) -> str:
+    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        if self._added_tokens_decoder:
-            if skip_special_tokens:
-                ids = [index for index in ids if index not in self._added_tokens_decoder]
-            elif not self._added_tokens_decoder.keys().isdisjoint(ids):
-                return super()._decode(ids, False, *args, **kwargs)
+        if skip_special_tokens:
+            special = set(self.all_special_ids)
+            ids = ids if special.isdisjoint(ids) else [index for index in ids if index not in special]
         try:
-            return bytes(ids).decode("utf-8", errors=self.errors)
-        except ValueError as error:
-            raise ValueError(
-                f"ids outside 0..255 cannot be decoded; the ids of CharformerTokenizer are bytes: {error}"
-            ) from error
+            raw = bytes(ids)
+        except ValueError:  # an id beyond the bytes
+            return self._decode_by_runs(ids)
+        if any(index < NUM_BYTES and index in raw for index in self._added_tokens_decoder):
+            return self._decode_by_runs(ids)
+        return raw.decode("utf-8", errors=self.errors)
+
+    def _decode_by_runs(self, ids: list[int]) -> str:
+        """Added tokens by their names, and what is between them as bytes."""
+        text, run = "", bytearray()
+        for index in ids:
+            if index in self._added_tokens_decoder:
+                text += run.decode("utf-8", errors=self.errors) + self._added_tokens_decoder[index].content
+                run.clear()
+            elif 0 <= index < NUM_BYTES:
+                run.append(index)
+            else:
+                raise self._no_such_id(index)
+        return text + run.decode("utf-8", errors=self.errors)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Nothing to save: the vocabulary is the bytes."""

@@ -11,6 +11,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 ROOT = Path(__file__).parent.parent
@@ -19,9 +20,10 @@ os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'training'}"
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import set_seed
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxiliary_losses
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, loss_settings
 from tests.helpers import TINY
 
 
@@ -33,7 +35,7 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """A schedule that a test registers is gone after it."""
-    monkeypatch.setattr(auxiliary_losses, "_SCHEDULES", dict(auxiliary_losses._SCHEDULES))
+    monkeypatch.setattr(loss_settings, "_SCHEDULES", dict(loss_settings._SCHEDULES))
 
 
 @pytest.fixture
@@ -53,6 +55,20 @@ def make_ids() -> Callable[..., torch.Tensor]:
         return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """What a test draws: each figure as it is when it is saved."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def savefig(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        saved.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return saved
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from charformer_training import (
     RandomWindows,
     Split,
 )
+from charformer_training.history import is_training
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
 
@@ -94,5 +95,5 @@ def loss_logs(trainer: AuxiliaryLossTrainer) -> list[dict[str, float]]:
     return [
         {key: value for key, value in entry.items() if key in kept or key.startswith("loss")}
         for entry in trainer.state.log_history
-        if "loss" in entry
+        if is_training(entry)
     ]

@@ -1,24 +1,20 @@
 """The ablation's report says what its runs say."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
+import shutil
+from pathlib import Path
 
 import pytest
 import scipy.stats
 import torch
 
+from benchmarks.ablation import comparison, grids, one_run, report, runs, sweep
+from charformer_training.train import build_model
 from tests.conftest import ROOT
 
 
-sys.path.insert(0, str(ROOT / "benchmarks"))  # for what the programs there share
-spec = importlib.util.spec_from_file_location("ablation", ROOT / "benchmarks" / "ablation.py")
-assert spec is not None and spec.loader is not None
-ablation = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ablation)
-
-GRID = ablation.Grid(
+GRID = grids.Grid(
     "recipe.yaml",
     {"eval_steps": 50},
     {"none": {}, "better": {}, "worse": {}, "unsure": {}, "wild": {}},
@@ -26,8 +22,6 @@ GRID = ablation.Grid(
     seeds=(2, 3),
 )
 COSTS = {"none": 2.0, "better": 3.0, "worse": 2.0, "unsure": 2.0, "wild": 2.0}
-
-NORMS = [{"step": 0, "next_char": 3.0, "layer_1": 0.6, "target_2": 0.4}, {"step": 100, "next_char": 2.0}]
 
 
 def run(cell: str, learning_rate: float, seed: int, final: float | None) -> dict:
@@ -77,12 +71,13 @@ RUNS = [
 
 
 def test_each_cell_is_compared_at_its_own_best_learning_rate():
-    none, better, worse, unsure, wild = ablation.rows(RUNS, GRID, COSTS)
+    none, better, worse, unsure, wild = comparison.rows(RUNS, GRID, COSTS)
     assert (none.learning_rate, better.learning_rate) == (0.2, 0.1)  # a run that diverged is the worst
     assert (none.at_edge, better.at_edge) == (False, True)
     assert better.bpc == pytest.approx(2.02) and better.error == pytest.approx(0.02)
     assert better.gain == pytest.approx((0.5 + 0.48) / 2) and better.gain_error == pytest.approx(0.01)
     # From 3 to 2 in 100 steps, at 2.5 after half of them; each step costs one and a half.
+    assert better.steps_ratio is not None
     assert better.steps_ratio == pytest.approx((0.5 / 1.0 + 0.48 / 0.96) / 2, abs=0.01)
     assert better.seconds_ratio == pytest.approx(better.steps_ratio * 1.5)
     assert worse.steps_ratio is None
@@ -92,7 +87,7 @@ def test_each_cell_is_compared_at_its_own_best_learning_rate():
 
 
 def test_conclusions_are_those_of_a_t_test():
-    better, worse, unsure, wild, chance = ablation.conclusions(ablation.rows(RUNS, GRID, COSTS), GRID)
+    better, worse, unsure, wild, chance = report.conclusions(comparison.rows(RUNS, GRID, COSTS), GRID)
     assert better.startswith("- better, beside none: helps (+0.4900") and worse.startswith(
         "- worse, beside none: hurts"
     )
@@ -103,61 +98,88 @@ def test_conclusions_are_those_of_a_t_test():
     two_seeds = [found for found in RUNS if found["seed"] < 3]
     assert (
         "better, beside none: has too few seeds to tell"
-        in ablation.conclusions(ablation.rows(two_seeds, GRID, COSTS), GRID)[0]
+        in report.conclusions(comparison.rows(two_seeds, GRID, COSTS), GRID)[0]
     )
     freedom = 2
-    assert ablation.T_QUANTILES[freedom] == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=1e-3)
+    assert comparison.T_QUANTILES[freedom] == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=1e-3)
 
 
 def test_a_value_is_reached_on_the_line_between_two_evaluations():
     curve = [[0, 0.0, 3.0], [10, 20.0, 2.0], [20, 40.0, 2.5], [30, 60.0, 1.0]]
-    assert ablation.reaches(curve, 2.5, 0) == 5
-    assert ablation.reaches(curve, 2.5, 1) == 10
-    assert ablation.reaches(curve, 0.5, 0) is None
+    assert comparison.reaches(curve, 2.5, 0) == 5
+    assert comparison.reaches(curve, 2.5, 1) == 10
+    assert comparison.reaches(curve, 0.5, 0) is None
 
 
-def test_report_and_figure(tmp_path, monkeypatch):
-    monkeypatch.setitem(ablation.GRIDS, "cpu", GRID)
+def test_report_and_figure(tmp_path, monkeypatch, figures):
+    monkeypatch.setitem(grids.GRIDS, "cpu", GRID)
     path = tmp_path / "runs.jsonl"
     whole = "".join(json.dumps(found) + "\n" for found in RUNS)
     path.write_text(whole + whole[:50])  # of a run that was killed while it wrote
     (tmp_path / "runs_cpu_costs.json").write_text(json.dumps(COSTS))
-    page = ablation.report(path)
+    page = report.report(path)
     assert "| better | 0.1* | 2 | 2.0200 +- 0.0200 | +0.4900 +- 0.0100 | 0.50 | 0.75 | 1.50 | 25%, 0% |" in page
-    assert (tmp_path / "runs_cpu.png").stat().st_size > 10_000
+    (figure,) = figures
+    by_step, by_second = figure.axes
+    # Of the seeds that count, at each cell's best rate; a run that diverged is left out of its cell's mean.
+    ends = {"none": 2.51, "better": 2.02, "worse": 2.705, "unsure": 2.5, "wild": 2.4}
+    assert {line.get_label(): [*line.get_ydata()] for line in by_step.lines} == {
+        cell: pytest.approx([3.0, end]) for cell, end in ends.items()
+    }
+    assert all([*line.get_xdata()] == [0, 100] for line in by_step.lines)
+    assert {line.get_label(): line.get_xdata()[-1] for line in by_second.lines} == {
+        cell: 100 * seconds for cell, seconds in COSTS.items()
+    }
+    assert by_step.get_ylabel() == "validation bits per character" and by_second.get_xlabel() == "seconds of training"
+    assert (tmp_path / "runs_cpu.png").read_bytes().startswith(b"\x89PNG")
     other = run("none", 0.2, 4, 2.0) | {"threads": 2}
     path.write_text(whole + json.dumps(other) + "\n")
     with pytest.raises(ValueError, match="differ in threads"):
-        ablation.report(path)
+        report.report(path)
+
+
+def test_committed_report_is_that_of_the_committed_runs(tmp_path):
+    results = ROOT / "benchmarks" / "results"
+    for path in [results / "ablation.jsonl", *results.glob("ablation_*_costs.json")]:
+        shutil.copy(path, tmp_path)
+    assert report.report(tmp_path / "ablation.jsonl") == (results / "ablation.md").read_text()
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "holds no runs"), ("cpu", "no run of cpu has the settings")])
+def test_report_without_runs_says_so(tmp_path, text, message):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(run("none", 0.2, 1, 2.0)) if text else "")
+    with pytest.raises(ValueError, match=message):
+        report.report(path)
 
 
 def test_what_is_done_is_not_run_again(tmp_path):
     data = tmp_path / "text.txt"
     data.write_text("text")
-    sweep = ablation.Sweep("cpu", str(data), tmp_path / "runs.jsonl", workers=1)
+    first = sweep.Sweep("cpu", str(data), tmp_path / "runs.jsonl", workers=1)
     keys = [("none", 0.002, 1), ("none", 0.004, 1)]
-    assert sweep._missing(keys) == keys
-    done = ablation.key_of("cpu", *keys[0], sweep.data_sha256) | {"threads": sweep.threads, "final_bpc": 2.0}
-    sweep.output.write_text(json.dumps(done) + "\n")
-    assert sweep._missing(keys) == keys[1:]
+    assert first.missing(keys) == keys
+    done = runs.key_of("cpu", *keys[0], first.data_sha256) | {"threads": first.threads, "final_bpc": 2.0}
+    first.output.write_text(json.dumps(done) + "\n")
+    assert first.missing(keys) == keys[1:]
     data.write_text("another text")
-    another = ablation.Sweep("cpu", str(data), tmp_path / "runs.jsonl", workers=1)
-    assert another._missing(keys) == keys
+    another = sweep.Sweep("cpu", str(data), tmp_path / "runs.jsonl", workers=1)
+    assert another.missing(keys) == keys
 
 
-@pytest.mark.parametrize("name", ablation.GRIDS)
-def test_the_cells_of_all_grids_are_settings_that_exist(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", grids.GRIDS)
+def test_the_cells_of_all_grids_are_settings_that_exist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each is parsed and built into a model, before anyone's hours depend on it."""
-    grid = ablation.GRIDS[name]
+    grid = grids.GRIDS[name]
     assert all(baseline in grid.cells for baseline in grid.baselines.values())
     # What only a GPU has is refused elsewhere.
     without_gpu = dataclasses.replace(grid, fields=grid.fields | {"bf16": False, "use_cpu": True})
-    monkeypatch.setitem(ablation.GRIDS, name, without_gpu)
+    monkeypatch.setitem(grids.GRIDS, name, without_gpu)
     for cell, fields in grid.cells.items():
-        arguments = ablation.arguments_of(name, cell, grid.learning_rates[0], 1, "text.txt", str(tmp_path / "run"))
-        assert arguments[0].config_fields()["num_hidden_layers"] >= 4
+        arguments = one_run.arguments_of(name, cell, grid.learning_rates[0], 1, "text.txt", str(tmp_path / "run"))
+        assert arguments.model.config_fields()["num_hidden_layers"] >= 4
         with torch.device("meta"):
-            settings = ablation.build_model(arguments[0]).loss_settings
+            settings = build_model(arguments.model).loss_settings
         assert settings.num_targets == fields["num_targets"]
         assert bool(settings.layers) == (fields["intermediate_layers"] != "none")
-        assert arguments[3].muon == fields.get("muon", False)
+        assert arguments.training.muon == fields.get("muon", False)

@@ -88,13 +88,18 @@ def test_saved_folder_has_all_code_and_a_complete_auto_map(saved):
     _, folder = saved
     names = {path.name for path in folder.glob("*.py")}
     assert names == {
+        "auxiliary_heads.py",
         "auxiliary_losses.py",
         "compatibility.py",
         "configuration_charformer.py",
         "drafting_charformer.py",
         "generation_charformer.py",
         "hub.py",
+        "layers_charformer.py",
+        "loss_settings.py",
         "modeling_charformer.py",
+        "pretrained_charformer.py",
+        "text_encoding.py",
         "tokenization_charformer.py",
     }
     config = json.loads((folder / "config.json").read_text())

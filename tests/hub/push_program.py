@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from charformer_training import add_auxiliary_losses, load_auxiliary_losses
+from charformer_training.models import HEADS_FILE, OLD_HEADS_FILE
 from charformer_training.train import main
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 from tests.helpers import TINY, small_command
@@ -41,6 +44,23 @@ def parts(repo: str) -> dict[str, Any]:
     second.without_auxiliary_heads().push_to_hub(f"{repo}-inference")
     CharformerTokenizer().push_to_hub(f"{repo}-inference")
     return {"first": outputs(first), "second": outputs(second)}
+
+
+def added_losses(repo: str) -> list[list[float]]:
+    """Weights of a head of a plain model with added losses: its own, and what comes back of each way to push it."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 256, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24}
+    plain: Any = GPT2LMHeadModel(GPT2Config(**sizes))
+    model: Any = add_auxiliary_losses(plain, num_targets=2)
+    torch.nn.init.normal_(model.auxiliary_heads.target_2.linear.bias)
+    model.push_to_hub(repo)
+    model.save_pretrained("saved", push_to_hub=True, repo_id=f"{repo}-saved")
+    saved: Any = GPT2LMHeadModel.from_pretrained("saved")
+    saved.push_to_hub(f"{repo}-old")
+    HfApi().upload_file(path_or_fileobj=f"saved/{HEADS_FILE}", path_in_repo=OLD_HEADS_FILE, repo_id=f"{repo}-old")
+    repositories = (repo, f"{repo}-saved", f"{repo}-old")
+    loaded: Any = [load_auxiliary_losses(GPT2LMHeadModel.from_pretrained(name), name) for name in repositories]
+    return [each.auxiliary_heads.target_2.linear.bias.tolist() for each in (model, *loaded)]
 
 
 def train(repo: str, strategy: str, text: str, output_dir: str, *more: str) -> dict[str, Any]:
@@ -108,6 +128,6 @@ def push_again(folder: str, repo: str) -> None:
 
 
 if __name__ == "__main__":
-    commands: Any = (parts, train, load, refusals, load_with_tokens, push_again)
+    commands: Any = (parts, added_losses, train, load, refusals, load_with_tokens, push_again)
     command = next(command for command in commands if command.__name__ == sys.argv[1])
     print(json.dumps(command(*sys.argv[2:])))

@@ -11,13 +11,18 @@ from tests.hub.loopback import LoopbackHub
 
 
 CODE = {
+    "auxiliary_heads.py",
     "auxiliary_losses.py",
     "compatibility.py",
     "configuration_charformer.py",
     "drafting_charformer.py",
     "generation_charformer.py",
     "hub.py",
+    "layers_charformer.py",
+    "loss_settings.py",
     "modeling_charformer.py",
+    "pretrained_charformer.py",
+    "text_encoding.py",
     "tokenization_charformer.py",
     "tokenizer_config.json",
 }
@@ -108,6 +113,14 @@ def test_inference_export(hub, pushed, loaded):
     assert inference["parameters"] < full["parameters"]
     sizes = [len(hub.files(repo, "main")["model.safetensors"]) for repo in ("user/parts-inference", "user/parts")]
     assert sizes[0] < sizes[1]
+
+
+def test_added_losses_come_back_from_the_hub(hub, run):
+    saved, *loaded = run("push_program.py", "added_losses", "user/added")
+    assert any(saved) and loaded == [saved] * 3
+    for repo in ("user/added", "user/added-saved"):
+        weights = {name for name in hub.files(repo, "main") if name.endswith(".safetensors")}
+        assert weights == {"model.safetensors", "auxiliary_heads/model.safetensors"}
 
 
 CHECKPOINTS = {

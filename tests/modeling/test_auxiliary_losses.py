@@ -6,20 +6,22 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxiliary_losses
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxiliary_losses, loss_settings
 from modeling_charformer.auxiliary_losses import (
-    AuxiliaryLossSettings,
-    LossTerm,
-    ScheduleContext,
     causal_lm_losses,
     chunked_cross_entropy_sums,
-    classifier_settings,
     count_targets,
     cross_entropy_sum,
     last_target_positions,
     mean_denominators,
-    register_schedule,
     shifted_targets,
+)
+from modeling_charformer.loss_settings import (
+    AuxiliaryLossSettings,
+    LossTerm,
+    ScheduleContext,
+    classifier_settings,
+    register_schedule,
 )
 
 
@@ -232,7 +234,7 @@ def moment(layer: int = 8, offset: int = 1, progress: float = 0.0, step: int = 0
 @pytest.mark.parametrize("name", ["paper", "constant", "linear", "cosine"])
 def test_schedules_stay_in_the_unit_interval_and_never_rise(name):
     for layer in (1, 3, 7):
-        values = [auxiliary_losses._SCHEDULES[name](moment(layer, progress=step / 100)) for step in range(101)]
+        values = [loss_settings._SCHEDULES[name](moment(layer, progress=step / 100)) for step in range(101)]
         assert values[0] == 1.0 and all(0.0 <= value <= 1.0 for value in values)
         assert values == sorted(values, reverse=True)
         assert values[-1] == (1.0 if name == "constant" else 0.0)
@@ -268,7 +270,7 @@ def test_forward_schedule_brings_targets_in_one_after_the_other():
 def test_random_schedule_takes_one_layer_a_step_and_all_equally_often():
     counts = dict.fromkeys(range(1, 8), 0)
     for step in range(7000):
-        chosen = [layer for layer in counts if auxiliary_losses.random_schedule(moment(layer, step=step))]
+        chosen = [layer for layer in counts if loss_settings.random_schedule(moment(layer, step=step))]
         assert len(chosen) == 1
         counts[chosen[0]] += 1
     assert all(900 < count < 1100 for count in counts.values()), counts

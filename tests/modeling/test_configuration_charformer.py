@@ -24,7 +24,7 @@ def test_defaults_are_the_papers_t12():
     assert (config.intermediate_weight, config.intermediate_schedule, config.position_loss) == (1.0, "paper", "all")
 
 
-def test_recommended_losses_are_those_of_the_recipes():
+def test_recommended_losses_and_dropout_are_those_of_the_recipes():
     recipes = {
         "shakespeare-cpu.yaml": "much_text",
         "shakespeare-gpu.yaml": "little_text",
@@ -36,7 +36,10 @@ def test_recommended_losses_are_those_of_the_recipes():
         of_recipe = CharformerConfig(**{name: fields[name] for name in fields if hasattr(config, name)})
         assert config.loss_settings() == of_recipe.loss_settings()
         assert config.target_heads == of_recipe.target_heads
-    assert CharformerConfig.recommended(num_targets=3).num_targets == 3
+        assert config.attention_dropout == of_recipe.attention_dropout < 0.55
+        assert config.activation_dropout == of_recipe.activation_dropout < 0.55
+    own = CharformerConfig.recommended(num_targets=3, attention_dropout=0.1)
+    assert (own.num_targets, own.attention_dropout, own.activation_dropout) == (3, 0.1, 0.0)
     with pytest.raises(ValueError, match="purpose is 'speed'; it must be one of .*'little_text'"):
         CharformerConfig.recommended("speed")
 

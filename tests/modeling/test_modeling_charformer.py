@@ -15,7 +15,7 @@ from modeling_charformer import (
     CharformerModel,
     CharformerTokenizer,
     auxiliary_losses,
-    modeling_charformer,
+    layers_charformer,
 )
 from modeling_charformer.compatibility import CACHE
 from modeling_charformer.drafting_charformer import _continuation
@@ -494,7 +494,7 @@ def test_intermediate_losses_keep_no_hidden_states_of_their_own(make_model, make
             keep(read)  # positions and targets are small
             return torch.utils.checkpoint.checkpoint(function, read, *inputs, **options)
 
-        monkeypatch.setattr(modeling_charformer, "checkpoint", checkpoint)
+        monkeypatch.setattr(layers_charformer, "checkpoint", checkpoint)
         monkeypatch.setattr(auxiliary_losses, "checkpoint", checkpoint)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(ids, labels=ids, training_progress=0.0)

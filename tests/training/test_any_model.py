@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -21,6 +22,7 @@ from charformer_training import (
     add_auxiliary_losses,
     load_auxiliary_losses,
 )
+from charformer_training.models import HEADS_FILE, OLD_HEADS_FILE
 from modeling_charformer import CharformerConfig, CharformerForSequenceClassification
 from tests.helpers import TINY, loss_logs
 
@@ -174,7 +176,7 @@ def test_compiled_in_one_graph():
 
 @pytest.mark.parametrize("num_targets", [1, 3])  # with one, shared classifiers have no weights of their own
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
-def test_saved_model_is_the_plain_one_with_the_heads_beside(kind, num_targets, tmp_path):
+def test_saved_model_is_the_plain_one_with_the_heads_in_a_subfolder(kind, num_targets, tmp_path):
     settings: dict[str, Any] = {
         "num_targets": num_targets,
         "intermediate_layers": [2],
@@ -197,13 +199,47 @@ def test_saved_model_is_the_plain_one_with_the_heads_beside(kind, num_targets, t
     assert output.loss == expected.loss and output.loss_dict == expected.loss_dict
 
 
+@pytest.mark.parametrize("max_shard_size", ["50GB", "10KB"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_safetensors_beside_the_config_hold_the_models_own_weights_alone(kind, max_shard_size, tmp_path):
+    """Engines such as vLLM load every `*.safetensors` that lies there."""
+    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    model = add_auxiliary_losses(build(kind, auto), classifiers="own")
+    save_file({"auxiliary_heads.old.weight": torch.ones(1)}, tmp_path / OLD_HEADS_FILE)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    beside = list(tmp_path.glob("*.safetensors"))
+    assert (len(beside) > 1) == (max_shard_size == "10KB")
+    saved = {name for path in beside for name in load_file(path)}
+    build(kind, auto).save_pretrained(tmp_path / "plain")
+    assert saved == load_file(tmp_path / "plain" / "model.safetensors").keys()
+    heads = load_file(tmp_path / "auxiliary_heads" / "model.safetensors")
+    assert {name.split(".")[1] for name in heads} == set(model.auxiliary_heads)
+
+
+def test_heads_saved_beside_the_model_still_load(tmp_path):
+    model: Any = add_auxiliary_losses(build("gpt2"))
+    for parameter in model.auxiliary_heads.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    (tmp_path / HEADS_FILE).rename(tmp_path / OLD_HEADS_FILE)
+    restored: Any = load_auxiliary_losses(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+    expected = model.auxiliary_heads.state_dict()
+    assert all(weight.equal(expected[name]) for name, weight in restored.auxiliary_heads.state_dict().items())
+    other = add_auxiliary_losses(build("gpt2"))
+    other.load_auxiliary_heads(tmp_path)
+    assert other.auxiliary_heads.target_2.linear.weight.equal(model.auxiliary_heads.target_2.linear.weight)
+    (tmp_path / OLD_HEADS_FILE).unlink()
+    with pytest.raises(OSError, match="auxiliary_heads/model.safetensors"):
+        load_auxiliary_losses(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+
+
 def test_half_saved_heads_are_refused(tmp_path):
     add_auxiliary_losses(build("gpt2")).save_pretrained(tmp_path)
     other = add_auxiliary_losses(build("gpt2"), num_targets=3)
     with pytest.raises(ValueError, match="saved with other auxiliary losses; .*target_3"):
         other.load_auxiliary_heads(tmp_path)
-    (tmp_path / "auxiliary_heads.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no auxiliary_heads.safetensors"):
+    (tmp_path / HEADS_FILE).unlink()
+    with pytest.raises(ValueError, match="has no auxiliary_heads/model.safetensors"):
         other.load_auxiliary_heads(tmp_path)
     build("gpt2").save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="was saved without auxiliary losses"):

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from charformer_training import data as data_module
 from charformer_training.data import load_corpus
-from charformer_training.train import build_model, main, parse_arguments
+from charformer_training.recipes import parse_arguments
+from charformer_training.train import build_model, main
 from modeling_charformer import CharformerForCausalLM
 from tests.helpers import CONFIGS, QUICKSTART, small_command
 
@@ -195,21 +196,21 @@ def test_one_target_needs_no_weights_of_the_recipes_further_ones(command):
     recipe = str(CONFIGS / "drafting.yaml")
     model, _, _, _ = parse_arguments(command(recipe, num_targets=1, target_heads="linear"))
     assert build_model(model).config.target_weights is None
-    model, _, _, _ = parse_arguments(command(recipe, num_targets=1, target_weights=0.3))
-    assert model.target_weights == [0.3]  # given together, for the configuration to refuse
+    with pytest.raises(ValueError, match="target_weights"):
+        parse_arguments(command(recipe, num_targets=1, target_weights=0.3))
 
 
 @pytest.mark.parametrize(("words", "layers"), [(["all"], "all"), (["none"], None), (["3", "1"], [3, 1])])
 def test_layers_on_the_command_line(command, words, layers):
     arguments = parse_arguments([*command(), "--intermediate_layers", *words])
-    assert arguments[0].config_fields()["intermediate_layers"] == layers
+    assert arguments.model.config_fields()["intermediate_layers"] == layers
 
 
 @pytest.mark.parametrize("none", ["none", "null"])
 def test_yaml_values_are_what_they_look_like(tmp_path, text_file, none):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"data_path: {text_file}\nmax_steps: 5\nlearning_rate: 1e-3\nintermediate_layers: {none}\nuse_cpu: true\n"
+        f"data_path: {text_file}\nmax_steps: 5\nlearning_rate: 1e-3\nintermediate_layers: {none}\noutput_dir: runs/x\n"
     )
     model, _, _, training = parse_arguments([str(recipe)])
     assert training.learning_rate == 0.001 and model.config_fields() == {"intermediate_layers": None}
@@ -267,7 +268,7 @@ class TestWrongInput:
         assert "no recipe 'missing.yaml'" in self.refused(capsys, ["missing.yaml"])
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("num_target: 3\n")
-        assert "no field 'num_target'; meant 'num_targets'?" in self.refused(capsys, [str(recipe)])
+        assert "no field 'num_target'; meant num_targets?" in self.refused(capsys, [str(recipe)])
         recipe.write_text("a: [\n")
         assert "not valid YAML" in self.refused(capsys, [str(recipe)])
         recipe.write_text("just text\n")

@@ -14,13 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
+from modeling_charformer.auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, ResidualBlock, UncertaintyWeighting
 from modeling_charformer.auxiliary_losses import (
-    AuxiliaryLossSettings,
-    LossTerm,
-    UncertaintyWeighting,
     causal_lm_losses,
     classification_loss,
-    classifier_settings,
     cross_entropy_sum,
     last_target_positions,
     mean_denominators,
@@ -29,9 +26,9 @@ from modeling_charformer.auxiliary_losses import (
     shifted_targets,
     weighted_loss,
 )
-from modeling_charformer.modeling_charformer import TRAINING_ONLY, AuxiliaryHead, ResidualBlock
+from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm, classifier_settings
 
-from .models import HEADS_FILE, evaluating, is_causal_lm, unwrap_peft
+from .models import HEADS_FILE, OLD_HEADS_FILE, evaluating, is_causal_lm, saved_heads, unwrap_peft
 
 
 OWN_ARGUMENTS = ("training_progress", "training_step", "target_counts")
@@ -45,7 +42,7 @@ def add_auxiliary_losses(model: Model, classifiers: str | None = None, **setting
     The model is changed and returned. In training, its `forward` takes `training_progress` and `training_step` (which
     `AuxiliaryLossTrainer` gives it), and its output has `loss_dict` and `loss_weights`, as a Charformer's. Without labels
     and in evaluation it is what it was; `save_pretrained` writes the plain model, loadable anywhere, with the auxiliary
-    heads in a file beside it (`auxiliary_heads.safetensors`), from which `load_auxiliary_losses` goes on.
+    heads in a subfolder (`auxiliary_heads/`), from which `load_auxiliary_losses` goes on.
 
     All classifiers read the output of their layer after the model's final norm, where it has one.
 
@@ -105,9 +102,18 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike) -> Mode
     if not settings:
         raise ValueError(f"{name_or_path} was saved without auxiliary losses; add_auxiliary_losses gives it new ones")
     add_auxiliary_losses(model, **settings)
-    path = cached_file(str(name_or_path), HEADS_FILE)
-    cast(_WithAuxiliaryLosses, base).load_auxiliary_heads(Path(str(path)).parent)
+    cast(_WithAuxiliaryLosses, base)._load_heads(_cached_heads(str(name_or_path)))
     return model
+
+
+def _cached_heads(name_or_path: str) -> Path:
+    try:
+        return Path(str(cached_file(name_or_path, Path(HEADS_FILE).name, subfolder=str(Path(HEADS_FILE).parent))))
+    except OSError as error:  # whatever is missing
+        try:
+            return Path(str(cached_file(name_or_path, OLD_HEADS_FILE)))
+        except OSError:
+            raise error from None
 
 
 class _WithAuxiliaryLosses(PreTrainedModel):
@@ -212,13 +218,21 @@ class _WithAuxiliaryLosses(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             self.save_auxiliary_heads(save_directory, weights)
 
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """`save_pretrained(push_to_hub=True)` pushes before it returns, and the heads too."""
+        self.save_auxiliary_heads(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     def save_auxiliary_heads(self, folder: str | os.PathLike, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the weights that only training needs into `folder`, as `auxiliary_heads.safetensors`."""
+        """Write the weights that only training needs into `folder`, as `auxiliary_heads/model.safetensors`."""
         weights = self.state_dict() if state_dict is None else state_dict
         own = {name: weight.contiguous() for name, weight in weights.items() if name.startswith(TRAINING_ONLY)}
-        unfinished = Path(folder, f".{HEADS_FILE}")
+        path = Path(folder, HEADS_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}")
         save_file(own, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, Path(folder, HEADS_FILE))
+        os.replace(unfinished, path)
+        Path(folder, OLD_HEADS_FILE).unlink(missing_ok=True)  # of an earlier model: engines would load it
 
     def load_auxiliary_heads(self, folder: str | os.PathLike) -> None:
         """Load what `save_auxiliary_heads` wrote.
@@ -226,9 +240,12 @@ class _WithAuxiliaryLosses(PreTrainedModel):
         Raises:
             ValueError: If it is missing, or was written with other settings.
         """
-        path = Path(folder, HEADS_FILE)
-        if not path.is_file():
+        path = saved_heads(folder)
+        if path is None:
             raise ValueError(f"{folder} has no {HEADS_FILE}: it holds a model without auxiliary heads")
+        self._load_heads(path)
+
+    def _load_heads(self, path: Path) -> None:
         saved = load_file(path)
         expected = {name for name in self.state_dict() if name.startswith(TRAINING_ONLY)}
         if saved.keys() != expected:

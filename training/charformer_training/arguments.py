@@ -1,9 +1,228 @@
-"""Settings of a training run: those of the Trainer, of the model and of the data."""
+"""Settings of the programs: of the model, the data, the run, the Trainer and the evaluation."""
 
-from dataclasses import dataclass, field
+import inspect
+import re
+import sysconfig
+import types
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
+
+from modeling_charformer import CharformerConfig
+
+from .checks import check_ranges, check_type, shown
+from .strict_yaml import read_yaml
+from .terminal import one_line
+
+
+STANDARD_LIBRARY = "python-stdlib"
+SPLIT_NAMES = ("train", "validation", "test")
+SHARES = (0.9, 0.05)  # of the train and the validation split
+
+
+def _command_line_type(hint: Any) -> Any:
+    """What the command line reads for a field of the configuration: one type, or a list of one."""
+    members = set(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else {hint}
+    lists = [get_args(member)[0] for member in members if get_origin(member) is list]
+    if any(get_origin(member) is dict for member in members):
+        return str
+    if lists:
+        return list[str] if str in members else list[_command_line_type(lists[0])]  # type: ignore[misc]
+    return next(kind for kind in (bool, float, int, str) if kind in members)
+
+
+def _described_fields(config: type) -> dict[str, str]:
+    """The fields' descriptions, from the docstring's `Args`."""
+    described: dict[str, str] = {}
+    for entry in re.split(r"\n(?=\S)", inspect.cleandoc((config.__doc__ or "").partition("Args:")[2])):
+        names, _, text = entry.partition(":")
+        described |= dict.fromkeys(re.split(r",\s*", names.strip()), " ".join(text.split()))
+    return described
+
+
+def _config_fields() -> list[tuple[str, Any, Any]]:
+    """Each field of `CharformerConfig` as a field of the command line, left out by default."""
+    help_texts = _described_fields(CharformerConfig)
+    # Training has no cache, and a saved model has it on: TrainingArguments' field of this name is the one.
+    known = {item.name for item in fields(TrainingArguments)}
+    return [
+        (
+            item.name,
+            _command_line_type(item.type) | None,
+            field(default=None, metadata={"help": help_texts.get(item.name, "").replace("%", "%%")}),
+        )
+        for item in fields(CharformerConfig)
+        if item.name in CharformerConfig.__annotations__ and item.name not in known
+    ]
+
+
+# A field that the configuration gets is a field here: nothing is to be written twice.
+_ConfigFields: Any = make_dataclass("_ConfigFields", _config_fields())
+
+
+@dataclass
+class ModelArguments(_ConfigFields):
+    """Fields of `CharformerConfig`; one that is not given keeps that class's default (the paper's T12)."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Begin with this trained model instead of a new one (fine-tuning)."}
+    )
+
+    def __post_init__(self):
+        if self.model_name_or_path is not None and not self.model_name_or_path.strip():
+            raise ValueError("model_name_or_path is empty; give a folder or a Hub id, or leave it out")
+        if self.vocab_size is not None and self.vocab_size < 256:
+            raise ValueError(f"vocab_size is {self.vocab_size}; text is bytes, so it must be 256 or more")
+
+    def config_fields(self) -> dict[str, Any]:
+        """The given fields, as `CharformerConfig` takes them.
+
+        Raises:
+            ValueError: If a field is given as text, like the weights of terms on the command line, that cannot be read.
+        """
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "model_name_or_path"}
+        return {name: _config_value(name, value) for name, value in given.items() if value is not None}
+
+
+# The types that the configuration itself takes: recipes are checked by these.
+CONFIG_TYPES: dict[str, Any] = {
+    item.name: item.type for item in fields(CharformerConfig) if item.name in {name for name, *_ in _config_fields()}
+}
+
+
+def _config_value(name: str, value: Any) -> Any:
+    members = get_args(CONFIG_TYPES[name])
+    has_list = any(get_origin(member) is list for member in members)
+    if any(get_origin(member) is dict for member in members) and isinstance(value, str):
+        value = read_yaml(value, name)
+        check_type(name, value, CONFIG_TYPES[name])
+        return value
+    if has_list and str in members:
+        return _layer_choice(name, value)
+    if has_list and int in members and isinstance(value, list) and len(value) == 1:
+        return value[0]
+    return value
+
+
+def _layer_choice(name: str, value: str | list[str | int]) -> str | list[int] | None:
+    words = [value] if isinstance(value, str | int) else list(value)
+    if len(words) == 1 and isinstance(words[0], str) and not words[0].lstrip("+-").isdigit():
+        return None if words[0] == "none" else words[0]
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}; it must be 'all', 'none', or layer numbers") from None
+
+
+@dataclass
+class DataArguments:
+    """Where the text comes from and how it is split."""
+
+    data_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A text file; JSON lines, CSV or parquet, by text_column; a folder of such files in the order of their"
+            f" paths; or '{STANDARD_LIBRARY}', the sources of the running Python's standard library."
+        },
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Instead of data_path: what datasets.load_dataset takes, such as a Hub id."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
+    dataset_split: str = field(default="train", metadata={"help": "The dataset's split to read."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read the dataset while it downloads: for one too large to store twice."}
+    )
+    text_column: str = field(
+        default="text", metadata={"help": "The column of a dataset or a table that holds the text."}
+    )
+    document_separator: str = field(
+        default="\n",
+        metadata={"help": "What stands between two files of a folder, or two rows of a dataset or table."},
+    )
+    train_share: float = field(default=SHARES[0], metadata={"help": "The first part of the text, to train on."})
+    validation_share: float = field(
+        default=SHARES[1],
+        metadata={"help": "The part after it, to evaluate on; the rest is the test split, never read."},
+    )
+    max_eval_bytes: int | None = field(
+        default=None, metadata={"help": "Evaluate on so many bytes from the start of the validation split only."}
+    )
+
+    def __post_init__(self):
+        for name in ("data_path", "dataset_name"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"{name} is empty; give the text to train on, or leave it out")
+        if (self.data_path is None) == (self.dataset_name is None):
+            given = "neither is given" if self.data_path is None else "both are given"
+            raise ValueError(f"give one of data_path and dataset_name, the text to train on; {given}")
+        check_text("document_separator", self.document_separator)
+        check_shares(self.train_share, self.validation_share)
+        if self.max_eval_bytes is not None and self.max_eval_bytes < 2:
+            raise ValueError(f"max_eval_bytes is {self.max_eval_bytes}; it must be 2 or more")
+
+    @property
+    def source(self) -> str:
+        """The corpus in words, for logs and cards; safe to print and to write in UTF-8."""
+        if self.data_path == STANDARD_LIBRARY:
+            return f"Python {sysconfig.get_python_version()} standard library sources"
+        if self.data_path is not None:
+            return _name_of(self.data_path)
+        name = self.dataset_name or ""
+        name = (
+            _name_of(name) if Path(name).exists() else one_line(name)
+        )  # a local folder's place is its owner's business
+        return "/".join(part for part in (name, self.dataset_config, self.dataset_split) if part)
+
+
+def _name_of(path: str) -> str:
+    return one_line(Path(path).name or Path(path).expanduser().resolve().name or "/")
+
+
+def check_text(name: str, value: str) -> None:
+    """Refuse text that is not UTF-8, like an argument of raw bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {shown(name, value)}; it must be text in UTF-8") from None
+
+
+def check_shares(train: float, validation: float) -> None:
+    """Refuse shares that do not split a corpus in three.
+
+    Raises:
+        ValueError: If one is out of its range, or they come to more than 1.
+    """
+    if not 0 < train < 1:
+        raise ValueError(f"train_share is {train}; it must be above 0 and below 1")
+    if not 0 < validation <= 1:
+        raise ValueError(f"validation_share is {validation}; it must be above 0, and 1 at most")
+    if train + validation > 1 + 1e-9:
+        raise ValueError(f"train_share ({train}) and validation_share ({validation}) come to more than 1")
+
+
+@dataclass
+class RunArguments:
+    """What a run does beside training."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the model and checkpoints that output_dir already holds."}
+    )
+    resume_from_last: bool = field(
+        default=False, metadata={"help": "Go on from the last complete checkpoint of output_dir."}
+    )
+    sample_prompt: str = field(default="\n", metadata={"help": "What sample texts begin with."})
+    sample_length: int = field(default=200, metadata={"help": "Bytes of a sample text; 0 for no sample texts."})
+    compare_ngrams: bool = field(
+        default=False, metadata={"help": "Report a unigram and a trigram model, counted on the train split, too."}
+    )
+
+    def __post_init__(self):
+        check_ranges({"sample_length": self.sample_length})
+        check_text("sample_prompt", self.sample_prompt)
 
 
 @dataclass
@@ -22,7 +241,7 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Whether Muon trains the linear layers of the model's body, scaled so that learning_rate and"
-            " weight_decay mean what they do for AdamW, which trains the rest. Dearer steps, and fewer of them."
+            " weight_decay mean what they do for AdamW, which trains the rest. Each step costs more, but fewer are needed."
         },
     )
     logging_nan_inf_filter: bool = field(
@@ -34,6 +253,8 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        numbers = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "max_steps"}
+        check_ranges(numbers)  # TrainingArguments takes most numbers as they come
         super().__post_init__()
         if self.log_loss_terms not in ("each", "groups"):
             raise ValueError(f"log_loss_terms is {self.log_loss_terms!r}; it must be 'each' or 'groups'")
@@ -44,3 +265,74 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             )
         if self.muon and self.optim_args:
             raise ValueError(f"optim_args is {self.optim_args!r} and muon is on, which has none; leave it out")
+
+
+@dataclass
+class EvaluateArguments:
+    """What is evaluated, and how."""
+
+    stride: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={
+            "help": "By how many bytes the window slides: 1 is the papers' protocol. Several give a table to choose from."
+        },
+    )
+    window: int | None = field(default=None, metadata={"help": "Bytes the model sees at once; by default all it can."})
+    split: str | None = field(
+        default=None,
+        metadata={
+            "help": f"The part of the text: all, or {', '.join(SPLIT_NAMES)} as in training. By default validation for the"
+            " text that the model was trained on, and all of any other text.",
+            "choices": ["all", *SPLIT_NAMES],
+        },
+    )
+    train_share: float | None = field(
+        default=None, metadata={"help": "The first part of the text; by default that of the run, or 0.9."}
+    )
+    validation_share: float | None = field(
+        default=None,
+        metadata={"help": "The part after it; by default that of the run, or 0.05. The rest is the test split."},
+    )
+    text_column: str = field(default="text", metadata={"help": "The column of a table that holds the text."})
+    max_bytes: int | None = field(default=None, metadata={"help": "Only so many bytes from the start of the part."})
+    batch_size: int = field(default=32, metadata={"help": "Windows at a time."})
+    device: str | None = field(default=None, metadata={"help": "Like cpu or cuda; by default the fastest there is."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Type of the model's weights.", "choices": ["float32", "bfloat16", "float16"]},
+    )
+    output: str | None = field(default=None, metadata={"help": "A JSON file for the results."})
+    plots: str | None = field(
+        default=None,
+        metadata={"help": "A PNG file: bits by position in the window, and by layer, for its classifiers."},
+    )
+    state_file: str | None = field(
+        default=None, metadata={"help": "Where to keep what is done, so that the same command goes on from there."}
+    )
+
+    def __post_init__(self):
+        if self.split not in (None, "all", *SPLIT_NAMES):
+            raise ValueError(f"split is {self.split!r}; it must be 'all' or one of {list(SPLIT_NAMES)}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be 'float32', 'bfloat16' or 'float16'")
+        for name in ("window", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if wrong := [stride for stride in self.stride if stride < 1]:
+            raise ValueError(f"stride is {wrong[0]}; it must be 1 or more")
+        if self.max_bytes is not None and self.max_bytes < 2:
+            raise ValueError(f"max_bytes is {self.max_bytes}; it must be 2 or more")
+        given = (self.train_share, self.validation_share)
+        check_shares(*(default if share is None else share for share, default in zip(given, SHARES, strict=True)))
+        for name in ("output", "plots", "state_file", "device"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty; leave it out, or give a value")
+
+
+class Arguments(NamedTuple):
+    """The settings of a training run."""
+
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+    training: AuxiliaryLossTrainingArguments

@@ -1,85 +1,324 @@
-"""What a run shows while it goes on: one line for each log entry, and text the model writes."""
+"""What a run shows while it goes on: a line for each log entry, TensorBoard, text that the model writes."""
 
-import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from modeling_charformer import CharformerForCausalLM, CharformerTokenizer
 
+from . import history
+from .files import whole_files
+from .models import evaluating
 from .running_means import group_by_layer
+from .terminal import printable
+
+
+logger = logging.getLogger(__name__)
+
+SHOWN_OF_EVALUATIONS = ("eval_loss", "eval_bpc", "eval_bpb")
+
+
+def show_in_use(trainer: Trainer, bytes_per_step: int) -> None:
+    """Let `trainer`, of a model of bytes, show `LossTermProgress` and write `GroupedTensorBoard` in place of the usual.
+
+    Args:
+        trainer: Not begun yet. Where `disable_tqdm` is set, its lines stay those of Transformers.
+        bytes_per_step: How many bytes an optimizer step trains on, in all processes together.
+    """
+    speed = Speed(bytes_per_step)
+    trainer.add_callback(speed)  # before those that read it
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossTermProgress(speed))
+    if trainer.pop_callback(TensorBoardCallback) is not None:
+        trainer.add_callback(GroupedTensorBoard(speed))
+
+
+class Speed(TrainerCallback):
+    """Steps per second of training alone, and the time left at the pace so far, evaluations included.
+
+    Read by other callbacks when they log.
+    """
+
+    def __init__(self, bytes_per_step: int):
+        self.bytes_per_step = bytes_per_step
+        self.steps_per_second: float | None = None
+        """Since the log entry before, without evaluations and checkpoints; `None` before the first."""
+        self.seconds_left: float | None = None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        return None if self.steps_per_second is None else self.bytes_per_step * self.steps_per_second
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step = self._logged_step = state.global_step
+        self._begin = self._logged_at = self._step_end = time.perf_counter()
+        self._idle, self._interrupted = 0.0, False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._interrupted:
+            self._idle += time.perf_counter() - self._step_end
+            self._interrupted = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_end = time.perf_counter()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._interrupted = True
+
+    on_save = on_evaluate
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        steps = state.global_step - self._logged_step
+        if not history.is_training(logs or {}) or not steps:
+            return
+        now = time.perf_counter()
+        self.steps_per_second = steps / (now - self._logged_at - self._idle)
+        pace = (now - self._begin) / (state.global_step - self._first_step)
+        self.seconds_left = pace * (state.max_steps - state.global_step)
+        self._logged_step, self._logged_at, self._idle, self._step_end = state.global_step, now, 0.0, now
 
 
 class LossTermProgress(ProgressCallback):
-    """The Trainer's progress bar, with the terms of the loss on one readable line."""
+    """One readable line for each log entry: the terms of the loss, the learning rate, the speed and the time left.
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+    A line of its own says from which step on a layer has no losses any more. On a terminal there is a progress bar
+    besides; a log file holds the lines alone.
+    """
+
+    def __init__(self, speed: Speed):
+        super().__init__()
+        self.speed = speed
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
             return
-        if "loss" in logs:
-            terms = {name.removeprefix("loss_"): value for name, value in logs.items() if name.startswith("loss_")}
-            shown = {"loss": logs["loss"], **group_by_layer(terms)}
+        self._told_step = self.current_step = state.global_step
+        settings = getattr(kwargs.get("model"), "loss_settings", None)
+        self._drops = {} if settings is None else history.drop_steps(settings, state.max_steps)
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
+        self._show("Losses are in nats per byte, bpc in bits per character, bpb in bits per byte")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        parts: list[str] = []
+        if history.is_training(logs):
+            shown = {"loss": logs["loss"], **group_by_layer(history.terms(logs))}
+            parts = self._pace(logs)
+            self._tell_dropped_layers(state.global_step)
         else:
-            shown = {name: logs[name] for name in ("eval_loss", "eval_bpc", "eval_bpb") if name in logs}
+            shown = {name: logs[name] for name in SHOWN_OF_EVALUATIONS if name in logs}
         if shown:
-            values = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-            self.training_bar.write(f"step {state.global_step:>{len(str(state.max_steps))}}  {values}")
+            step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+            self._show("  ".join([step, *(f"{name} {value:.4f}" for name, value in shown.items()), *parts]))
+
+    def _pace(self, logs: Mapping[str, float]) -> list[str]:
+        parts = [f"lr {logs['learning_rate']:.3g}"] if "learning_rate" in logs else []
+        if self.speed.steps_per_second is not None and self.speed.seconds_left is not None:
+            parts += [
+                f"{self.speed.steps_per_second:.3g} steps/s",
+                f"{self.speed.bytes_per_second:,.0f} bytes/s",
+                f"{tqdm.format_interval(self.speed.seconds_left)} left",
+            ]
+        return parts
+
+    def _tell_dropped_layers(self, step: int) -> None:
+        for layer, at in self._drops.items():
+            if self._told_step < at <= step:
+                self._show(f"layer_{layer} dropped out at step {at}: from there on the weight of its losses is 0")
+        self._told_step = step
+
+    def _show(self, line: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+class GroupedTensorBoard(TensorBoardCallback):
+    """The usual TensorBoard callback, with groups for what would bury `train/loss` and `train/learning_rate`.
+
+    `loss_terms` and `eval_loss_terms` hold the terms of the loss, unweighted; `loss_weights` the weights of the terms;
+    `speed` what was measured of steps, bytes and seconds.
+    """
+
+    def __init__(self, speed: Speed):
+        super().__init__()
+        self.speed = speed
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        grouped, others = _grouped(logs)
+        super().on_log(args, state, control, logs=others)
+        if history.is_training(logs):
+            settings = getattr(kwargs.get("model"), "loss_settings", None)
+            if settings is not None:
+                done = max(0, state.global_step - 1)
+                weights = settings.weights_at(done / state.max_steps, done)
+                grouped |= {f"loss_weights/{name}": weight for name, weight in weights.items()}
+            if self.speed.steps_per_second is not None:
+                grouped["speed/steps_per_second"] = self.speed.steps_per_second
+                grouped["speed/bytes_per_second"] = self.speed.bytes_per_second
+        if self.tb_writer is not None:
+            for name, value in grouped.items():
+                self.tb_writer.add_scalar(name, value, state.global_step)
+            self.tb_writer.flush()
+
+
+def _grouped(logs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What belongs to a group of `GroupedTensorBoard`, under its name there; and the rest as it is."""
+    grouped, others = {}, {}
+    for name, value in logs.items():
+        if name.endswith(("_runtime", "_per_second")):
+            grouped[f"speed/{name}"] = value
+        elif name.startswith("loss_"):
+            grouped[f"loss_terms/{name.removeprefix('loss_')}"] = value
+        elif name.startswith("eval_loss_"):
+            grouped[f"eval_loss_terms/{name.removeprefix('eval_loss_')}"] = value
+        else:
+            others[name] = value
+    return grouped, others
 
 
 class SampleText(TrainerCallback):
     """Prints text the model writes at each evaluation, and appends it to a file of JSON lines.
 
-    Random numbers are drawn from a seed of their own, so that training is the same with and without samples.
+    Random numbers are drawn from a seed of their own, so that training is the same with and without samples. A run
+    that goes on from a checkpoint begins with the samples up to there.
     """
 
     def __init__(self, tokenizer: CharformerTokenizer, path: Path, prompt: str, length: int, seed: int):
         self.tokenizer, self.path, self.prompt, self.length, self.seed = tokenizer, path, prompt, length, seed
 
-    def on_evaluate(self, args, state, control, model: CharformerForCausalLM | None = None, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and (self.path.is_symlink() or self.path.exists()):
+            kept = _lines_up_to(self.path, state.global_step)
+            with whole_files(self.path.parent) as scratch:  # replaces a link instead of following it
+                (scratch / self.path.name).write_text(kept, encoding="utf-8")
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: CharformerForCausalLM | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not state.is_world_process_zero or model is None:
             return
         text = sample_text(model, self.tokenizer, self.prompt, self.length, self.seed)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "text": text}) + "\n")
-        print(f"\n--- text written at step {state.global_step} ---\n{text}\n---", flush=True)
+        print(f"\n--- text written at step {state.global_step} ---\n{printable(text)}\n---", flush=True)
+        line = _json_line({"step": state.global_step, "text": text})
+        try:
+            with open(self.path, "a", encoding="utf-8", opener=_open_no_link) as file:
+                file.write(line)
+        except OSError as error:  # a sample is not worth a run
+            logger.warning("The sample of step %d is not in %s: %s", state.global_step, self.path, error)
+
+
+def _lines_up_to(path: Path, step: int) -> str:
+    """The samples of a file up to a step. A line that was cut off by a kill is of a later one."""
+    kept = []
+    if not path.is_symlink():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+    return "".join(kept)
+
+
+def _json_line(entry: Mapping[str, Any]) -> str:
+    """Letters as they are; controls, and what some programs take for a line's end, escaped."""
+    text = json.dumps(entry, ensure_ascii=False)
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text) + "\n"
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def sample_text(
     model: CharformerForCausalLM, tokenizer: CharformerTokenizer, prompt: str, length: int, seed: int
 ) -> str:
-    """`prompt` and `length` characters (or as many as the window holds) that follow, at temperature 0.8."""
+    """`prompt` and `length` bytes of text that follow, past the window too, at temperature 0.8."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _evaluating(model):
+    with torch.random.fork_rng(devices=devices), evaluating(model):
         torch.manual_seed(seed)
         ids = model.generate(
-            **inputs, max_new_tokens=min(length, room), do_sample=True, temperature=0.8, use_cache=True
+            **inputs, max_new_tokens=length, do_sample=True, temperature=0.8, use_cache=True, rolling_context=True
         )
     return str(tokenizer.decode(ids[0]))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def final_terms(log_history: Sequence[Mapping[str, float]]) -> dict[str, tuple[int, float]]:
-    """The last logged value of each term of the training loss, as `(step, nats)` by name (without `loss_`)."""
-    last: dict[str, tuple[int, float]] = {}
-    for entry in log_history:
-        if "loss" in entry:
-            for name, value in entry.items():
-                if name.startswith("loss_"):
-                    last[name.removeprefix("loss_")] = (int(entry["step"]), value)
-    return last

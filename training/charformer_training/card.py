@@ -13,11 +13,11 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from modeling_charformer.auxiliary_heads import TRAINING_ONLY
 from modeling_charformer.hub import KINDS, TAGS, TASKS, is_unfilled_form
-from modeling_charformer.modeling_charformer import TRAINING_ONLY
 
-from .callbacks import final_terms
 from .data import ConsecutiveWindows, RandomWindows
+from .history import final_terms, last_evaluation
 from .plots import PICTURE
 
 
@@ -58,7 +58,7 @@ def trainer_card(
     datasets = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
     splits = [data.split for data in datasets.values() if isinstance(data, RandomWindows | ConsecutiveWindows)]
     source = source or next((split.source for split in splits if split.source), None)
-    metrics = _last_evaluation(trainer.state.log_history)
+    metrics = last_evaluation(trainer.state.log_history)
     task = task or TASKS.get(getattr(model, "_auto_class", None) or "") or _task(type(model).__name__)
     metric = _headline_metric(metrics)
     data = ModelCardData(
@@ -116,16 +116,6 @@ def trainer_card(
 def is_charformer(config: Any) -> bool:
     """Whether a model with this configuration is a Charformer, of this package or of a repository's own code."""
     return getattr(config, "model_type", None) == "charformer"
-
-
-def _last_evaluation(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    evaluations = [entry for entry in log_history if "eval_loss" in entry]
-    left_out = ("runtime", "per_second")
-    return {
-        name: value
-        for name, value in (evaluations[-1] if evaluations else {}).items()
-        if name.startswith("eval_") and not name.endswith(left_out)
-    }
 
 
 def _headline_metric(metrics: Mapping[str, float]) -> dict[str, Any] | None:

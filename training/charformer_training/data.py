@@ -9,7 +9,7 @@ import os
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -20,69 +20,7 @@ from tqdm.auto import tqdm
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX
 
-
-STANDARD_LIBRARY = "python-stdlib"
-SPLIT_NAMES = ("train", "validation", "test")
-
-
-@dataclass
-class DataArguments:
-    """Where the text comes from and how it is split."""
-
-    data_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "A text file, a folder of text files (read in the order of their paths, binary and hidden files left"
-            f" out), or '{STANDARD_LIBRARY}': the Python sources of the running interpreter's standard library."
-        },
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Instead of data_path: what datasets.load_dataset takes, such as a Hub id."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
-    dataset_split: str = field(default="train", metadata={"help": "The dataset's split to read."})
-    dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read the dataset while it downloads: for one too large to store twice."}
-    )
-    text_column: str = field(default="text", metadata={"help": "The dataset's column that holds the text."})
-    document_separator: str = field(
-        default="\n", metadata={"help": "What stands between two files of a folder or two rows of a dataset."}
-    )
-    train_share: float = field(default=0.9, metadata={"help": "The first part of the text, to train on."})
-    validation_share: float = field(
-        default=0.05, metadata={"help": "The part after it, to evaluate on; the rest is the test split, never read."}
-    )
-    max_eval_bytes: int | None = field(
-        default=None, metadata={"help": "Evaluate on so many bytes from the start of the validation split only."}
-    )
-
-    def __post_init__(self):
-        if (self.data_path is None) == (self.dataset_name is None):
-            raise ValueError(
-                f"give one of data_path ({self.data_path!r}) and dataset_name ({self.dataset_name!r}): the text to train on"
-            )
-        if not 0 < self.train_share < 1 or not 0 < self.validation_share <= 1:
-            raise ValueError(
-                f"train_share is {self.train_share} and validation_share {self.validation_share}; both are above 0, and"
-                " train_share below 1"
-            )
-        if self.train_share + self.validation_share > 1 + 1e-9:
-            raise ValueError(
-                f"train_share ({self.train_share}) and validation_share ({self.validation_share}) come to more than 1"
-            )
-        if self.max_eval_bytes is not None and self.max_eval_bytes < 2:
-            raise ValueError(f"max_eval_bytes is {self.max_eval_bytes}; it must be 2 or more")
-
-    @property
-    def source(self) -> str:
-        """The corpus in words, for logs and cards."""
-        if self.data_path == STANDARD_LIBRARY:
-            return f"Python {sysconfig.get_python_version()} standard library sources"
-        if self.data_path is not None:
-            return Path(self.data_path).name
-        name = self.dataset_name or ""
-        name = Path(name).name if Path(name).exists() else name  # a local folder's place is nobody else's business
-        return "/".join(part for part in (name, self.dataset_config, self.dataset_split) if part)
+from .arguments import SPLIT_NAMES, STANDARD_LIBRARY, DataArguments
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +16,10 @@ from transformers import HfArgumentParser
 
 from modeling_charformer import CharformerForCausalLM
 
-from .data import SPLIT_NAMES, DataArguments, load_corpus, split_corpus
+from .arguments import DataArguments, EvaluateArguments
+from .data import load_corpus, split_corpus
 from .evaluation import Evaluation, bits_by_position, bits_per_character
 from .plots import plot_bits_by_position
-
-
-@dataclass
-class EvaluateArguments:
-    """What is evaluated, and how."""
-
-    stride: list[int] = field(
-        default_factory=lambda: [1],
-        metadata={
-            "help": "By how many bytes the window slides: 1 is the papers' protocol. Several give a table to choose from."
-        },
-    )
-    window: int | None = field(default=None, metadata={"help": "Bytes the model sees at once; by default all it can."})
-    split: str = field(
-        default="all", metadata={"help": f"The part of the text: all, or {', '.join(SPLIT_NAMES)} as in training."}
-    )
-    train_share: float = field(default=0.9, metadata={"help": "The first part of the text, that was trained on."})
-    validation_share: float = field(default=0.05, metadata={"help": "The part after it; the rest is the test split."})
-    max_bytes: int | None = field(default=None, metadata={"help": "Only so many bytes from the start of the part."})
-    batch_size: int = field(default=32, metadata={"help": "Windows at a time."})
-    device: str | None = field(
-        default=None, metadata={"help": "Such as cpu or cuda; by default the fastest there is."}
-    )
-    dtype: str = field(default="float32", metadata={"help": "Of the model's weights: float32, bfloat16 or float16."})
-    output: str | None = field(default=None, metadata={"help": "A JSON file for the results."})
-    plots: str | None = field(
-        default=None,
-        metadata={"help": "A PNG file: bits by position in the window, and by layer, for its classifiers."},
-    )
-    state_file: str | None = field(
-        default=None, metadata={"help": "Where to keep what is done, so that the same command goes on from there."}
-    )
-
-    def __post_init__(self):
-        if self.split not in ("all", *SPLIT_NAMES):
-            raise ValueError(f"split is {self.split!r}; it must be 'all' or one of {list(SPLIT_NAMES)}")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {self.dtype!r}; it must be 'float32', 'bfloat16' or 'float16'")
 
 
 def evaluate(model_path: str, text: str, arguments: EvaluateArguments) -> list[Evaluation]:

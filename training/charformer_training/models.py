@@ -1,15 +1,26 @@
 """Questions about any model, and a moment of evaluation mode."""
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-# Beside a saved plain model: the weights of its auxiliary heads.
-HEADS_FILE = "auxiliary_heads.safetensors"
+# In the folder of a saved plain model: the weights of its auxiliary heads. Not beside `config.json`, as engines such as
+# vLLM load every *.safetensors that lies there into the model.
+HEADS_FILE = "auxiliary_heads/model.safetensors"
+# Where they were before.
+OLD_HEADS_FILE = "auxiliary_heads.safetensors"
+
+
+def saved_heads(folder: str | os.PathLike) -> Path | None:
+    """The file of the auxiliary heads in a folder, at its present or its old place; `None` if there is none."""
+    paths = (Path(folder, name) for name in (HEADS_FILE, OLD_HEADS_FILE))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def unwrap_peft(model: nn.Module) -> nn.Module:
@@ -21,6 +32,14 @@ def unwrap_peft(model: nn.Module) -> nn.Module:
 def is_causal_lm(kind: type) -> bool:
     """Whether it is a class of causal language models, whose labels are their input, by its name."""
     return "ForCausalLM" in kind.__name__ or kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def loss_unit(model: nn.Module) -> str | None:
+    """What a language model's loss is a mean over, `"byte"` or `"token"`; `None` for other models."""
+    base = unwrap_peft(model)
+    if not is_causal_lm(type(base)):
+        return None
+    return "byte" if getattr(getattr(base, "config", None), "vocab_size", None) == 256 else "token"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch.optim import AdamW, Muon
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from modeling_charformer.modeling_charformer import TRAINING_ONLY
+from modeling_charformer.auxiliary_heads import TRAINING_ONLY
 
 from .models import unwrap_peft
 

@@ -20,7 +20,9 @@ import modeling_charformer
 from modeling_charformer import CharformerConfig, CharformerTokenizer
 
 from .card import is_charformer, merged_card, trainer_card
-from .plots import PICTURE, drop_steps, plot_loss_terms
+from .history import drop_steps
+from .models import HEADS_FILE, loss_unit
+from .plots import PICTURE, plot_loss_terms
 
 
 logger = logging.getLogger(__name__)
@@ -227,10 +229,11 @@ class HubTrainer(Trainer):
         self._draw_loss_terms(folder)
 
     def _draw_loss_terms(self, folder: Path) -> None:
-        settings = getattr(self.accelerator.unwrap_model(self.model), "loss_settings", None)
+        model = self.accelerator.unwrap_model(self.model)
+        settings = getattr(model, "loss_settings", None)
         drops = drop_steps(settings, self.state.max_steps) if settings is not None else {}
         title = Path(str(self.args.output_dir)).absolute().name
-        plot_loss_terms(self.state.log_history, drops, folder / PICTURE, title)
+        plot_loss_terms(self.state.log_history, drops, folder / PICTURE, title, loss_unit(model))
 
 
 def push_folder(
@@ -299,6 +302,8 @@ def _stage_checkpoint(checkpoint: Path, stage: Path, subfolder: str | None) -> N
     for path in checkpoint.iterdir():
         if path.is_file() and path.suffix not in PICKLES and path.name not in RESUME_FILES:
             _link(path, stage / path.name)
+    if (heads := checkpoint / HEADS_FILE).is_file():
+        _link(heads, stage / HEADS_FILE)
     if subfolder is not None:
         for path in checkpoint.rglob("*"):
             if path.is_file():

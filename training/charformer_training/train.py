@@ -1,109 +1,39 @@
 """`charformer-train RECIPE.yaml [--field value ...]`: train a Charformer from a recipe, end to end."""
 
-import difflib
 import json
 import math
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from accelerate.state import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, default_data_collator, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import default_data_collator, set_seed
 from transformers.utils import logging
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 
-from .arguments import AuxiliaryLossTrainingArguments
-from .callbacks import LossTermProgress, SampleText, sample_text
+from .arguments import Arguments, AuxiliaryLossTrainingArguments, ModelArguments, RunArguments
+from .callbacks import SampleText, sample_text, show_in_use
 from .checkpoints import last_complete_checkpoint
-from .data import ConsecutiveWindows, DataArguments, RandomWindows, Split, load_corpus, split_corpus
+from .command_help import how_to_begin
+from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .files import whole_files
+from .history import is_evaluation
 from .ngrams import characters_per_byte, ngram_bits_per_byte
 from .plots import PICTURE
+from .pretrained import load_language_model, read_config
+from .recipes import USAGE, parse_arguments
+from .terminal import printable, use_safe_streams
 from .trainer import AuxiliaryLossTrainer
 
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class ModelArguments:
-    """Fields of `CharformerConfig`; one that is not given keeps that class's default (the paper's T12)."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Begin with this trained model instead of a new one (fine-tuning)."}
-    )
-    hidden_size: int | None = field(default=None, metadata={"help": "Width of the layers."})
-    intermediate_size: int | None = field(default=None, metadata={"help": "Width of the feed-forward layers."})
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of layers."})
-    num_attention_heads: int | None = field(default=None, metadata={"help": "Number of attention heads."})
-    max_position_embeddings: int | None = field(default=None, metadata={"help": "The window, in characters."})
-    hidden_act: str | None = field(default=None, metadata={"help": "Activation of the feed-forward layers."})
-    attention_dropout: float | None = field(default=None, metadata={"help": "Dropout of attention weights."})
-    activation_dropout: float | None = field(default=None, metadata={"help": "Dropout after the activation."})
-    initializer_range: float | None = field(default=None, metadata={"help": "Deviation of the initial weights."})
-    norm_placement: str | None = field(default=None, metadata={"help": "Layer norms 'pre' or 'post'."})
-    num_targets: int | None = field(default=None, metadata={"help": "Characters predicted at each position."})
-    target_weights: list[float] | None = field(default=None, metadata={"help": "Weights of targets 2, 3, ..."})
-    target_schedule: str | None = field(
-        default=None,
-        metadata={"help": "How these change: constant, forward (one target after the other comes in), ..."},
-    )
-    target_heads: str | None = field(
-        default=None,
-        metadata={"help": "What predicts them: linear, residual, or sequential (the best drafts for generation)."},
-    )
-    intermediate_layers: list[str] | None = field(
-        default=None, metadata={"help": "Layers with losses of their own: 'all', 'none', or their numbers."}
-    )
-    intermediate_weight: float | None = field(default=None, metadata={"help": "Factor on these losses."})
-    intermediate_schedule: str | None = field(
-        default=None, metadata={"help": "How it changes: paper, constant, linear, cosine, random, rotate_4, ..."}
-    )
-    position_loss: str | None = field(default=None, metadata={"help": "Positions that count: 'all' or 'last'."})
-    loss_weights: str | None = field(
-        default=None, metadata={"help": "Weights of terms by name: {target_2: 0.4, layer_1: 0.8}, as YAML or JSON."}
-    )
-    loss_weighting: str | None = field(
-        default=None, metadata={"help": "'fixed', or 'uncertainty': weights are learned (Kendall et al. 2018)."}
-    )
-
-    def config_fields(self) -> dict[str, Any]:
-        """The given fields, as `CharformerConfig` takes them."""
-        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "model_name_or_path"}
-        given = {name: value for name, value in given.items() if value is not None}
-        if "intermediate_layers" in given:
-            given["intermediate_layers"] = _layer_choice(given["intermediate_layers"])
-        if isinstance(given.get("loss_weights"), str):
-            given["loss_weights"] = yaml.safe_load(given["loss_weights"])
-        return given
-
-
-@dataclass
-class RunArguments:
-    """What a run does beside training."""
-
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the model and checkpoints that output_dir already holds."}
-    )
-    resume_from_last: bool = field(
-        default=False, metadata={"help": "Go on from the last complete checkpoint of output_dir."}
-    )
-    sample_prompt: str = field(default="\n", metadata={"help": "What sample texts begin with."})
-    sample_length: int = field(default=200, metadata={"help": "Length of sample texts; 0 for none."})
-    compare_ngrams: bool = field(
-        default=False, metadata={"help": "Report a unigram and a trigram model, counted on the train split, beside."}
-    )
-
-
-Arguments = tuple[ModelArguments, DataArguments, RunArguments, AuxiliaryLossTrainingArguments]
 # What fine-tuning cannot change: the weights' shapes and what they were trained to do.
 SHAPE_FIELDS = {
     "hidden_size",
@@ -116,73 +46,6 @@ SHAPE_FIELDS = {
 }
 # What a run leaves in its folder, apart from checkpoint-* folders.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
-
-
-def _layer_choice(value: str | Sequence[str | int]) -> str | list[int] | None:
-    words = [value] if isinstance(value, str | int) else list(value)
-    if words in (["all"], ["none"]):
-        return "all" if words == ["all"] else None
-    try:
-        return [int(word) for word in words]
-    except ValueError:
-        raise ValueError(f"intermediate_layers is {value!r}; it must be 'all', 'none', or layer numbers") from None
-
-
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """A recipe's fields, overridden by those of the command line.
-
-    Raises:
-        ValueError: If the recipe is not a mapping of known fields, or a value is not accepted.
-        FileNotFoundError: If there is no such recipe.
-    """
-    parser = HfArgumentParser(
-        [ModelArguments, DataArguments, RunArguments, AuxiliaryLossTrainingArguments],  # type: ignore[list-item]  # typed for one class
-        prog="charformer-train",
-        description="Train a Charformer from a recipe. Fields on the command line override the recipe's.",
-        usage="charformer-train RECIPE.yaml [--field value ...]",
-        allow_abbrev=False,  # a misspelt field must not pass for the beginning of another
-    )
-    arguments = list(argv)
-    given = {word.split("=")[0] for word in arguments}
-    if arguments and not arguments[0].startswith("-"):
-        recipe = _read_recipe(Path(arguments.pop(0)), parser)
-        for source, other in (("data_path", "dataset_name"), ("dataset_name", "data_path")):
-            if f"--{source}" in given:  # replaces the recipe's text, wherever that comes from
-                recipe.pop(other, None)
-        parser.set_defaults(**recipe)
-    model, data, run, training = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    if model.num_targets == 1 and "--num_targets" in given and "--target_weights" not in given:
-        model.target_weights = None  # the recipe's weights are of targets that are not wanted
-    if training.output_dir is None:
-        raise ValueError("output_dir is missing; give the folder for the trained model")
-    if training.max_steps <= 0:
-        raise ValueError(
-            f"max_steps is {training.max_steps}; give the number of optimizer steps: windows are drawn at random, so"
-            " there are no epochs to count"
-        )
-    # The windows themselves are random; shuffling their numbers would only cost memory.
-    training.train_sampling_strategy = "sequential"
-    return model, data, run, training
-
-
-def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {str(path)!r}; training/configs holds those of this project")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold 'field: value' lines, as the recipes in training/configs do")
-    known = {action.dest for action in parser._actions}
-    for name in recipe:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; meant {close[0]!r}?" if close else "; charformer-train --help lists them"
-            raise ValueError(f"{path}: there is no field {name!r}{hint}")
-    if "intermediate_layers" in recipe and recipe["intermediate_layers"] is None:
-        recipe["intermediate_layers"] = "none"  # as CharformerConfig means it, not as a field that is left out
-    return recipe
 
 
 def check_output_dir(run: RunArguments, training: AuxiliaryLossTrainingArguments) -> list[Path]:
@@ -221,7 +84,7 @@ def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
     settings, name = arguments.config_fields(), arguments.model_name_or_path
     if name is None:
         return CharformerForCausalLM(CharformerConfig(**settings))
-    config = CharformerConfig.from_pretrained(name)
+    config = read_config(name, "model_name_or_path")
     # Blocks begin as the identity, so linear heads can be given some; blocks that were trained have no other shape.
     fixed = SHAPE_FIELDS if config.target_heads == "linear" else SHAPE_FIELDS | {"target_heads"}
     for field_name in fixed & settings.keys():
@@ -230,7 +93,7 @@ def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
                 f"{field_name} is {settings[field_name]!r}, but the model to fine-tune, {name}, has"
                 f" {getattr(config, field_name)!r}; leave its architecture as it is"
             )
-    return CharformerForCausalLM.from_pretrained(name, **settings)
+    return load_language_model(name, "model_name_or_path", **settings)
 
 
 def build_trainer(
@@ -254,10 +117,7 @@ def build_trainer(
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
-    if not training.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossTermProgress())
+    show_in_use(trainer, window * num_windows // training.max_steps)
     if run.sample_length:
         length = len(run.sample_prompt.encode())
         if not 1 <= length < window:
@@ -311,7 +171,7 @@ def _final_evaluation(trainer: AuxiliaryLossTrainer) -> dict[str, Any]:
     step = trainer.state.global_step
     if trainer.args.load_best_model_at_end:  # the weights are not those of the last step
         return {"step": trainer.state.best_global_step, **trainer.evaluate()}
-    done = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
+    done = [entry for entry in trainer.state.log_history if entry["step"] == step and is_evaluation(entry)]
     return {"step": step, **(done[-1] if done else trainer.evaluate())}
 
 
@@ -362,7 +222,7 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
         if (key := f"{name}_bpc") in metrics
     ]
     if text:
-        lines += ["", "The model writes:", *(f"  | {line}" for line in text.strip("\n").splitlines())]
+        lines += ["", "The model writes:", *(f"  | {line}" for line in printable(text).strip("\n").split("\n"))]
     lines += [
         "",
         f"Every loss term in a picture: {folder / PICTURE}",
@@ -379,8 +239,15 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console program; returns its exit status."""
     arguments = None
+    words = sys.argv[1:] if argv is None else argv
+    use_safe_streams()
+    if not words:
+        print(how_to_begin(USAGE), file=sys.stderr)
+        return 2
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # a log file holds lines
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        arguments = parse_arguments(words)
         train(arguments)
         # Left to the end of the interpreter, threads of gloo that still hold tensors now and then abort the process.
         PartialState().destroy_process_group()
@@ -389,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (StrictDataclassError, FloatingPointError, OSError, ValueError) as error:
         logger.debug("traceback", exc_info=True)
-        print(f"\ncharformer-train: error: {error}", file=sys.stderr)  # a progress bar may hold the line
+        print(f"\ncharformer-train: error: {printable(error)}", file=sys.stderr)  # a progress bar may hold the line
         return 1
     return 0
 
@@ -397,10 +264,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _how_to_resume(arguments: Arguments | None) -> str:
     if arguments is None:
         return "Nothing had begun."
-    folder = str(arguments[3].output_dir)
+    folder = str(arguments.training.output_dir)
     last = last_complete_checkpoint(folder)
     if last is None:
-        return f"No checkpoint had been written to {folder} yet (save_steps={arguments[3].save_steps})."
+        return f"No checkpoint had been written to {folder} yet (save_steps={arguments.training.save_steps})."
     return f"The last checkpoint is {last}; give the same command with --resume_from_last to go on from there."
 
 

@@ -2,35 +2,21 @@
 
 import inspect
 import math
-import os
-import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_charformer.auxiliary_losses import IGNORE_INDEX, ScheduleContext, count_targets, scheduled
+from modeling_charformer.auxiliary_losses import IGNORE_INDEX, count_targets
+from modeling_charformer.loss_settings import ScheduleContext, scheduled
 
-from .checkpoints import check_checkpoint, is_complete, last_complete_checkpoint
-from .files import saving_failed_message
+from .checkpoints import SafeTrainer
 from .models import is_causal_lm, unwrap_peft
 from .optimizer import muon_adamw
-from .pushing import HubTrainer
 from .running_means import EvaluationTerms, TrainingTerms, group_by_layer
-
-
-class LogWhenSaving(TrainerCallback):
-    """Logs at every step that saves, so that no sum is under way in a checkpoint and a resumed run logs the same."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        control.should_log |= control.should_save
-
-    on_epoch_end = on_step_end
 
 
 class UserTerm(NamedTuple):
@@ -41,7 +27,7 @@ class UserTerm(NamedTuple):
     schedule: str
 
 
-class AuxiliaryLossTrainer(HubTrainer):
+class AuxiliaryLossTrainer(SafeTrainer):
     """`transformers.Trainer` for models with several losses: Charformer's, those of `add_auxiliary_losses`, any other's.
 
     - Passes `training_progress` (share of training done, 0..1), `training_step` (optimizer steps done) and
@@ -58,10 +44,9 @@ class AuxiliaryLossTrainer(HubTrainer):
     - Evaluation reports `eval_loss` and `eval_loss_<name>` as means over targets, not over batches. For a byte-level
       model (256 symbols, a `next_char` term) also `eval_bpb`, bits per byte, and `eval_bpc`, bits per character of
       UTF-8; the two are the same in ASCII text. Rows that are only there to fill the last batch are not counted.
-    - Stops with a `FloatingPointError` when a loss is not finite, at the next log entry, in an evaluation and before any
-      checkpoint is written (then also when a weight is not); the message names the step and the term.
-    - Checkpoints are whole: what fails while it is written is removed, and `resume_from_checkpoint` is checked first.
-    - Pushes to the Hub are whole too, see `HubTrainer`.
+    - Stops with a `FloatingPointError` when a loss is not finite, at the next log entry and in an evaluation; the message
+      names the step and the term.
+    - What is saved is whole and finite, see `SafeTrainer`; what is pushed to the Hub is whole, see `HubTrainer`.
 
     `args` may be plain `TrainingArguments` or `AuxiliaryLossTrainingArguments`.
     """
@@ -94,7 +79,6 @@ class AuxiliaryLossTrainer(HubTrainer):
         self._target_counts: Tensor | None = None
         self._training_terms = TrainingTerms()
         self._evaluation_terms = EvaluationTerms()
-        self.add_callback(LogWhenSaving())
 
     def add_loss_term(
         self,
@@ -163,22 +147,8 @@ class AuxiliaryLossTrainer(HubTrainer):
     # ---- Training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last *complete* checkpoint of `output_dir`.
-
-        Raises:
-            ValueError: If the checkpoint is missing, incomplete, damaged or that of another model.
-            FloatingPointError: If a loss turns nan or infinite.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self._get_output_dir(None))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint")
-        if resume_from_checkpoint and self.model is not None:
-            check_checkpoint(resume_from_checkpoint, self.model)
         self._training_terms = TrainingTerms()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self._raise_if_not_finite()  # in the steps since the last log entry
-        return output
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and getattr(self.args, "muon", False):
@@ -360,7 +330,7 @@ class AuxiliaryLossTrainer(HubTrainer):
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
-    # ---- Logs and checkpoints ----
+    # ---- Logs ----
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # an entry of the training loop
@@ -373,57 +343,8 @@ class AuxiliaryLossTrainer(HubTrainer):
             self._training_terms = TrainingTerms()
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        base: Any = unwrap_peft(cast(nn.Module, self.model))
-        folder = output_dir or str(self.args.output_dir)
-        if base is not self.model and hasattr(base, "save_auxiliary_heads"):  # PEFT saves its adapter alone
-            base.save_auxiliary_heads(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_auxiliary_heads(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_auxiliary_heads(str(self.state.best_model_checkpoint))
-
-    def _load_auxiliary_heads(self, folder: str) -> None:
-        base: Any = unwrap_peft(cast(nn.Module, self.model))
-        if hasattr(base, "load_auxiliary_heads") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            base.load_auxiliary_heads(folder)  # those two load all weights together
-
-    def _raise_if_not_finite(self) -> None:
-        if (found := self._training_terms.first_not_finite()) is not None:
-            raise self._not_finite_error(*found)
-
-    def _not_finite_error(self, step: int, names: list[str]) -> FloatingPointError:
-        last = last_complete_checkpoint(self._get_output_dir(None))
-        return FloatingPointError(
-            f"not finite at step {step}: {', '.join(names)}. "
-            + (f"The last good checkpoint is {last}. " if last else "No checkpoint had been written. ")
-            + "Lower the learning rate, warm it up for longer, or clip gradients (max_grad_norm)"
-        )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._raise_if_not_finite()
-        weights = self.accelerator.unwrap_model(model).named_parameters()
-        broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
-        if broken:  # a step can break the weights while its own loss still was finite
-            raise self._not_finite_error(self.state.global_step, broken)
-        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:  # an older one of that name is complete no more
-            Path(folder, "trainer_state.json").unlink(missing_ok=True)
-        try:
-            super()._save_checkpoint(model, trial)
-        except BaseException as error:
-            if is_complete(folder):
-                raise  # what failed came after it
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, Exception):  # of many kinds: each library words a full disk in its own way
-                raise OSError(saving_failed_message(folder, error)) from error
-            raise
+    def _first_not_finite(self) -> tuple[int, list[str]] | None:
+        return self._training_terms.first_not_finite()
 
 
 def _takes(model: nn.Module | None, parameter: str) -> bool:

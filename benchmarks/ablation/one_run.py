@@ -1,0 +1,121 @@
+"""One run of one cell, from start to end, with its learning curve and gradients."""
+
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from charformer_training.arguments import Arguments
+from charformer_training.data import load_corpus, split_corpus
+from charformer_training.recipes import parse_arguments
+from charformer_training.train import build_model, build_trainer
+from modeling_charformer import CharformerTokenizer
+
+from .grids import GRIDS
+from .runs import key_of
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "training" / "configs"
+
+
+class Curve(TrainerCallback):
+    """Validation bits per character, seconds of training alone, and the gradient that each term has on the layers."""
+
+    def __init__(self, batch: dict[str, torch.Tensor], metric: str):
+        self.batch, self.metric, self.seconds = batch, metric, 0.0
+        self.points: list[list[float]] = []
+        self.gradients: list[dict[str, float]] = []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begin = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds += time.perf_counter() - self.begin
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        metrics, model = kwargs["metrics"], kwargs["model"]
+        if self.metric == "last_position":
+            bits = metrics["eval_loss_last_position"] / math.log(2)  # of windows of ASCII
+        else:
+            bits = metrics["eval_bpc"]
+        self.points.append([state.global_step, round(self.seconds, 2), round(bits, 5)])
+        self.gradients.append({"step": state.global_step, **self.gradient_norms(model, state)})
+
+    def gradient_norms(self, model: Any, state: TrainerState) -> dict[str, float]:
+        """Norm of the weighted gradient of each term of the loss, on all layers together."""
+        progress = min(state.global_step / state.max_steps, 0.999)
+        batch = {name: value.to(model.device) for name, value in self.batch.items()}
+        model.train()
+        outputs = model(**batch, use_cache=False, training_progress=progress, training_step=state.global_step)
+        trunk = list(model.model.layers.parameters())
+        norms = {}
+        for name, value in outputs.loss_dict.items():
+            if outputs.loss_weights[name]:
+                gradients = torch.autograd.grad(value, trunk, retain_graph=True, allow_unused=True)
+                norm = math.sqrt(sum(float(g.float().square().sum()) for g in gradients if g is not None))
+                norms[name] = round(outputs.loss_weights[name] * norm, 5)
+        return norms
+
+
+def arguments_of(grid: str, cell: str, learning_rate: float, seed: int, data: str, folder: str) -> Arguments:
+    """What `charformer-train` would be called with, for one run."""
+    # The recipe's own choice of optimizer is not a cell's.
+    fields = {"muon": False, **GRIDS[grid].fields, **GRIDS[grid].cells[cell]}
+    fields |= {"learning_rate": learning_rate, "seed": seed}
+    fields |= {"data_path": data, "output_dir": folder, "sample_length": 0, "save_strategy": "no"}
+    fields |= {"load_best_model_at_end": False, "disable_tqdm": True, "logging_steps": fields["eval_steps"]}
+    fields["lr_scheduler_kwargs"] = json.dumps({"min_lr": learning_rate / 10})
+    words = [str(CONFIGS / GRIDS[grid].recipe)]
+    for name, value in fields.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return parse_arguments(words)
+
+
+def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str, data_sha256: str) -> dict[str, Any]:
+    """A run from start to end, in this process."""
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = arguments_of(grid, cell, learning_rate, seed, data, f"{folder}/run")
+        model_arguments, data_arguments, _, training = arguments
+        set_seed(seed)
+        model = build_model(model_arguments)
+        corpus = load_corpus(data_arguments)
+        splits = split_corpus(corpus, data_arguments.train_share, data_arguments.validation_share)
+        trainer = build_trainer(arguments, model, CharformerTokenizer(), splits)
+        rows = [trainer.train_dataset[index] for index in range(training.per_device_train_batch_size)]  # type: ignore[index]
+        curve = Curve(
+            {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}, GRIDS[grid].metric
+        )
+        trainer.add_callback(curve)
+        diverged = None
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            diverged = str(error)
+    return {
+        **key_of(grid, cell, learning_rate, seed, data_sha256),
+        "final_bpc": curve.points[-1][2] if curve.points and diverged is None else None,
+        "best_bpc": min((point[2] for point in curve.points), default=None),
+        "seconds_per_step": round(curve.seconds / max(1, trainer.state.global_step), 5),
+        "curve": curve.points,
+        "gradient_norms": curve.gradients,
+        "diverged": diverged,
+        "steps": training.max_steps,
+        "parameters": model.num_parameters(),
+        "inference_parameters": model.without_auxiliary_heads().num_parameters(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,56 @@
+"""The file of finished runs: one JSON line each."""
+
+import contextlib
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .grids import GRIDS, Grid
+
+
+KEY = ("grid", "cell", "learning_rate", "seed", "settings", "data_sha256", "device", "threads")
+
+
+def key_of(grid: str, cell: str, learning_rate: float, seed: int, data_sha256: str) -> dict[str, Any]:
+    """What tells one run from another: two with the same key, of the same recipe and program, would come to the same."""
+    return {
+        "grid": grid,
+        "cell": cell,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "settings": {**GRIDS[grid].fields, **GRIDS[grid].cells[cell]},
+        "data_sha256": data_sha256,
+        "device": torch.cuda.get_device_name() if GRIDS[grid].device == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs in a file; one whose line was cut off is not there."""
+    runs = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            runs.append(json.loads(line))
+    return runs
+
+
+def result(run: dict[str, Any], grid: Grid) -> float:
+    """Validation bits per character at the end, or at the run's best; infinite if it diverged."""
+    return math.inf if run["final_bpc"] is None else float(run["best_bpc" if grid.at_its_best else "final_bpc"])
+
+
+def best_rate(runs: list[dict[str, Any]], cell: str, grid: Grid) -> float | None:
+    """The learning rate that is best for a cell with the seed that is there for choosing it."""
+    own = [run for run in runs if run["cell"] == cell and run["seed"] == grid.tuning_seed]
+    return min(own, key=lambda run: result(run, grid))["learning_rate"] if own else None
+
+
+def of_cell(runs: list[dict[str, Any]], cell: str, grid: Grid) -> dict[int, dict[str, Any]]:
+    """The runs of a cell that count, by their seeds: those at its best learning rate that did not choose it."""
+    rate = best_rate(runs, cell, grid)
+    own = [run for run in runs if run["cell"] == cell and run["learning_rate"] == rate]
+    return {run["seed"]: run for run in own if run["seed"] in grid.seeds}

@@ -1,0 +1,68 @@
+"""The modules that exist for the auxiliary losses alone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+# Beginnings of the names of weights that exist for training only.
+TRAINING_ONLY = ("auxiliary_heads.", "target_blocks.", "auxiliary_classifiers.", "loss_uncertainty.")
+
+
+class AuxiliaryHead(nn.Linear):
+    """A linear classifier that exists for the training only; `index` tells it from its siblings."""
+
+    def __init__(self, in_features: int, out_features: int, index: int):
+        self.index = index
+        super().__init__(in_features, out_features)
+
+    def reset_parameters(self) -> None:
+        """Nothing: `CharformerPreTrainedModel._init_weights` draws the weights, from a generator of their own."""
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that begins with zeros."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class ResidualBlock(nn.Module):
+    """`h + SiLU(W h)` on hidden states `(..., hidden_size)`; the identity at first (Medusa, section 2.1.1).
+
+    With `reads_previous`, `h + SiLU(W [h; e])` with the embedding `e` of the character before the one to predict.
+    """
+
+    def __init__(self, hidden_size: int, reads_previous: bool = False):
+        super().__init__()
+        self.linear = ZeroLinear(hidden_size * (2 if reads_previous else 1), hidden_size)
+
+    def forward(self, hidden_states: Tensor, previous: Tensor | None = None) -> Tensor:
+        inputs = hidden_states if previous is None else torch.cat([hidden_states, previous], dim=-1)
+        return hidden_states + nn.functional.silu(self.linear(inputs))
+
+
+class UncertaintyWeighting(nn.Module):
+    """A learned weight for each term of a loss: `exp(-s) * loss + s / 2` with `s` the logarithm of its variance.
+
+    Kendall, Gal and Cipolla (2018, arXiv 1705.07115), section 3.2. All begin with the weights they are given.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        # Vectors of one: FSDP cannot split scalars.
+        self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in names})
+
+    def forward(self, weights: Mapping[str, float], present: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
+        """The weights with what is learned, and the sum of `weight * s / 2` over the terms that are present and count."""
+        learned: dict[str, Any] = {name: weights[name] for name in present}
+        regularizer = []
+        for name in present:
+            if weights[name]:
+                log_variance = self.log_variances[name].squeeze()
+                learned[name] = weights[name] * torch.exp(-log_variance)
+                regularizer.append(weights[name] * log_variance / 2)
+        return learned, torch.stack(regularizer).sum()

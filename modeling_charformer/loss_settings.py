@@ -1,0 +1,310 @@
+"""Which auxiliary losses there are, and what each weighs when: schedules, terms, settings.
+
+Everything here is a pure function of Python numbers: weights need no device synchronisation, and are known before the
+forward pass runs (a head whose weight is 0 is not run).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class ScheduleContext(NamedTuple):
+    """What a schedule is asked about: a term of the loss, and how far training is."""
+
+    layer: int
+    """The layer (1..num_layers) that the term's classifier reads."""
+    offset: int
+    """How many steps ahead its target is (1..num_targets)."""
+    num_layers: int
+    num_targets: int
+    layers: tuple[int, ...]
+    """The intermediate layers that carry losses."""
+    progress: float
+    """Share of training done, 0 to 1."""
+    step: int
+    """Optimizer steps done."""
+
+
+Schedule = Callable[[ScheduleContext], float]
+"""To the factor, 0 or more, on the weight of a term."""
+
+
+def paper_schedule(at: ScheduleContext) -> float:
+    """1 until `layer / (2 * num_layers)` of training is done, then 0: the first layer drops out first (paper, section 3)."""
+    return 1.0 if at.progress * 2 * at.num_layers < at.layer else 0.0
+
+
+def constant_schedule(at: ScheduleContext) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+def linear_schedule(at: ScheduleContext) -> float:
+    """From 1 down a straight line to 0 at the point where the paper's schedule drops the layer."""
+    return max(0.0, 1.0 - at.progress * 2 * at.num_layers / at.layer)
+
+
+def cosine_schedule(at: ScheduleContext) -> float:
+    """From 1 down half a cosine to 0 at the point where the paper's schedule drops the layer."""
+    return (1.0 + math.cos(math.pi * min(1.0, at.progress * 2 * at.num_layers / at.layer))) / 2
+
+
+def forward_schedule(at: ScheduleContext) -> float:
+    """Targets come in one after the other: the `k`-th when `(k - 1) / (2 * num_targets)` of training is done, to stay.
+
+    The forward curriculum of Aynetdinov and Akbik (2025, arXiv 2505.22757).
+    """
+    return 1.0 if at.progress * 2 * at.num_targets >= at.offset - 1 else 0.0
+
+
+def random_schedule(at: ScheduleContext) -> float:
+    """1 for one of the intermediate layers, drawn anew at each step from the step's number alone, and 0 for the others."""
+    # Random enough, and plain arithmetic of small numbers, which torch.compile follows.
+    draw = (at.step * 7919 + 104_729) % 65_537
+    draw = (draw * draw + 12_345) % 65_521
+    return 1.0 if at.layers[draw % len(at.layers)] == at.layer else 0.0
+
+
+def rotating_schedule(interval: int) -> Schedule:
+    """1 for each `interval`-th of the intermediate layers, another set at each step; LayerSkip's rotational curriculum.
+
+    Elhoushi et al. (2024, arXiv 2404.16710), section 4.1.2.
+    """
+
+    def rotate(at: ScheduleContext) -> float:
+        return 1.0 if (at.layers.index(at.layer) - at.step) % interval == 0 else 0.0
+
+    return rotate
+
+
+_SCHEDULES: dict[str, Schedule] = {
+    "paper": paper_schedule,
+    "constant": constant_schedule,
+    "linear": linear_schedule,
+    "cosine": cosine_schedule,
+    "forward": forward_schedule,
+    "random": random_schedule,
+    "rotate_2": rotating_schedule(2),
+    "rotate_4": rotating_schedule(4),
+    "rotate_8": rotating_schedule(8),
+}
+
+
+def register_schedule(name: str, schedule: Schedule) -> None:
+    """Make `schedule` available as `intermediate_schedule=name` and `target_schedule=name`.
+
+    A process that loads a model saved with such a name registers it first.
+
+    Raises:
+        ValueError: If `name` is taken already by another function.
+    """
+    if _SCHEDULES.get(name, schedule) is not schedule:
+        raise ValueError(
+            f"a schedule named {name!r} is registered already; choose a name other than {schedule_names()}"
+        )
+    _SCHEDULES[name] = schedule
+
+
+def schedule_names() -> list[str]:
+    """The accepted values of `intermediate_schedule` and `target_schedule`."""
+    return sorted(_SCHEDULES)
+
+
+def scheduled(schedule: str, at: ScheduleContext) -> float:
+    """The factor of the schedule of that name.
+
+    Raises:
+        ValueError: If it is not known, or returns a value that is negative or not finite.
+    """
+    if schedule not in _SCHEDULES:
+        raise ValueError(_unknown_schedule("schedule", schedule))
+    factor = _SCHEDULES[schedule](at)
+    if not (math.isfinite(factor) and factor >= 0.0):
+        raise ValueError(
+            f"schedule {schedule!r} returned {factor} for layer {at.layer} of {at.num_layers} and target {at.offset} at"
+            f" training_progress {at.progress}; a schedule returns a finite number that is 0 or more"
+        )
+    return factor
+
+
+def _unknown_schedule(field: str, name: str) -> str:
+    return (
+        f"{field} is {name!r}; known schedules: {schedule_names()}. A schedule of your own is made known with"
+        " modeling_charformer.register_schedule(name, function)"
+    )
+
+
+class LossTerm(NamedTuple):
+    """One term of the loss: the classifier of `layer` (1..n) predicting `offset` (1..K) steps ahead."""
+
+    name: str
+    layer: int
+    offset: int
+    weight: float
+    """At full strength, before the schedules."""
+    is_main: bool
+    """Whether it is the loss of the model without any auxiliary ones."""
+
+
+def term_name(layer: int, offset: int, num_layers: int, main: str = "next_char") -> str:
+    """`main`, `target_2`, ... for the final layer; `layer_3`, `layer_3_target_2`, ... for the others."""
+    if layer == num_layers:
+        return main if offset == 1 else f"target_{offset}"
+    return f"layer_{layer}" if offset == 1 else f"layer_{layer}_target_{offset}"
+
+
+@dataclass(frozen=True)
+class AuxiliaryLossSettings:
+    """Which losses a model is trained with, and what each weighs when. The defaults are the paper's.
+
+    Args:
+        num_layers: Number of layers `n` of the model.
+        num_targets: Number of symbols predicted at each position, `K`; 1 is only the next.
+        target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
+        target_schedule: How the weights of targets 2..K change in training, by its name in `schedule_names()`.
+        intermediate_layers: Layers with losses of their own: `"all"`, numbers of 1..n-1, or `None`.
+        intermediate_weight: Factor on the losses of all intermediate layers.
+        intermediate_schedule: How that factor changes in training.
+        position_loss: `"all"`: each position counts alike; `"last"`: only the last one.
+        loss_weights: Weights of terms by name, in place of those that follow from the fields above; before schedules.
+        loss_weighting: `"fixed"`: as above; `"uncertainty"`: besides, each term is weighed by what training learns of
+            its homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115).
+        main: Name of the main term.
+
+    Raises:
+        ValueError: If a value is not accepted; the message names the field, the value and what is accepted.
+    """
+
+    num_layers: int
+    num_targets: int = 2
+    target_weights: Sequence[float] | None = None
+    target_schedule: str = "constant"
+    intermediate_layers: Sequence[int] | str | None = "all"
+    intermediate_weight: float = 1.0
+    intermediate_schedule: str = "paper"
+    position_loss: str = "all"
+    loss_weights: Mapping[str, float] | None = None
+    loss_weighting: str = "fixed"
+    main: str = "next_char"
+
+    def __post_init__(self):
+        if self.num_targets < 1:
+            raise ValueError(f"num_targets is {self.num_targets}; it must be 1 or more")
+        if self.target_weights is not None:
+            if len(self.target_weights) != self.num_targets - 1:
+                raise ValueError(
+                    f"target_weights has {len(self.target_weights)} entries ({list(self.target_weights)}); with"
+                    f" num_targets={self.num_targets} it needs {self.num_targets - 1}: one for each target from 2 on"
+                )
+            for weight in self.target_weights:
+                _check_weight("target_weights contains", weight)
+        _check_weight("intermediate_weight is", self.intermediate_weight)
+        self._check_intermediate_layers()
+        for field in ("target_schedule", "intermediate_schedule"):
+            if getattr(self, field) not in _SCHEDULES:
+                raise ValueError(_unknown_schedule(field, getattr(self, field)))
+        if self.position_loss not in ("all", "last"):
+            raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
+        if self.loss_weighting not in ("fixed", "uncertainty"):
+            raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
+        names = [term.name for term in self.terms]
+        for name, weight in (self.loss_weights or {}).items():
+            if name not in names:
+                raise ValueError(f"loss_weights names {name!r}; the terms of this model are {names}")
+            _check_weight(f"loss_weights[{name!r}] is", weight)
+
+    def _check_intermediate_layers(self) -> None:
+        layers, last = self.intermediate_layers, self.num_layers - 1
+        if layers is None or layers == "all":
+            return
+        if isinstance(layers, str):
+            raise ValueError(f"intermediate_layers is {layers!r}; it must be 'all', a list of layer numbers, or None")
+        wrong = [layer for layer in layers if not 1 <= layer <= last]
+        if wrong:
+            raise ValueError(
+                f"intermediate_layers contains {wrong}; with num_hidden_layers={self.num_layers} the intermediate"
+                f" layers are 1 to {last}" + (" (there are none)" if last == 0 else "")
+            )
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"intermediate_layers names a layer twice: {list(layers)}")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The intermediate layers that carry losses."""
+        if self.intermediate_layers == "all":
+            return tuple(range(1, self.num_layers))
+        return tuple(sorted(int(layer) for layer in self.intermediate_layers or ()))
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """All terms of the loss, the main one first, then the further targets, then layer by layer."""
+        of_targets = [
+            1.0,
+            *(self.target_weights if self.target_weights is not None else [0.5] * (self.num_targets - 1)),
+        ]
+        terms = []
+        for layer in (self.num_layers, *self.layers):
+            for offset in range(1, self.num_targets + 1):
+                name = term_name(layer, offset, self.num_layers, self.main)
+                weight = of_targets[offset - 1] * (1.0 if layer == self.num_layers else self.intermediate_weight)
+                weight = (self.loss_weights or {}).get(name, weight)
+                terms.append(LossTerm(name, layer, offset, weight, name == self.main))
+        return tuple(terms)
+
+    def weights_at(self, progress: float | None, step: int | None = None) -> dict[str, float]:
+        """The weight of each term by name when the share `progress` of training, and `step` steps, are done.
+
+        With `position_loss="last"` the main loss is that of the last position alone, so `last_position` takes over the
+        weight of the main term; otherwise it is a monitor with weight 0.
+
+        Raises:
+            ValueError: If `progress` is outside 0..1 or a schedule returns a value that is negative or not finite.
+        """
+        progress = 0.0 if progress is None else progress
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"training_progress is {progress}; it is the share of training done, from 0 to 1")
+        weights, layers = {}, self.layers
+        for term in self.terms:
+            at = ScheduleContext(
+                term.layer, term.offset, self.num_layers, self.num_targets, layers, progress, step or 0
+            )
+            factor = 1.0 if term.offset == 1 else scheduled(self.target_schedule, at)
+            if term.layer < self.num_layers:
+                factor *= scheduled(self.intermediate_schedule, at)
+            weights[term.name] = term.weight * factor
+        weights["last_position"] = 0.0
+        if self.position_loss == "last":
+            weights["last_position"], weights[self.main] = weights[self.main], 0.0
+        return weights
+
+
+def classifier_settings(
+    num_layers: int,
+    layers: Sequence[int] | str | None = "thirds",
+    weight: float = 0.3,
+    schedule: str = "constant",
+    **more: Any,
+) -> AuxiliaryLossSettings:
+    """The losses of a classifier of sequences or tokens with auxiliary classifiers, as Inception's.
+
+    Szegedy et al. (2015, arXiv 1409.4842), section 5: two classifiers, after about one and two thirds of the network,
+    weighted 0.3, which exist in training only. The main term is called `classification`.
+    """
+    if layers == "thirds":
+        layers = sorted({round(num_layers / 3), round(2 * num_layers / 3)} & set(range(1, num_layers)))
+    return AuxiliaryLossSettings(
+        num_layers,
+        num_targets=1,
+        intermediate_layers=layers,
+        intermediate_weight=weight,
+        intermediate_schedule=schedule,
+        main="classification",
+        **more,
+    )
+
+
+def _check_weight(field: str, weight: float) -> None:
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{field} {weight}; a weight is a finite number that is 0 or more")

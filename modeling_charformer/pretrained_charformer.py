@@ -1,0 +1,153 @@
+"""What all Charformers share: initial weights, saving, pushing, a copy for inference."""
+
+import copy
+import os
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, UncertaintyWeighting, ZeroLinear
+from .configuration_charformer import CharformerConfig
+from .hub import CharformerPushToHubMixin
+from .layers_charformer import CharformerAttention, CharformerLayer
+from .loss_settings import AuxiliaryLossSettings
+from .tokenization_charformer import CharformerTokenizer
+
+
+# Beginnings of the names of weights that tell one kind of model from another.
+HEADS = ("lm_head.", "score.")
+
+Model = TypeVar("Model", bound="CharformerPreTrainedModel")
+
+
+class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
+    config: CharformerConfig
+    loss_settings: AuxiliaryLossSettings
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CharformerLayer"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": CharformerLayer, "attentions": CharformerAttention}
+    # Not the heads of other kinds: engines such as vLLM put a head of their own on a `CharformerModel` and load nothing
+    # that its list names.
+    _keys_to_ignore_on_load_unexpected: list[str] | set[str] | None = [
+        f"^{name}".replace(".", r"\.") for name in TRAINING_ONLY
+    ]
+
+    def __init__(self, config: CharformerConfig):
+        # Values assigned to a config after it was built, as `from_pretrained(..., hidden_size=...)` does, are checked
+        # one by one there and as a whole here.
+        config.validate()
+        super().__init__(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, AuxiliaryHead):
+            # Beside the global random numbers, so that with and without auxiliary heads the rest of the model, and
+            # all that is drawn after it, is the same at the same seed.
+            generator = torch.Generator().manual_seed(torch.initial_seed() + module.index)
+            draw = torch.empty(module.weight.shape).normal_(0.0, self.config.initializer_range, generator=generator)
+            init.copy_(module.weight, draw)
+            init.zeros_(module.bias)
+        elif isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, UncertaintyWeighting):
+            for log_variance in module.log_variances.values():
+                init.zeros_(log_variance)
+        else:
+            super()._init_weights(module)
+
+    def post_init(self) -> None:
+        """The list of what is left out on loading is made of this model's and its parts'; what it has itself leaves it."""
+        super().post_init()
+        names, listed = self.state_dict().keys(), self._keys_to_ignore_on_load_unexpected or ()
+        has = {pattern for pattern in listed if any(re.search(pattern, name) for name in names)}
+        self._keys_to_ignore_on_load_unexpected = set(listed) - has
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """A model loads from another kind's checkpoint without a report on what only that one has."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        others = (*HEADS, *TRAINING_ONLY)
+        loading_info.unexpected_keys = {name for name in loading_info.unexpected_keys if not name.startswith(others)}
+
+    def _uncertainty_weighting(self) -> UncertaintyWeighting | None:
+        """Learned weights of the terms of `loss_settings`, if they are asked for."""
+        if self.loss_settings.loss_weighting == "fixed":
+            return None
+        return UncertaintyWeighting([*(term.name for term in self.loss_settings.terms), "last_position"])
+
+    def _classifiers_of_terms(self, num_outputs: int) -> nn.ModuleDict:
+        """A classifier for each term of `loss_settings` but the main one, under the term's name.
+
+        To be made before the layers that they read: DistributedDataParallel sends gradients from the last
+        parameter to the first and waits for each, and those of the first layer's classifiers come late.
+        """
+        return nn.ModuleDict(
+            {
+                term.name: AuxiliaryHead(self.config.hidden_size, num_outputs, index)
+                for index, term in enumerate(self.loss_settings.terms)
+                if not term.is_main
+            }
+        )
+
+    def without_auxiliary_heads(self: Model) -> Model:
+        """A new model with copies of the same weights and none of those that exist for training only.
+
+        Its logits are the same. It can be trained further only without auxiliary losses.
+        """
+        config = copy.deepcopy(self.config)
+        config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
+        config.target_heads = "linear"
+        config.classifier_layers, config.loss_weights, config.loss_weighting = None, None, "fixed"
+        model, weights = type(self)(config), self.state_dict()
+        model.to(self.device, self.dtype)  # type: ignore[arg-type]  # wrapped by Transformers
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+        if self.can_generate():
+            model.generation_config = copy.deepcopy(self.generation_config)
+        return model.train(self.training)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        """A repository without a tokenizer gets one beside the model: it needs no training, ids are bytes."""
+        name, options = "tokenizer_config.json", {key: kwargs.get(key) for key in ("token", "revision")}
+        if not (Path(working_dir, name).exists() or HfApi().file_exists(repo_id, name, **options)):
+            CharformerTokenizer().save_pretrained(working_dir)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def _card_facts(self) -> str:
+        config, parameters = self.config, self.num_parameters()
+        heads = sum(weight.numel() for name, weight in self.named_parameters() if name.startswith(TRAINING_ONLY))
+        facts = {
+            "Layers, width, attention heads": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}",
+            "Window, bytes": f"{config.max_position_embeddings:,}",
+            "Parameters for inference": f"{parameters - heads:,}",
+            "Parameters of the auxiliary classifiers, for training only": f"{heads:,}",
+        }
+        rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+        return f"| | |\n| --- | --- |\n{rows}"
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As everywhere in Transformers; the auxiliary heads of a language model follow. Ids from 256 on are added tokens.
+
+        Rows that are new in them are drawn as all their weights were at first.
+        """
+        embeddings: nn.Embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        heads: Any = getattr(self, "auxiliary_heads", {})
+        for name, head in list(heads.items()):
+            resized = AuxiliaryHead(head.in_features, self.config.vocab_size, head.index)
+            self._init_weights(resized)
+            resized = resized.to(head.weight.device, head.weight.dtype).requires_grad_(head.weight.requires_grad)
+            kept = min(head.out_features, resized.out_features)
+            with torch.no_grad():
+                resized.weight[:kept], resized.bias[:kept] = head.weight[:kept], head.bias[:kept]
+            heads[name] = resized.train(head.training)
+        return embeddings

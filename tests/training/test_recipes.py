@@ -1,0 +1,350 @@
+"""Recipes and the command line: every value is checked, whatever is given is a run or one clear error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from charformer_training.arguments import (
+    CONFIG_TYPES,
+    Arguments,
+    AuxiliaryLossTrainingArguments,
+    DataArguments,
+    EvaluateArguments,
+    ModelArguments,
+    RunArguments,
+)
+from charformer_training.recipes import field_types, parse_arguments
+from charformer_training.train import main
+from modeling_charformer import CharformerConfig
+from tests.helpers import QUICKSTART
+
+
+BASE: dict[str, Any] = {"data_path": "text.txt", "output_dir": "out", "max_steps": 5}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    """Writes a recipe, and returns its path."""
+
+    def write(text: str | bytes | None = None, **fields: Any) -> str:
+        path = tmp_path / "recipe.yaml"
+        content = yaml.safe_dump(BASE | fields) if text is None else text
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+def refused(words: list[str]) -> str:
+    """The error, which is one line."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        parse_arguments(words)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_field_of_the_configuration_is_a_field_of_recipes_and_the_command_line(recipe):
+    own = [
+        name for name in CharformerConfig.__annotations__ if name != "use_cache"
+    ]  # the Trainer's field of this name
+    assert list(CONFIG_TYPES) == own and set(own) < set(field_types())
+    assert {item for item in ModelArguments.__dataclass_fields__} == {*own, "model_name_or_path"}
+    assert all(ModelArguments.__dataclass_fields__[name].metadata["help"] for name in own)
+    changed = {
+        "tie_word_embeddings": True,
+        "layer_norm_eps": 0.001,
+        "classifier_layers": [1],
+        "eos_token_id": 10,
+        "pad_token_id": 3,
+        "classifier_weight": 0.5,
+    }
+    words = [word for name, value in changed.items() for word in (f"--{name}", str(value).strip("[]"))]
+    for recipe_fields, further in ((changed, []), ({}, words)):
+        config = CharformerConfig(**parse_arguments([recipe(**recipe_fields), *further]).model.config_fields())
+        assert {name: getattr(config, name) for name in changed} == changed
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"overwrite_output_dir": 2}, "overwrite_output_dir is 2; it must be true or false"),
+        ({"max_steps": True}, "max_steps is True; it must be a whole number"),
+        ({"max_steps": 3.0}, "max_steps is 3.0; it must be a whole number: 3 without a point"),
+        ({"max_steps": 1.0e3}, "max_steps is 1000.0; it must be a whole number: 1000 without a point"),
+        ({"max_steps": "5"}, "max_steps is '5'; it must be a whole number"),
+        (
+            {"intermediate_layers": [1.5]},
+            "intermediate_layers is [1.5]; it must be text or a list of whole numbers or null",
+        ),
+        ({"output_dir": ["a"]}, "output_dir is ['a']; it must be text or null"),
+        ({"output_dir": None}, "output_dir is missing"),
+        ({"data_path": 5}, "data_path is 5; it must be text or null"),
+        ({"data_path": None}, "give one of data_path and dataset_name"),
+        ({"data_path": ""}, "data_path is empty"),
+        ({"sample_prompt": None}, "sample_prompt is None; it must be text"),
+        ({"seed": None}, "seed is None; it must be a whole number"),
+        ({"seed": [1]}, "seed is [1]; it must be a whole number"),
+        ({"train_share": [0.9]}, "train_share is [0.9]; it must be a number"),
+        ({"document_separator": 7}, "document_separator is 7; it must be text"),
+        ({"eval_strategy": False}, "eval_strategy is False; it must be one of ['no', 'steps', 'epoch']"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type is 'cosin'; it must be one of ['linear'"),
+        ({"target_weights": ["a"]}, "target_weights is ['a']; it must be a list of numbers or null"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
+        ({"hub_token": ["SECRET"]}, "hub_token is (hidden); it must be text or null"),
+        ({"num_target": 3}, "there is no field 'num_target'; meant num_targets?"),
+    ],
+    ids=str,
+)
+def test_recipe_values_are_checked_for_their_type(recipe, fields, message):
+    found = refused([recipe(**fields)])
+    assert message in found and "SECRET" not in found
+
+
+def test_yaml_numbers_without_a_point_and_words_for_choices_are_taken_as_meant(recipe):
+    text = "data_path: a\noutput_dir: b\nmax_steps: 5\nlearning_rate: 1e-3\neval_strategy: 'no'\n"
+    training = parse_arguments([recipe(text)]).training
+    assert training.learning_rate == 0.001 and training.eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "not valid YAML in line 2, column 1: 'seed' is given twice"),
+        ("term: {a: 1, a: 2}\n", "'a' is given twice"),
+        ("a: &x [1]\nb: [*x, *x]\n", "an alias (*name) is not accepted"),
+        ("hub_token: 'SECRET\n", "not valid YAML in line 2"),
+        ("x: " + "[" * 5000, "nested too deep"),
+        ("x: 2024-99-99\n", "a value cannot be read"),
+        ("x: !!python/object:os.system y\n", "could not determine a constructor"),
+        (b"sample_prompt: caf\xe9\n", "is not text in UTF-8 (byte 18)"),
+        ("max_steps: 3\0\n", "not valid YAML"),
+        ("- max_steps\n", "must hold 'field: value' lines"),
+        ("", "must hold 'field: value' lines"),
+        ("[1]: 2\n", "not valid YAML"),
+        ("1: 2\n", "there is no field 1"),
+        ("x: y" * 400_000, "1,000,000 or fewer"),
+    ],
+)
+def test_text_that_is_no_recipe_is_refused(recipe, text, message):
+    found = refused([recipe(text)])
+    assert message in found and "SECRET" not in found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gradient_accumulation_steps 0", "gradient_accumulation_steps is 0; it must be 1 or more"),
+        ("--gradient_accumulation_steps -1", "gradient_accumulation_steps is -1; it must be 1 or more"),
+        ("--save_steps -1", "save_steps is -1.0; it must be a whole number of 1 or more"),
+        ("--save_steps 0", "save_steps is 0.0; it must be a whole number of 1 or more"),
+        ("--save_steps 2.5", "save_steps is 2.5; it must be a whole number of 1 or more"),
+        ("--save_total_limit 0", "save_total_limit is 0; it must be 1 or more"),
+        ("--max_grad_norm nan", "max_grad_norm is nan; it must be a finite number, 0 or more"),
+        ("--learning_rate inf", "learning_rate is inf; it must be a finite number, 0 or more"),
+        ("--weight_decay -1", "weight_decay is -1.0; it must be 0 or more"),
+        ("--adam_beta1 1", "adam_beta1 is 1.0; it must be from 0 to below 1"),
+        ("--eval_delay nan", "eval_delay is nan; it must be a finite number, 0 or more"),
+        ("--dataloader_num_workers -2", "dataloader_num_workers is -2; it must be 0 or more"),
+        ("--warmup_steps 1.5", "warmup_steps is 1.5; it must be a whole number of 0 or more"),
+        ("--seed -1", "seed is -1; it must be from 0"),
+        ("--max_steps 3.0", "max_steps is '3.0'; it must be a whole number"),
+        ("--max_steps -1", "max_steps is -1; give the number of optimizer steps"),
+        ("--max_eval_bytes -5", "max_eval_bytes is -5"),
+        ("--train_share 2", "train_share is 2.0; it must be above 0 and below 1"),
+        ("--train_share nan", "train_share is nan"),
+        ("--sample_length -1", "sample_length is -1; it must be 0 or more"),
+        ("--dataloader_drop_last true", "dataloader_drop_last is true; it must be false"),
+        ("--label_names x", "label_names is ['x']; it must be left out"),
+        ("--hidden_size 1000000000", "GB of memory here"),
+        ("--num_hidden_layers 10000000", "num_hidden_layers is 10,000,000; it must be 2,000 or fewer"),
+        ("--num_targets 1000000000", "GB of memory here"),
+        ("--num_targets 0", "num_targets is 0; it must be a whole number of 1 or more"),
+        ("--vocab_size 100", "vocab_size is 100; text is bytes"),
+        ("--data_path=", "data_path is empty"),
+        ("--dataset_name=", "dataset_name is empty"),
+        ("--model_name_or_path=", "model_name_or_path is empty"),
+        ("--report_to nonsense", "report_to is 'nonsense'"),
+        ("--metric_for_best_model f1", "metric_for_best_model is 'f1'; it must be eval_loss"),
+        ("--lr_scheduler_kwargs {", "lr_scheduler_kwargs is '{'; it must be a mapping in JSON"),
+        ("--torch_compile_mode fast", "torch_compile_mode is 'fast'; it must be one of"),
+        ("--hub_tokn SECRET", "there is no option --hub_tokn; meant --hub_token?"),
+        ("--hub-tokn=SECRET", "there is no option --hub-tokn; meant --hub_token?"),
+        ("--hub_token a SECRET", "a word belongs to no option (after --hub_token)"),
+    ],
+)
+def test_values_on_the_command_line_are_checked_for_their_range(words, message):
+    found = refused([QUICKSTART, *words.split()])
+    assert message in found and "SECRET" not in found
+
+
+def weights_field() -> str:
+    """The field of weights by the names of terms."""
+    (name,) = [name for name, kind in CONFIG_TYPES.items() if "dict" in str(kind)]
+    return name
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{a: [", "is not valid YAML in line 1"),
+        ("[1]", "is [1]; it must be a mapping or null"),
+        ("{next_char: .nan}", "next_char"),
+        ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "an alias (*name) is not accepted"),
+        ("{no_term: 1}", "no_term"),
+    ],
+)
+def test_weights_of_terms_are_checked(value, message):
+    name = weights_field()
+    found = refused([QUICKSTART, f"--{name}", value])
+    assert name in found and message in found
+
+
+def test_weights_that_are_all_0_are_refused():
+    changes = ["--num_targets", "1", "--intermediate_layers", "none", f"--{weights_field()}", "{next_char: 0}"]
+    assert "the weights of all loss terms are 0 (next_char" in refused([QUICKSTART, *changes])
+    parse_arguments([QUICKSTART, *changes[:-2]])  # the control
+
+
+def test_either_spelling_of_an_option_replaces_the_recipes_text(recipe):
+    data = parse_arguments([recipe(), "--dataset-name", "some/set"]).data
+    assert data.data_path is None and data.dataset_name == "some/set"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"save_steps": -1}, {"max_grad_norm": float("nan")}, {"adam_beta2": 2.0}], ids=str
+)
+def test_a_trainers_settings_are_checked_without_a_recipe_too(tmp_path, settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name} is .*; it must be"):
+        AuxiliaryLossTrainingArguments(str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
+        ({"stride": [16, -1]}, "stride is -1"),
+        ({"max_bytes": 1}, "max_bytes is 1"),
+        ({"split": "tail"}, "split is 'tail'"),
+        ({"train_share": 1.0}, "train_share is 1.0"),
+        ({"output": ""}, "output is empty"),
+    ],
+    ids=str,
+)
+def test_settings_of_an_evaluation_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        EvaluateArguments(**settings)
+
+
+def test_names_and_texts_that_are_not_utf8_are_shown_or_refused():
+    assert DataArguments(data_path="/data/caf\udce9\x1b[2J.txt").source == r"caf\xe9\x1b[2J.txt"
+    assert DataArguments(data_path=".").source == Path.cwd().name
+    with pytest.raises(ValueError, match="sample_prompt is .*; it must be text in UTF-8"):
+        RunArguments(sample_prompt="\udcff")
+
+
+def test_help_begins_with_an_example_and_the_recipes_and_names_every_field(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    headings = (
+        "usage:",
+        "quickstart.yaml --data_path",
+        "Recipes in training/configs:",
+        "Data:",
+        "Model:",
+        "Losses:",
+        "Training:",
+    )
+    assert [text.index(heading) for heading in headings] == sorted(text.index(heading) for heading in headings)
+    assert all(f"  --{name}" in text for name in field_types())
+    losses = text[text.index("Losses:") : text.index("Training:")]
+    assert "--target_weights" in losses and "--intermediate_size" not in losses and "--hidden_size" not in losses
+
+
+def test_without_arguments_the_program_says_how_to_begin(capsys):
+    assert main([]) == 2
+    assert "charformer-train training/configs/quickstart.yaml" in capsys.readouterr().err
+
+
+# A run, or one clear error: never a traceback, never a hang.
+fuzzed = settings(
+    max_examples=120, deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+NAMES = sorted(
+    set(field_types()) - {"output_dir", "logging_dir", "parallelism_config", "deepspeed", "full_determinism"}
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-3, 70)
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["none", "all", "no", "steps", "{", "{}", "1e-3", "1.0e+3", "../x", "eval_loss", "\x1b[2J"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def a_run_or_a_clear_error(words: list[str]) -> None:
+    try:
+        arguments = parse_arguments(words)
+    except (ValueError, FileNotFoundError) as error:
+        assert str(error).strip() and "\x1b" not in str(error)
+    else:
+        assert isinstance(arguments, Arguments) and arguments.training.max_steps >= 1
+
+
+@fuzzed
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
+@example({"max_steps": 10**40})
+@example({"hidden_size": 10**30})
+@example({"learning_rate": float("nan")})
+@example({"accelerator_config": {"a": 1}})
+@example({"lr_scheduler_kwargs": "[1]"})
+@example({"report_to": ["none", "x"]})
+def test_any_recipe_is_a_run_or_a_clear_error(tmp_path_factory, fields):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    path.write_text(yaml.safe_dump(BASE | fields), encoding="utf-8")
+    a_run_or_a_clear_error([str(path), "--use_cpu", "true"])
+
+
+@fuzzed
+@given(st.text(max_size=60) | st.binary(max_size=60).map(lambda data: data.decode("latin-1")))
+@example("!!timestamp x: 1")
+@example("!!float x")
+@example("? [a]\n: b")
+@example("<<: 1")
+def test_any_text_is_a_recipe_or_a_clear_error(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "text.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    a_run_or_a_clear_error([str(path)])
+
+
+@fuzzed
+@given(st.lists(st.tuples(st.sampled_from(NAMES), SCALARS.map(str)), max_size=3))
+@example([("data_path", "")])
+@example([("intermediate_layers", "²")])
+@example([("max_steps", "٣")])
+def test_any_command_line_is_a_run_or_a_clear_error(options):
+    words = [word for name, value in options for word in (f"--{name}", value)]
+    a_run_or_a_clear_error([QUICKSTART, "--use_cpu", "true", *words])
+
+
+@fuzzed
+@given(st.dictionaries(st.sampled_from(sorted(CONFIG_TYPES)), VALUES, max_size=4))
+def test_any_fields_make_a_configuration_or_a_clear_error(tmp_path_factory, fields):
+    path = tmp_path_factory.getbasetemp() / "config.yaml"
+    path.write_text(json.dumps(BASE | fields), encoding="utf-8")
+    a_run_or_a_clear_error([str(path), "--use_cpu", "true"])

@@ -1,0 +1,104 @@
+"""What `--help` and a call without arguments print: what people need first, then every field in its group."""
+
+import re
+import textwrap
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+_EXAMPLE = """\
+Train a Charformer from a recipe. Fields on the command line override the recipe's.
+
+  charformer-train training/configs/quickstart.yaml
+  charformer-train training/configs/quickstart.yaml --data_path my_text.txt --output_dir runs/mine --max_steps 2000
+  charformer-train training/configs/quickstart.yaml --resume_from_last
+
+A GPU is used when there is one; --use_cpu does without it."""
+_LOSSES = ("target", "intermediate", "position_", "loss_", "term_", "num_targets", "classifier")
+# What most runs set; the Trainer has a hundred fields beside these.
+_COMMON = (
+    "output_dir",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "muon",
+    "seed",
+    "bf16",
+    "use_cpu",
+    "torch_compile",
+    "logging_steps",
+    "log_loss_terms",
+    "report_to",
+    "eval_strategy",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+)
+
+
+def training_help(usage: str, parts: Iterable[type]) -> str:
+    """The help of `charformer-train`, for the settings classes of model, data, run and Trainer."""
+    model, data, run, trainer = ({item.name: item for item in fields(part)} for part in parts)
+    losses = {name: item for name, item in model.items() if name.startswith(_LOSSES) and name != "intermediate_size"}
+    groups = {
+        "Data": data,
+        "Model": {name: item for name, item in model.items() if name not in losses},
+        "Losses": losses,
+        "Training": {name: trainer[name] for name in _COMMON if name in trainer},
+        "Run": run,
+        "Training: all other fields of transformers.TrainingArguments": {
+            name: item for name, item in trainer.items() if name not in _COMMON and item.init
+        },
+    }
+    return "\n\n".join([f"usage: {usage}", _EXAMPLE, *_recipes(), *map(_group, groups, groups.values())]) + "\n"
+
+
+def how_to_begin(usage: str) -> str:
+    """What a call without arguments says."""
+    return "\n\n".join([f"usage: {usage}", _EXAMPLE, *_recipes(), "--help lists all fields."])
+
+
+def _recipes() -> list[str]:
+    paths = sorted(CONFIGS.glob("*.yaml"))  # not there in an installed package
+    if not paths:
+        return []
+    titles = map(_title, paths)
+    lines = [f"  {path.name:<20} {textwrap.shorten(title, 90)}" for path, title in zip(paths, titles, strict=True)]
+    return ["\n".join(["Recipes in training/configs:", *lines])]
+
+
+def _title(path: Path) -> str:
+    """The first sentence of a recipe's comment, without what is in parentheses."""
+    text = " ".join(re.findall(r"^# (.*)", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    return re.split(r"(?<! al)\.\s|[:;]\s", re.sub(r"\s*\([^)]*\)", "", text))[0].rstrip(".")
+
+
+def _group(title: str, items: dict[str, "Field[Any]"]) -> str:
+    return "\n".join([f"{title}:", *map(_entry, items.values())])
+
+
+def _entry(item: "Field[Any]") -> str:
+    default = "" if item.default in (MISSING, None) else f" [{_plain(item.default)}]"
+    text = " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
+    first = text.split(". ")[0].rstrip(".")
+    return f"  --{item.name}{default}\n" + textwrap.fill(first, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+
+
+def _plain(value: Any) -> str:
+    return repr(value.value if isinstance(value, Enum) else value)

@@ -1,0 +1,146 @@
+"""Trained models from a folder or the Hub, checked before their weights take memory."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+from modeling_charformer import CharformerConfig, CharformerForCausalLM
+
+from .checks import shown
+from .terminal import one_line
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "num_targets",
+)
+# The paper's largest has 64. Building each takes time and memory of its own, whatever its size.
+_MAX_LAYERS = 2_000
+
+
+def check_size(fields: Mapping[str, Any]) -> None:
+    """Refuse an architecture whose weights this machine cannot hold, before anything is built.
+
+    Args:
+        fields: Those of a `CharformerConfig`, given or read from `config.json`; its defaults stand for the rest.
+
+    Raises:
+        ValueError: Names the fields, their values and what is accepted.
+    """
+    sizes = {name: fields.get(name, getattr(CharformerConfig, name)) for name in _SIZES}
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {shown(name, value)}; it must be a whole number of 1 or more")
+    if sizes["num_hidden_layers"] > _MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers is {sizes['num_hidden_layers']:,}; it must be {_MAX_LAYERS:,} or fewer")
+    layers, width = sizes["num_hidden_layers"], sizes["hidden_size"]
+    layer = width * (4 * width + 2 * sizes["intermediate_size"] + sizes["max_position_embeddings"])
+    parameters = layers * layer + width * sizes["vocab_size"] * (1 + sizes["num_targets"])
+    needed, memory = 4 * parameters, _memory()
+    if needed > memory:
+        given = ", ".join(
+            f"{name}={sizes[name]:,}" for name in _SIZES if sizes[name] != getattr(CharformerConfig, name)
+        )
+        raise ValueError(
+            f"a model with {given} has about {parameters:,} parameters, {needed / 1e9:,.0f} GB in float32; it must fit into"
+            f" the {memory / 1e9:,.0f} GB of memory here"
+        )
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not a POSIX system
+        return 1 << 40
+
+
+def read_config(name: str, field: str = "model") -> CharformerConfig:
+    """The configuration of a trained Charformer language model.
+
+    Args:
+        name: A folder or a Hub id.
+        field: What the user calls it, for errors.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, and no such model on the Hub or no way to it.
+        ValueError: If it is another model, or its `config.json` is damaged or asks for more than this machine has.
+    """
+    if not name.strip():
+        raise ValueError(f"{field} is empty; give a folder or a Hub id")
+    label, path = one_line(name), Path(name).expanduser()
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        raise FileNotFoundError(f"{field}: {label} is not the folder of a model: it holds no config.json")
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(str(path) if path.is_dir() else name)
+        kind, heads = values.get("model_type"), values.get("architectures") or []
+    except HFValidationError:
+        raise FileNotFoundError(f"{field}: there is no folder {label!r} (from {one_line(os.getcwd())})") from None
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{field}: the config.json of {label} is damaged: {_first_line(error)}") from error
+    except OSError as error:
+        if path.is_dir():
+            raise ValueError(f"{field}: the config.json of {label} is damaged: {_first_line(error)}") from error
+        raise FileNotFoundError(
+            f"{field}: there is no folder {label!r} (from {one_line(os.getcwd())}), and the Hub has no such model or"
+            " cannot be reached"
+        ) from error
+    if kind != "charformer":
+        raise ValueError(f"{field}: {label} is a model of type {shown('', kind)}; it must be a Charformer")
+    if heads and CharformerForCausalLM.__name__ not in heads:
+        raise ValueError(
+            f"{field}: {label} is a {shown('', heads[0])}; it must be a language model, CharformerForCausalLM"
+        )
+    try:
+        check_size(values)
+        return CharformerConfig.from_pretrained(str(path) if path.is_dir() else name)
+    except (AttributeError, KeyError, OSError, StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{field}: the config.json of {label} is not accepted: {_first_line(error)}") from error
+
+
+def load_language_model(name: str, field: str = "model", **settings: Any) -> CharformerForCausalLM:
+    """The trained language model of a folder or Hub id, with all the weights that it needs.
+
+    Args:
+        name: A folder or a Hub id.
+        field: What the user calls it, for errors.
+        settings: As `from_pretrained` takes them: `dtype`, or fields of the configuration.
+
+    Raises:
+        FileNotFoundError: Like `read_config`.
+        ValueError: Like `read_config`; if the weights are missing, damaged, or of another architecture.
+    """
+    read_config(name, field)
+    label, path = one_line(name), Path(name).expanduser()
+    try:
+        loaded: Any = CharformerForCausalLM.from_pretrained(
+            str(path) if path.is_dir() else name, output_loading_info=True, **settings
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{field}: the weights of {label} are damaged or truncated ({_first_line(error)})") from error
+    except OSError as error:
+        raise FileNotFoundError(f"{field}: the weights of {label} cannot be read: {_first_line(error)}") from error
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{field}: the weights of {label} are not those of its config.json: {_first_line(error)}"
+        ) from error
+    model, info = loaded
+    missing = [key for key in info["missing_keys"] if key.startswith(("model.", "lm_head."))]
+    if missing:
+        raise ValueError(
+            f"{field}: {label} lacks weights of a language model: {missing[0]} and {len(missing) - 1} more"
+        )
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return one_line(str(error).strip().split("\n")[0])[:200] or type(error).__name__

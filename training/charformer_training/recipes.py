@@ -1,0 +1,243 @@
+"""Recipes and the command line of `charformer-train`, read into settings."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+from modeling_charformer import CharformerConfig
+
+from .arguments import (
+    CONFIG_TYPES,
+    Arguments,
+    AuxiliaryLossTrainingArguments,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+)
+from .checks import check_ranges, check_type, shown
+from .command_help import training_help
+from .pretrained import check_size
+from .strict_yaml import read_yaml
+from .terminal import one_line
+
+
+USAGE = "charformer-train RECIPE.yaml [--field value ...]"
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_PARTS = (ModelArguments, DataArguments, RunArguments, AuxiliaryLossTrainingArguments)
+
+
+class Parser(HfArgumentParser):
+    """Reads the command line of a program; whatever is wrong raises `ValueError`, and no value is echoed with it."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument --(\w+)(/--[\w-]+)?: ", r"\1: ", message)  # one of the two spellings will do
+        for kind, accepted in (("int", "a whole number"), ("float", "a number")):
+            message = re.sub(rf"^(\w+): invalid {kind} value: (.*)$", rf"\1 is \2; it must be {accepted}", message)
+        raise ValueError(one_line(message))
+
+    def known(self) -> set[str]:
+        """The names of all fields."""
+        return {action.dest for action in self._actions} - {"help"}
+
+    def parse(self, words: Sequence[str]) -> dict[str, Any]:
+        """The fields' values: those of the command line, the parser's defaults for the rest.
+
+        Raises:
+            ValueError: If a word is not an option or its value.
+        """
+        namespace, left = self.parse_known_args(list(words))
+        for word in left:
+            if word.startswith("--"):
+                name = word[2:].split("=")[0]
+                raise ValueError(f"there is no option --{one_line(name)}{hint(name, self.known(), '--')}")
+        if left:
+            before = [word.split("=")[0] for word in words[: list(words).index(left[0])] if word.startswith("--")]
+            place = f" (after {one_line(before[-1])})" if before else ""
+            raise ValueError(f"a word belongs to no option{place}; text with spaces needs quotes")
+        return vars(namespace)
+
+
+def hint(name: object, known: Iterable[str], prefix: str = "") -> str:
+    """The name that was meant, as the end of a message."""
+    close = difflib.get_close_matches(str(name).replace("-", "_"), list(known), n=1)
+    return f"; meant {prefix}{close[0]}?" if close else "; --help lists them all"
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """A recipe's fields, overridden by those of the command line; everything is checked before it is used.
+
+    Raises:
+        ValueError: If the recipe is not a mapping of known fields, or a value is not accepted.
+        FileNotFoundError: If there is no such recipe.
+    """
+    parser = _parser()
+    words = list(argv)
+    given = {word.split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    if words and not words[0].startswith("-"):
+        recipe = read_recipe(Path(words.pop(0)))
+        for source, other in (("data_path", "dataset_name"), ("dataset_name", "data_path")):
+            if f"__{source}" in given:  # replaces the recipe's text, wherever that comes from
+                recipe.pop(other, None)
+        parser.set_defaults(**recipe)
+    values = parser.parse(words)
+    if values["num_targets"] == 1 and "__num_targets" in given and "__target_weights" not in given:
+        values["target_weights"] = None  # the recipe's weights are of targets that are not wanted
+    _check_program(values)
+    _check_trainer(values)
+    check_ranges({name: value for name, value in values.items() if name not in CONFIG_TYPES})
+    model = ModelArguments(**_fields_of(ModelArguments, values))
+    _check_model(model)
+    data = DataArguments(**_fields_of(DataArguments, values))
+    run = RunArguments(**_fields_of(RunArguments, values))
+    try:
+        training = AuxiliaryLossTrainingArguments(**_fields_of(AuxiliaryLossTrainingArguments, values))
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the Trainer does not accept its settings: {error}") from error
+    # The windows themselves are random; shuffling their numbers would only cost memory.
+    training.train_sampling_strategy = "sequential"
+    return Arguments(model, data, run, training)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields of a recipe, each known and of its type.
+
+    Raises:
+        ValueError: Names file, field, value and what is accepted.
+        FileNotFoundError: If there is no such file.
+    """
+    name = one_line(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {name!r}; training/configs holds those of this project")
+    try:
+        recipe = read_yaml(path.read_text(encoding="utf-8-sig"), name)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not a recipe: it is not text in UTF-8 (byte {error.start})") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{name} must hold 'field: value' lines, like the recipes in training/configs")
+    hints = field_types()
+    for field_name, value in recipe.items():
+        if field_name not in hints:
+            raise ValueError(f"{name}: there is no field {shown('', field_name)}{hint(field_name, hints)}")
+        try:
+            check_type(field_name, value, hints[field_name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        recipe[field_name] = _for_parser(field_name, value)
+    return recipe
+
+
+@cache
+def field_types() -> dict[str, Any]:
+    """The type of each field of a recipe, by its name."""
+    hints: dict[str, Any] = {}
+    for part in _PARTS:
+        hints |= {name: kind for name, kind in get_type_hints(part).items() if not name.startswith("_")}
+    known = _parser().known()
+    return {name: kind for name, kind in (hints | CONFIG_TYPES).items() if name in known}
+
+
+def _for_parser(name: str, value: Any) -> Any:
+    """A recipe's value in the form that the command line has; `None` there is a field that is left out."""
+    if name not in CONFIG_TYPES or value is not None:
+        return value
+    if str in get_args(CONFIG_TYPES[name]):
+        return "none"
+    if getattr(CharformerConfig, name, None) is not None:
+        raise ValueError(f"{name} is null; give a value, or leave it out for {getattr(CharformerConfig, name)!r}")
+    return None
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        _PARTS,  # type: ignore[arg-type]  # typed for one class
+        prog="charformer-train",
+        usage=USAGE,
+        allow_abbrev=False,  # a misspelt field must not pass for the beginning of another
+    )
+    parser.format_help = lambda: training_help(parser.usage or "", _PARTS)  # type: ignore[method-assign]
+    return parser
+
+
+def _fields_of(part: Any, values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name, item in part.__dataclass_fields__.items() if item.init}
+
+
+def _check_program(values: dict[str, Any]) -> None:
+    """What the Trainer would accept, and this program cannot use."""
+    if not values["output_dir"] or not values["output_dir"].strip():
+        raise ValueError("output_dir is missing; give the folder for the trained model")
+    if values["max_steps"] <= 0:
+        raise ValueError(
+            f"max_steps is {values['max_steps']}; give the number of optimizer steps: windows are drawn at random, so"
+            " there are no epochs to count"
+        )
+    if values["dataloader_drop_last"]:
+        raise ValueError(
+            "dataloader_drop_last is true; it must be false: the evaluation would leave out a part of the text"
+        )
+    if values["label_names"] not in (None, ["labels"]):
+        raise ValueError(
+            f"label_names is {shown('', values['label_names'])}; it must be left out: windows have 'labels'"
+        )
+
+
+def _check_trainer(values: dict[str, Any]) -> None:
+    """What the Trainer would refuse late: after the corpus is read, or at the first evaluation."""
+    for name, kind in get_type_hints(AuxiliaryLossTrainingArguments).items():
+        value = values.get(name)
+        if dict not in {get_origin(member) or member for member in get_args(kind)} or not isinstance(value, str):
+            continue
+        if value.lstrip().startswith("{") or name not in (
+            "accelerator_config",
+            "deepspeed",
+            "fsdp_config",
+        ):  # or a file
+            try:
+                fits = isinstance(json.loads(value), dict)
+            except (RecursionError, ValueError):
+                fits = False
+            if not fits:
+                raise ValueError(f"{name} is {shown(name, value)}; it must be a mapping in JSON")
+    names = values["report_to"] if isinstance(values["report_to"], list) else [values["report_to"]]
+    for name in names:
+        if name in (None, "none", "all"):
+            continue
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise ValueError(f"report_to is {shown('', name)}; {one_line(error)}") from None
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to is {shown('', name)}, which is not installed here")
+    metric = values["metric_for_best_model"]
+    if metric is not None and not re.fullmatch(r"(eval_)?(loss|bpc|bpb|loss_\w+)", metric):
+        raise ValueError(
+            f"metric_for_best_model is {shown('', metric)}; it must be eval_loss, eval_bpc, eval_bpb or eval_loss_ and a term"
+        )
+    if values["torch_compile_mode"] not in (None, *_COMPILE_MODES):
+        raise ValueError(
+            f"torch_compile_mode is {shown('', values['torch_compile_mode'])}; it must be one of {list(_COMPILE_MODES)}"
+        )
+
+
+def _check_model(model: ModelArguments) -> None:
+    if model.model_name_or_path is not None:
+        return  # the other fields are those of the trained model
+    fields = model.config_fields()
+    check_size(fields)
+    try:
+        config = CharformerConfig(**fields)
+    except (StrictDataclassError, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(one_line(error.__cause__ or error)) from error
+    terms = config.loss_settings().terms
+    if not any(term.weight for term in terms):
+        raise ValueError(
+            f"the weights of all loss terms are 0 ({', '.join(term.name for term in terms)}): give one above 0"
+        )

@@ -1,0 +1,57 @@
+"""YAML as recipes need it: no key twice, no aliases, one clear error."""
+
+from typing import Any
+
+import yaml
+
+from .terminal import one_line
+
+
+_MAX_LENGTH = 1_000_000
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses aliases, by which a few lines can stand for gigabytes, and a key that is given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "an alias (*name) is not accepted; write the value out", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key_node.value!r} is given twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """The value that `text` is, in YAML or JSON; `source` names it in errors.
+
+    Raises:
+        ValueError: If it is not valid, is longer than a million characters, holds an alias or gives a key twice. The
+            text itself is not quoted: it may hold a secret.
+    """
+    if len(text) > _MAX_LENGTH:
+        raise ValueError(f"{source} has {len(text):,} characters; it must have {_MAX_LENGTH:,} or fewer")
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise ValueError(f"{source} is not valid YAML{place}: {one_line(error.problem or error.context)}") from error
+    except yaml.reader.ReaderError as error:
+        raise ValueError(
+            f"{source} is not valid YAML: {one_line(error.reason)} at character {error.position}"
+        ) from error
+    except RecursionError:
+        raise ValueError(f"{source} is not valid YAML: its brackets are nested too deep") from None
+    except Exception as error:  # PyYAML meets odd dates and numbers with errors of all kinds
+        raise ValueError(f"{source} is not valid YAML: a value cannot be read ({one_line(error)[:80]})") from error
