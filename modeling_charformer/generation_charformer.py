@@ -325,7 +325,8 @@ class CharformerGenerationMixin:
             **{CACHE: cache},
             **kwargs,
         )
-        return prepared
+        # PEFT, in prompt and prefix tuning, looks here for whether the text has begun, by the old name alone.
+        return prepared | {"past_key_values": prepared.get(CACHE)}
 
 
 def check_ids(name: str, ids: Any) -> None:
