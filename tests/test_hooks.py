@@ -105,7 +105,8 @@ def test_no_hook_is_missing_from_the_table():
     # A name is listed once, with the class that it is taken from.
     names = {name for _, name in listed}
     assert sorted(hook for hook in overridden() | used() if hook[1] not in names) == []
-    assert sorted(names - {name for _, name in overridden() | used()}) == []
+    present = {name for _, name, _, _, since in TABLE if Version(transformers.__version__) >= Version(since)}
+    assert sorted(present - {name for _, name in overridden() | used()}) == []
     assert len(listed) == len(names)
 
 
