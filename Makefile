@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 CLIENTS := .venv-clients
 SERVING := .venv-serving
 # Most of the tests' time goes into starting programs, a core each.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart shakespeare ablation test test-fast test-oldest test-clients test-serving check format clean
+.PHONY: help quickstart shakespeare ablation test test-fast test-oldest test-newest test-clients test-serving check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about five minutes), show the result"
@@ -18,6 +19,7 @@ help:
 	@echo "make test         install, run all tests"
 	@echo "make test-fast    those that take about two minutes on two cores"
 	@echo "make test-oldest  the same with the oldest versions supported"
+	@echo "make test-newest  the same with the newest Transformers of today"
 	@echo "make test-clients other people's programs: TRL, lm-evaluation-harness, ONNX, 8 bits, loggers (a few minutes)"
 	@echo "make test-serving vLLM serves what we save: the same text (Python 3.11 or newer, about ten minutes)"
 	@echo "make check        lint, format and types"
@@ -42,6 +44,14 @@ test-fast: $(VENV)/dev.stamp
 
 test-oldest: $(OLDEST)/dev.stamp
 	$(OLDEST)/bin/python $(PYTEST)
+
+# Installed anew each time, since what is newest changes.
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	grep -vE '^(transformers|tokenizers|huggingface-hub)==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q -c $(NEWEST)/constraints.txt -e '.[dev]'
+	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q -c $(NEWEST)/constraints.txt --upgrade transformers
+	$(NEWEST)/bin/python $(PYTEST)
 
 # Their warnings are not ours.
 test-clients: $(CLIENTS)/dev.stamp
@@ -89,4 +99,4 @@ $(SERVING)/dev.stamp: pyproject.toml tests/serving/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CLIENTS) $(SERVING) .mypy_cache .pytest_cache .ruff_cache dist build
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(CLIENTS) $(SERVING) .mypy_cache .pytest_cache .ruff_cache dist build

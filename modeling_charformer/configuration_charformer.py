@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
 from .hub import CharformerPushToHubMixin
 from .loss_settings import AuxiliaryLossSettings, classifier_settings
@@ -21,6 +22,16 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_charformer.CharformerForTokenClassification",
 }
 TARGET_HEADS = ("linear", "residual", "sequential")
+# Far above what a model of characters can use, and below what would fill the memory before any weight is loaded.
+MAX_LAYERS, MAX_HEADS, MAX_LABELS, MAX_PARAMETERS = 10_000, 100_000, 1_000_000, 10**11
+
+logger = logging.get_logger(__name__)
+
+
+def _close_field(name: str) -> str | None:
+    """The field that `name`, which is none, may be a misspelling of."""
+    close = difflib.get_close_matches(name, CharformerConfig.__annotations__, n=1, cutoff=0.8)
+    return close[0] if close else None
 
 
 @strict
@@ -120,15 +131,16 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     classifier_weight: float | int = 0.3
     classifier_schedule: str = "constant"
 
-    def __post_init__(self, **kwargs):
-        own_fields = CharformerConfig.__annotations__
+    def __post_init__(self, **kwargs: Any) -> None:
         for name in kwargs:
             # Names the base class knows arrive here too.
-            close = [] if hasattr(self, name) else difflib.get_close_matches(name, own_fields, n=1, cutoff=0.8)
+            close = None if hasattr(self, name) else _close_field(name)
             if close:
-                raise ValueError(
-                    f"CharformerConfig has no field {name!r} (given {kwargs[name]!r}); meant {close[0]!r}?"
-                )
+                raise ValueError(f"CharformerConfig has no field {name!r} (given {kwargs[name]!r}); meant {close!r}?")
+        num_labels = kwargs.get("num_labels")
+        # Each label gets a name, before anything else is checked.
+        if isinstance(num_labels, int) and num_labels > MAX_LABELS:
+            raise ValueError(f"num_labels is {num_labels}; it must be {MAX_LABELS} or less")
         for name, default in (("pad_token_id", 255), ("bos_token_id", 253), ("eos_token_id", 254)):
             if getattr(self, name) == default >= self.vocab_size:
                 setattr(self, name, None)
@@ -136,7 +148,20 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As everywhere in Transformers. An attribute whose name is close to a field's loads, with a warning: it was saved."""
+        odd = {name: close for name in config_dict if not hasattr(cls, name) and (close := _close_field(name))}
+        for name, close in odd.items():
+            logger.warning_once(
+                f"the configuration holds {name!r}, which is no field of a Charformer; {close!r} is one"
+            )
+        loaded = super().from_dict({name: value for name, value in config_dict.items() if name not in odd}, **kwargs)
+        for name in odd:
+            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, name, config_dict[name])
+        return loaded
+
+    def validate_architecture(self) -> None:
         for name in (
             "vocab_size",
             "hidden_size",
@@ -147,6 +172,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        self._check_size()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) does not divide hidden_size ({self.hidden_size})"
@@ -162,7 +188,32 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         if self.norm_placement not in ("pre", "post"):
             raise ValueError(f"norm_placement is {self.norm_placement!r}; it must be 'pre' or 'post'")
 
-    def validate_auxiliary_losses(self):
+    def _check_size(self) -> None:
+        """Before anything is built: a configuration may come from anywhere, and memory would grow without an end."""
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; it must be {MAX_LAYERS} or less")
+        if self.num_targets * self.num_hidden_layers > MAX_HEADS:
+            raise ValueError(
+                f"num_targets ({self.num_targets}) times num_hidden_layers ({self.num_hidden_layers}) must be"
+                f" {MAX_HEADS} or less: each layer may have a classifier for each target"
+            )
+        layers_with_heads = self.num_hidden_layers if self.intermediate_layers is not None else 1
+        sizes = {
+            "num_targets": self.num_targets * layers_with_heads * self.vocab_size * self.hidden_size,
+            "vocab_size": 2 * self.vocab_size * self.hidden_size,
+            "max_position_embeddings": self.num_hidden_layers * self.max_position_embeddings * self.hidden_size,
+            "hidden_size": 4 * self.num_hidden_layers * self.hidden_size**2,
+            "intermediate_size": 2 * self.num_hidden_layers * self.hidden_size * self.intermediate_size,
+        }
+        if sum(sizes.values()) > MAX_PARAMETERS:
+            largest = max(sizes, key=lambda name: sizes[name])
+            raise ValueError(
+                f"{largest} is {getattr(self, largest)}: with hidden_size {self.hidden_size} and num_hidden_layers"
+                f" {self.num_hidden_layers} the model would have {sum(sizes.values()):.1e} parameters; {MAX_PARAMETERS:.0e}"
+                " is the most that is taken"
+            )
+
+    def validate_auxiliary_losses(self) -> None:
         if self.num_targets >= self.max_position_embeddings:
             raise ValueError(
                 f"num_targets is {self.num_targets}; it must be 1 or more and below max_position_embeddings"

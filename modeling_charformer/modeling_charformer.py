@@ -29,9 +29,9 @@ from .auxiliary_losses import (
     loss_of_logits,
     sequence_problem_type,
 )
-from .compatibility import CACHE, one_cache
+from .compatibility import CACHE, check_arguments, one_cache
 from .configuration_charformer import CharformerConfig
-from .generation_charformer import CharformerGenerationMixin
+from .generation_charformer import CharformerGenerationMixin, check_ids
 from .layers_charformer import CharformerLayer, to_autocast_dtype
 from .loss_settings import AuxiliaryLossSettings, LossTerm
 from .pretrained_charformer import CharformerPreTrainedModel
@@ -103,25 +103,30 @@ class CharformerModel(CharformerPreTrainedModel):
             num_layers: Stop after so many layers (1..n); `last_hidden_state` is then their output after the final norm.
 
         Raises:
+            TypeError: If an argument is unknown that could change the result.
             ValueError: If the sequence, with what is cached, is longer than the window, or an id is outside the
                 vocabulary (found on the CPU only: elsewhere looking would stall the device).
         """
+        cache = one_cache(cache, past_key_values)
+        if cache is None or isinstance(cache, Cache):  # else continuous batching's, with arguments of its own
+            check_arguments(kwargs, self.config._attn_implementation, position_ids is not None)
         if input_ids is not None and inputs_embeds is None:
+            check_ids("input_ids", input_ids)
             self._check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)
         elif inputs_embeds is None or input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        cache = one_cache(cache, past_key_values)
+        # Without a cache the mask keeps packed texts apart, and that of an empty one is the same.
+        cache_of_mask: dict[str, Any] = {CACHE: cache}
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        named_cache: dict[str, Any] = {CACHE: cache}
 
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **named_cache,
+            **cache_of_mask,
         )
         position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, cache)
 
@@ -144,7 +149,8 @@ class CharformerModel(CharformerPreTrainedModel):
             )
             if number in on_layer_output:
                 on_layer_output[number](hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache)
+        outputs: dict[str, Any] = {"last_hidden_state": self.norm(hidden_states), CACHE: cache}
+        return BaseModelOutputWithPast(**outputs)
 
     def _mask_of_last_positions(self, causal_mask: Any, inputs_embeds: Tensor, positions_to_keep: int) -> Any:
         length = inputs_embeds.shape[1]
@@ -178,7 +184,8 @@ class CharformerModel(CharformerPreTrainedModel):
             self._check_range("position_ids", position_ids, window, "max_position_embeddings")
             return position_ids
         past = cache.get_seq_length() if cache is not None else 0
-        if past + length > window:
+        # The length of a static cache is a tensor: to look at it would stall the device, and cannot be exported.
+        if not isinstance(past, Tensor) and past + length > window:
             raise ValueError(
                 f"the sequence is {past + length} characters long"
                 + (f" ({past} of them cached)" if past else "")
@@ -230,6 +237,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         )
         self.loss_uncertainty = self._uncertainty_weighting()
         self.post_init()
+        self.generation_config = self._own_generation_config()
 
     @can_return_tuple
     def forward(
@@ -410,6 +418,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         training_progress: float | None = None,
         training_step: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -421,6 +430,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
             attention_mask: `(B, S)`, 1 for text and 0 for padding on either side.
             position_ids: `(B, S)`; by default they follow from the mask.
             labels: One for each sequence, `(B,)`, or for each character, `(B, S)`, -100 for none.
+            use_cache: Taken because trainers pass it to every model; nothing reads a classifier's cache, and there is none.
             training_progress: Share of training done, 0 to 1, which schedules follow; `None` is 0 in training mode.
             training_step: Optimizer steps done, which schedules that change from step to step follow; `None` is 0.
             num_items_in_batch: What `transformers.Trainer` passes: labels in the whole optimizer step.

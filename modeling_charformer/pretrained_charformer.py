@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
@@ -136,11 +137,19 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
         return f"| | |\n| --- | --- |\n{rows}"
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """Refuses any size but the present one: the classifiers and the tokenizer are made for these symbols."""
-        if new_num_tokens not in (None, self.config.vocab_size):
-            raise ValueError(
-                f"a Charformer's vocabulary cannot be resized (from {self.config.vocab_size} to {new_num_tokens}):"
-                " its symbols are bytes. CharformerTokenizer takes pad, bos and eos out of the 256 values"
-            )
-        return self.get_input_embeddings()  # type: ignore[return-value]  # typed as any module
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As everywhere in Transformers; the auxiliary heads of a language model follow. Ids from 256 on are added tokens.
+
+        Rows that are new in them are drawn as all their weights were at first.
+        """
+        embeddings: nn.Embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        heads: Any = getattr(self, "auxiliary_heads", {})
+        for name, head in list(heads.items()):
+            resized = AuxiliaryHead(head.in_features, self.config.vocab_size, head.index)
+            self._init_weights(resized)
+            resized = resized.to(head.weight.device, head.weight.dtype).requires_grad_(head.weight.requires_grad)
+            kept = min(head.out_features, resized.out_features)
+            with torch.no_grad():
+                resized.weight[:kept], resized.bias[:kept] = head.weight[:kept], head.bias[:kept]
+            heads[name] = resized.train(head.training)
+        return embeddings

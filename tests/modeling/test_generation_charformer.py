@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer, generation_charformer
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer, drafting_charformer
 from modeling_charformer.compatibility import CACHE
 from tests.helpers import TINY
 
@@ -113,12 +113,12 @@ def test_what_came_before_is_looked_up(make_model, monkeypatch):
         torch.nn.init.zeros_(layer.position_embeddings.weight)
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     settings = {"max_new_tokens": 400, "do_sample": False}
-    monkeypatch.setattr(generation_charformer, "AGREEMENT", 0.0)  # the heads have learned nothing
+    monkeypatch.setattr(drafting_charformer, "AGREEMENT", 0.0)  # the heads have learned nothing
     plain, _ = passes(model, **settings)
     drafted, count = passes(model, use_extra_targets=True, **settings)
     assert drafted.equal(plain)
     assert count < 400 / 2  # the heads alone see no more than one character further
-    monkeypatch.setattr(generation_charformer, "LOOK_UP", 0)
+    monkeypatch.setattr(drafting_charformer, "LOOK_UP", 0)
     drafted, count = passes(model, use_extra_targets=True, **settings)
     assert drafted.equal(plain)
     assert count >= 400 / 2
@@ -145,7 +145,7 @@ def test_sampled_text_has_the_models_distribution(make_model, drafts, monkeypatc
     for block in model.target_blocks.values():
         torch.nn.init.normal_(block.linear.weight, std=0.3)
     if drafts == "looked up":
-        monkeypatch.setattr(generation_charformer, "LOOK_UP_MATCH", 1)
+        monkeypatch.setattr(drafting_charformer, "LOOK_UP_MATCH", 1)
     prompt, temperature, draws = torch.tensor([[1, 2]]), 0.9, 500
     exact = torch.zeros(4, 4, 4)
     for first in range(4):
@@ -175,16 +175,16 @@ def test_long_drafts_are_sampled_from_the_models_distribution(make_model, monkey
     model = make_model(num_targets=4, vocab_size=2, initializer_range=0.5, target_heads="sequential").eval()
     for block in model.target_blocks.values():
         torch.nn.init.normal_(block.linear.weight, std=0.3)
-    monkeypatch.setattr(generation_charformer, "CONFIDENCE", 0.3)
+    monkeypatch.setattr(drafting_charformer, "CONFIDENCE", 0.3)
     lengths = []
-    draft = generation_charformer.ExtraTargetCandidateGenerator.get_candidates
+    draft = drafting_charformer.ExtraTargetCandidateGenerator.get_candidates
 
     def counted(self, input_ids, *args, **kwargs):
         candidates, logits = draft(self, input_ids, *args, **kwargs)
         lengths.append(candidates.shape[1] - input_ids.shape[1])
         return candidates, logits
 
-    monkeypatch.setattr(generation_charformer.ExtraTargetCandidateGenerator, "get_candidates", counted)
+    monkeypatch.setattr(drafting_charformer.ExtraTargetCandidateGenerator, "get_candidates", counted)
     texts = torch.tensor([[1, 0, *(number >> bit & 1 for bit in range(6))] for number in range(64)])
     log_probabilities = model(texts).logits.log_softmax(-1)[:, 1:-1]
     exact = log_probabilities.gather(-1, texts[:, 2:, None]).sum((1, 2)).exp().detach()

@@ -5,16 +5,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, TextStreamer, pipeline
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_charformer import (
     CharformerConfig,
     CharformerForCausalLM,
+    CharformerForSequenceClassification,
     CharformerModel,
     CharformerTokenizer,
     auxiliary_losses,
     layers_charformer,
 )
 from modeling_charformer.compatibility import CACHE
+from modeling_charformer.drafting_charformer import _continuation
 
 
 def reference_logits(model: CharformerForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -159,8 +163,9 @@ def test_padding_does_not_change_a_row(make_model, make_ids, side):
 def test_packed_rows_are_separate_texts(make_model, make_ids):
     model, a, b = make_model().eval(), make_ids(1, 8, seed=1), make_ids(1, 5, seed=2)
     positions = torch.cat([torch.arange(8), torch.arange(5)])[None]
-    packed = model(torch.cat([a, b], 1), position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(packed, torch.cat([model(a).logits, model(b).logits], 1))
+    for use_cache in (False, True):
+        packed = model(torch.cat([a, b], 1), position_ids=positions, use_cache=use_cache).logits
+        torch.testing.assert_close(packed, torch.cat([model(a).logits, model(b).logits], 1))
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
@@ -261,9 +266,14 @@ def test_streaming_and_pipeline(make_model, capsys):
 
 
 def test_default_generation_length_stays_inside_the_window(make_model, make_ids):
+    """The window's end is the default; a length of the model's own generation config is cut there, one that is asked for is not."""
     model = make_model().eval()
-    with pytest.warns(UserWarning, match="default `max_length`"):
-        assert model.generate(make_ids(1, 20), do_sample=False).shape[1] == 24
+    assert model.generate(make_ids(1, 4), do_sample=False).shape[1] == 24
+    model.generation_config.max_new_tokens = 256
+    assert model.generate(make_ids(1, 20), do_sample=False).shape[1] == 24
+    assert model.generate(make_ids(1, 20), do_sample=False, max_new_tokens=2).shape[1] == 22
+    model.generation_config.max_new_tokens = None
+    assert model.generate(make_ids(1, 20), do_sample=False, max_length=23).shape[1] == 23
 
 
 def test_generation_past_the_window_raises_before_it_begins(make_model, make_ids):
@@ -356,11 +366,94 @@ def test_without_auxiliary_heads_is_the_same_language_model(make_model, make_ids
     assert model.lm_head.weight.any()
 
 
-def test_vocabulary_cannot_be_resized(make_model):
-    model = make_model()
-    assert model.resize_token_embeddings(256) is model.get_input_embeddings()
-    with pytest.raises(ValueError, match="cannot be resized"):
-        model.resize_token_embeddings(257)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_every_head_follows_a_resized_vocabulary(make_model, make_ids, tmp_path, tied):
+    model, ids = make_model(tie_word_embeddings=tied), make_ids()
+    with torch.no_grad():
+        before = model(ids, labels=ids)
+    old = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.resize_token_embeddings(260)
+    for name, weight in model.state_dict().items():
+        assert weight[: len(old[name])].equal(old[name]), name  # those of the bytes are as they were
+    assert {head.out_features for head in model.auxiliary_heads.values()} == {260}
+    assert (model.config.vocab_size, model.lm_head.out_features) == (260, 260)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    after = model(ids, labels=ids)
+    assert after.logits[..., :256].allclose(before.logits) and after.loss_dict.keys() == before.loss_dict.keys()
+    added = torch.full_like(ids, 259)
+    model(added, labels=added).loss.backward()
+    assert all(head.weight.grad[259].any() for head in model.auxiliary_heads.values())
+    with pytest.raises(ValueError, match="labels contains 260; it must be in 0..259"):
+        model(ids, labels=ids + 260 - ids)
+    model.save_pretrained(tmp_path)
+    loaded = CharformerForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded(added).logits.equal(model.eval()(added).logits)
+    assert model.resize_token_embeddings(256).num_embeddings == model.config.vocab_size == 256
+    assert model(ids).logits.allclose(before.logits)
+
+
+def test_drafts_look_up_added_tokens_too():
+    ids = torch.tensor([[300, 44, 256, 0, 65, 66, 67, 68, 69, 7, 300 - 256, 300, 44, 256, 0, 65, 66, 67, 68, 69]])
+    assert _continuation(ids, 3).tolist() == [[7, 44, 300]]
+    assert _continuation(torch.cat([ids[:, :-1], ids[:, -1:] + 256], 1), 3).shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"head_mask": torch.ones(2)}, "no argument 'head_mask' \\(given as Tensor\\)"),
+        ({"encoder_hidden_states": torch.ones(2, 20, 16)}, "no argument 'encoder_hidden_states'"),
+        ({"layer_past": 1}, "no argument 'layer_past'"),
+        ({"token_type_ids": torch.ones(2, 20)}, "token_type_ids are not all 0"),
+        ({"seq_idx": torch.zeros(2, 20)}, "seq_idx alone does not keep packed texts apart"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_would_change_the_result_is_not_ignored(make_model, make_ids, argument, message):
+    model = make_model().eval()
+    for part in (model, model.model, CharformerForSequenceClassification(model.config)):
+        with pytest.raises(TypeError, match=message):
+            part(make_ids(), **argument)
+
+
+def test_what_changes_nothing_is_taken(make_model, make_ids):
+    model, ids = make_model().eval(), make_ids()
+    harmless = {"head_mask": None, "token_type_ids": ids * 0, "cache_position": torch.arange(20), "return_dict": True}
+    assert model(ids, **harmless).logits.equal(model(ids).logits)
+
+
+def test_an_engine_passes_what_its_own_attention_reads(make_model, make_ids):
+    model, ids, seen = make_model().eval(), make_ids(), []
+
+    def attention(module, query, key, value, mask, attention_instances=None, **kwargs):
+        seen.append(attention_instances[module.layer_idx])
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    expected = model(ids).logits
+    ALL_ATTENTION_FUNCTIONS.register("an engine's", attention)
+    model.config._attn_implementation = "an engine's"
+    assert model(ids, attention_instances="abc").logits.allclose(expected)
+    assert seen == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(4, dtype=torch.long), "has the shape \\(4,\\)"),
+        (torch.zeros(1, 2, 4, dtype=torch.long), "has the shape \\(1, 2, 4\\)"),
+        (torch.zeros(1, 4), "is a tensor of torch.float32"),
+        (b"text", "is of the type bytes"),
+        ([[1, 2]], "is of the type list"),
+    ],
+    ids=["1d", "3d", "float", "bytes", "list"],
+)
+def test_ids_that_are_none_are_named(make_model, ids, message):
+    model = make_model().eval()
+    for call in (model, model.model, lambda **kwargs: model.generate(**kwargs, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=f"input_ids {message}; give a tensor of torch.long"):
+            call(input_ids=ids)
+    with pytest.raises(ValueError, match=f"inputs {message}"):
+        model.generate(ids, max_new_tokens=2)
 
 
 @pytest.mark.slow
