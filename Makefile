@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+CLIENTS := .venv-clients
 # Most of the tests' time goes into starting programs, a core each.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart shakespeare ablation test test-fast test-oldest check format clean
+.PHONY: help quickstart shakespeare ablation test test-fast test-oldest test-clients check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about five minutes), show the result"
@@ -16,6 +17,7 @@ help:
 	@echo "make test         install, run all tests"
 	@echo "make test-fast    those that take about two minutes on two cores"
 	@echo "make test-oldest  the same with the oldest versions supported"
+	@echo "make test-clients other people's programs: TRL, lm-evaluation-harness, ONNX, 8 bits, loggers (a few minutes)"
 	@echo "make check        lint, format and types"
 	@echo "make format       reformat the code"
 	@echo "make clean        delete environments and caches (not runs/)"
@@ -38,6 +40,10 @@ test-fast: $(VENV)/dev.stamp
 
 test-oldest: $(OLDEST)/dev.stamp
 	$(OLDEST)/bin/python $(PYTEST)
+
+# Their warnings are not ours.
+test-clients: $(CLIENTS)/dev.stamp
+	$(CLIENTS)/bin/python -m pytest -W ignore tests/clients
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -65,5 +71,10 @@ $(OLDEST)/dev.stamp: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[dev]'
 	@touch $@
 
+$(CLIENTS)/dev.stamp: pyproject.toml constraints.txt tests/clients/requirements.txt
+	$(PYTHON) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]' -r tests/clients/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache dist build
+	rm -rf $(VENV) $(OLDEST) $(CLIENTS) .mypy_cache .pytest_cache .ruff_cache dist build

@@ -69,7 +69,7 @@ def main() -> None:
         )
         own, steps = Clock(), Clock()
         calls = 3  # of what is watched, in each step
-        trainer.count_targets = own.watch(trainer.count_targets)
+        trainer.Targets.counts = own.watch(trainer.Targets.counts)  # type: ignore[method-assign]
         for name in ("_progress_inputs", "_add_training_terms"):
             setattr(run, name, own.watch(getattr(run, name)))
         run.training_step = steps.watch(run.training_step)  # type: ignore[method-assign]

@@ -16,6 +16,8 @@ from charformer_training import (
 )
 
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 (output_dir,) = sys.argv[1:]
 set_seed(0)
 # Any causal language model: AutoModelForCausalLM.from_pretrained(...). This one is small and new.
@@ -25,7 +27,7 @@ add_auxiliary_losses(
     num_targets=2,
     intermediate_layers=[1, 2, 3],
     intermediate_schedule="random",  # one of them a step: with a large vocabulary each costs as much as the last
-    loss_weights={"target_2": 0.4, "layer_1": 0.3, "layer_2": 0.3, "layer_3": 0.3},
+    term_weights={"target_2": 0.4, "layer_1": 0.3, "layer_2": 0.3, "layer_3": 0.3},
 )
 
 numbers = [torch.arange(start, start + 32) % 100 for start in range(100)]

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from modeling_charformer import CharformerForCausalLM
 
 
-HEADER = struct.Struct("<QI")  # length and checksum (CRC-32) of the text
+HEADER = struct.Struct("<QII")  # length and checksum (CRC-32) of the text, checksum of the code
 MODEL = constriction.stream.model.Categorical(perfect=False)
 
 
@@ -58,16 +58,21 @@ def compress(model: CharformerForCausalLM, text: bytes) -> bytes:
         encoder.encode(np.array([value], np.int32), MODEL, predict())
         predict.seen.append(value)
     code = encoder.get_compressed().astype("<u4").tobytes()
-    return HEADER.pack(len(text), zlib.crc32(text)) + code
+    return HEADER.pack(len(text), zlib.crc32(text), zlib.crc32(code)) + code
 
 
 def restore(model: CharformerForCausalLM, compressed: bytes) -> bytes:
     """The text that `compress` was given.
 
     Raises:
-        ValueError: If it is another one: the model, the machine or the libraries are not those that compressed it.
+        ValueError: If `compressed` is cut or damaged; if the text is another one: the model, the machine or the
+            libraries are not those that compressed it.
     """
-    length, checksum = HEADER.unpack_from(compressed)
+    if len(compressed) < HEADER.size:
+        raise ValueError("the file is cut, or was not compressed by this program")
+    length, checksum, code_checksum = HEADER.unpack_from(compressed)
+    if zlib.crc32(compressed[HEADER.size :]) != code_checksum:
+        raise ValueError("the file is cut or damaged, or was not compressed by this program")
     code = np.frombuffer(compressed[HEADER.size :], "<u4").astype(np.uint32)
     predict, decoder = Predictor(model), constriction.stream.queue.RangeDecoder(code)
     for _ in tqdm(range(length), desc="restore", unit="byte"):
@@ -89,7 +94,10 @@ def main() -> None:
     data = Path(source).read_bytes()
     if not data:
         sys.exit(f"{source} is empty")
-    result = compress(model, data) if action == "compress" else restore(model, data)
+    try:
+        result = compress(model, data) if action == "compress" else restore(model, data)
+    except ValueError as error:
+        sys.exit(f"{source}: {error}")
     Path(target).write_bytes(result)
     text, code = (data, result) if action == "compress" else (result, data)
     print(f"{len(text):,} bytes of text, {len(code):,} compressed: {8 * len(code) / len(text):.4f} bits per byte")

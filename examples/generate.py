@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 import modeling_charformer  # noqa: F401  (makes the Auto classes know the model)
 
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 folder, prompt = sys.argv[1:]
 set_seed(0)
 model = AutoModelForCausalLM.from_pretrained(folder)

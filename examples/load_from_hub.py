@@ -8,6 +8,8 @@ import sys
 from transformers import pipeline, set_seed
 
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 repo_id, prompt = sys.argv[1:]
 set_seed(0)
 generator = pipeline("text-generation", model=repo_id, trust_remote_code=True)

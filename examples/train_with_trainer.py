@@ -19,6 +19,8 @@ from charformer_training.data import DataArguments
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 text, output_dir = sys.argv[1:]
 window, steps, batch = 64, 300, 8
 
@@ -57,7 +59,7 @@ trainer = AuxiliaryLossTrainer(
     train_dataset=RandomWindows(splits["train"], window, num_windows=steps * batch, seed=0),
     eval_dataset=ConsecutiveWindows(splits["validation"], window),
     data_collator=default_data_collator,
-    processing_class=CharformerTokenizer(),
+    processing_class=CharformerTokenizer.for_model(config),
 )
 trainer.train()
 print({name: value for name, value in trainer.evaluate().items() if name in ("eval_loss", "eval_bpc", "eval_bpb")})

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 
 # Beginnings of the names of weights that exist for training only.
@@ -12,14 +13,25 @@ TRAINING_ONLY = ("auxiliary_heads.", "target_blocks.", "auxiliary_classifiers.",
 
 
 class AuxiliaryHead(nn.Linear):
-    """A linear classifier that exists for the training only; `index` tells it from its siblings."""
+    """A linear head that exists for the training only; `index` tells it from its siblings."""
 
     def __init__(self, in_features: int, out_features: int, index: int):
         self.index = index
         super().__init__(in_features, out_features)
 
     def reset_parameters(self) -> None:
-        """Nothing: `CharformerPreTrainedModel._init_weights` draws the weights, from a generator of their own."""
+        """Nothing: `draw` does it, when the standard deviation is known."""
+
+    def draw(self, standard_deviation: float) -> None:
+        """Draw the weights from a generator of their own.
+
+        With and without auxiliary heads the rest of a model, and all that is drawn after it, is then the same at the same
+        seed.
+        """
+        generator = torch.Generator().manual_seed(torch.initial_seed() + self.index)
+        drawn = torch.empty(self.weight.shape).normal_(0.0, standard_deviation, generator=generator)
+        init.copy_(self.weight, drawn)
+        init.zeros_(self.bias)
 
 
 class ZeroLinear(nn.Linear):

@@ -1,16 +1,17 @@
-"""The auxiliary losses of Al-Rfou et al. (2018, arXiv 1808.04444): which terms there are, what each weighs when, its value.
+"""The values of the losses of Al-Rfou et al. (2018, arXiv 1808.04444), and the plan of a training step's losses.
 
-With `n` layers, `h_l` the output of layer `l` and a linear classifier `W_{l,k}` for each layer and target offset `k`:
+With `n` layers, `h_l` the output of layer `l` and a linear head `W_{l,k}` for each layer and target offset `k`:
 
     CE_{l,k} = mean over positions t of  -log softmax(W_{l,k} h_l[t])[ x_{t+k} ]                (nats)
     loss     = sum over l, k of  weight_{l,k}(p) * CE_{l,k}            p = share of training done, in [0, 1]
 
-Everything here is a pure function of its arguments: the weights of Python numbers, so that they need no device
-synchronisation and are known before the forward pass runs (a head whose weight is 0 is not run), the values of tensors.
+`Targets` holds what a language model is to predict and what each sum is divided by; `LossStep` which terms are active,
+their values and their weighted sum. The rest are functions of tensors.
 Shapes: B batch, S sequence, V vocabulary, K number of targets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .auxiliary_heads import UncertaintyWeighting
-from .loss_settings import LossTerm
+from .loss_settings import AuxiliaryLossSettings, LossTerm
 
 
 IGNORE_INDEX = -100
@@ -36,10 +37,223 @@ def last_target_positions(targets: Tensor) -> Tensor:
     return torch.where(targets != IGNORE_INDEX, positions, 0).amax(dim=-1, keepdim=True)
 
 
-def count_targets(labels: Tensor, num_targets: int) -> Tensor:
-    """Numbers `(2, K)` of positions, and of rows with one or more, that have a target 1..K steps ahead in `labels` `(B, S)`."""
-    present = torch.stack([shifted_targets(labels, offset) != IGNORE_INDEX for offset in range(1, num_targets + 1)])
-    return torch.stack([present.sum(dim=(1, 2)), present.any(dim=2).sum(dim=1)])
+def last_targets(targets: Tensor, documents: Tensor) -> Tensor:
+    """`targets` `(B, S)` with only the last one of each document, given by number `(B, S)`, left; the others are -100."""
+    length, counted = targets.shape[-1], targets != IGNORE_INDEX
+    positions = torch.where(counted, torch.arange(length, device=targets.device), length)
+    # Of each position, the next one that counts; `length` if there is none.
+    following = F.pad(positions[..., 1:], (0, 1), value=length).flip(-1).cummin(-1).values.flip(-1)
+    is_last = F.pad(documents, (0, 1), value=-1).gather(-1, following) != documents
+    return targets.masked_fill(~(counted & is_last), IGNORE_INDEX)
+
+
+def packed_documents(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """The number of each position's document, rising along a row, where the inputs of a model say that rows hold several.
+
+    They say it by `position_ids` that do not go on by one, by `seq_idx`, by `cu_seq_lens_q` (as flash attention takes
+    it), or by a mask `(B, 1, S, S)` in which a position does not see the one before it.
+
+    Returns:
+        `(B, S)`, or `None` if none of these is given. What is not of that shape says nothing.
+    """
+    starts = []
+    position_ids, seq_idx, ends, mask = (
+        inputs.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q", "attention_mask")
+    )
+    if isinstance(position_ids, Tensor) and position_ids.dim() == 2 and position_ids.shape[1] == shape[1]:
+        starts.append((position_ids.diff(dim=1) != 1).expand(shape[0], -1))
+    if isinstance(seq_idx, Tensor) and seq_idx.shape == shape:
+        starts.append(seq_idx.diff(dim=1) != 0)
+    if isinstance(ends, Tensor):
+        first = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=ends.device)
+        starts.append(first.index_fill(0, ends.long(), True)[:-1].view(shape)[:, 1:])
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == (shape[1], shape[1]):
+        seen = mask[:, 0].diagonal(offset=-1, dim1=1, dim2=2)
+        starts.append((~seen if seen.dtype == torch.bool else seen < -1).expand(shape[0], -1))
+    if not starts:
+        return None
+    return F.pad(torch.stack(starts).any(0).cumsum(-1), (1, 0))
+
+
+class Targets:
+    """What a language model is to predict at each position of `(B, S)`: the symbols that follow it in its document.
+
+    No target lies in another document of a packed row, see `packed_documents`. Where only the labels tell the documents
+    apart, a single -100 between two labels counts as the beginning of one, as packing collators mark it.
+
+    Args:
+        inputs: Those of the model. `labels` `(B, S)` are shifted here; `shift_labels` `(B, S)`, which take their place
+            if given, hold at each position the symbol after it already. With neither there is nothing to predict.
+        num_targets: `K`.
+        num_items_in_batch: What `transformers.Trainer` counts: next symbols in the whole optimizer step.
+        target_counts: `(2, K)`, `counts()` added up over the whole optimizer step.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Any],
+        num_targets: int,
+        num_items_in_batch: Tensor | int | None = None,
+        target_counts: Tensor | None = None,
+    ):
+        labels, following = inputs.get("labels"), inputs.get("shift_labels")
+        if following is None and labels is not None:
+            following = shifted_targets(labels, 1)
+        self.given = following is not None
+        self.num_targets = num_targets
+        self._num_items, self._target_counts = num_items_in_batch, target_counts
+        self._ahead: dict[int, Tensor] = {}
+        self._denominators: Tensor | None = None
+        if following is not None:
+            self._ahead[1] = self._following = following
+            self.documents = packed_documents(inputs, following.shape)
+            if self.documents is not None or num_targets > 1:
+                self._borders = self._numbered(inputs.get("attention_mask"))
+            if self.documents is not None:
+                self._ahead[1] = self._in_document(following, 1)
+
+    def _numbered(self, mask: Any) -> Tensor:
+        """The number of the document of each symbol, and of the one after the last, `(B, S + 1)`."""
+        following = self._following
+        counted = F.pad(following != IGNORE_INDEX, (1, 1))
+        lone = counted[:, :-2] & ~counted[:, 1:-1] & counted[:, 2:]
+        numbers = F.pad(lone.cumsum(-1), (1, 0))
+        if self.documents is not None:
+            numbers = numbers + F.pad(self.documents, (0, 1), mode="replicate")
+        return numbers
+
+    def _in_document(self, targets: Tensor, offset: int) -> Tensor:
+        there = F.pad(self._borders, (0, offset - 1))[:, offset:]
+        return targets.masked_fill(self._borders[:, :-1] != there, IGNORE_INDEX)
+
+    def ahead(self, offset: int) -> Tensor:
+        """At each position of `(B, S)` the symbol `offset` (1..K) steps ahead; -100 where there is none in its document."""
+        if offset not in self._ahead:
+            self._ahead[offset] = self._in_document(shifted_targets(self._following, offset - 1), offset)
+        return self._ahead[offset]
+
+    def counts(self) -> Tensor:
+        """Numbers `(2, K)` of positions, and of documents with one or more, that have a target 1..K steps ahead.
+
+        A row that is not packed is one document.
+        """
+        targets = torch.stack([self.ahead(offset) for offset in range(1, self.num_targets + 1)])
+        if self.documents is None:
+            ends = (targets != IGNORE_INDEX).any(dim=2)
+        else:
+            ends = last_targets(targets, self.documents.expand_as(targets)) != IGNORE_INDEX
+        return torch.stack([(targets != IGNORE_INDEX).sum(dim=(1, 2)), ends.flatten(1).sum(dim=1)])
+
+    @property
+    def denominators(self) -> Tensor:
+        """What each sum of a term is divided by to be a mean: `(2, K)` as `counts`, at least 1.
+
+        - Alone, a batch is divided by its own counts.
+        - As part of an optimizer step over several batches and processes (`target_counts`), by the counts of the whole
+          step: the parts add up to the mean over the one big batch.
+        - With `num_items_in_batch` alone, the other counts are this batch's, scaled up by its share of the next symbols:
+          exact where all rows are alike.
+        """
+        if self._denominators is None:
+            if self._target_counts is not None:
+                counts = self._target_counts.to(self._following.device).clamp(min=1)
+            else:
+                counts = self.counts().clamp(min=1)
+                if self._num_items is not None:
+                    counts = counts * (self._num_items / counts[0, 0])
+            self._denominators = counts
+        return self._denominators
+
+    def denominator(self, term: LossTerm) -> Tensor:
+        return self.denominators[int(term.positions == "last"), term.offset - 1]
+
+    def share_of_step(self) -> Tensor:
+        """How much of the optimizer step is in this batch, by its next symbols; 1 if it is all."""
+        return (self.ahead(1) != IGNORE_INDEX).sum() / self.denominators[0, 0]
+
+
+class LossStep:
+    """The losses of one forward pass: which terms are active, their values so far, their weighted sum.
+
+    It lives for one call and holds no parameters. Without labels no term is active, and `breakdown` is empty.
+
+    Args:
+        settings: Which terms there are. In evaluation only those of the model's own head are active.
+        labelled: Whether there are labels.
+        training: Whether the model is in training mode.
+        progress, step: Share of training and number of optimizer steps done, for the schedules.
+    """
+
+    def __init__(
+        self,
+        settings: AuxiliaryLossSettings,
+        labelled: bool,
+        training: bool,
+        progress: float | None = None,
+        step: int | None = None,
+    ):
+        weights = settings.weights_at(progress, step) if training else settings.evaluation_weights
+        self.weights: dict[str, float] = weights if labelled else {}
+        # A head whose weight is 0 is not run; the model's own is run anyway, and its losses are worth knowing.
+        self.terms = [
+            term
+            for term in settings.terms
+            if self.weights.get(term.name) or (term.is_main and term.name in self.weights)
+        ]
+        self.values: dict[str, Tensor] = {}
+        self._num_layers = settings.num_layers
+
+    @property
+    def final_terms(self) -> list[LossTerm]:
+        """The active terms of the final layer that need auxiliary heads."""
+        return [term for term in self.terms if term.layer == self._num_layers and not term.is_main]
+
+    def on_layer_output(
+        self, losses_of: Callable[[list[LossTerm], Tensor], Mapping[str, Tensor]]
+    ) -> dict[int, Callable[[Tensor], None]]:
+        """By the number of an intermediate layer with active terms, what computes and adds them from the layer's output."""
+        by_layer: dict[int, list[LossTerm]] = {}
+        for term in self.terms:
+            if term.layer < self._num_layers:
+                by_layer.setdefault(term.layer, []).append(term)
+
+        def add(terms: list[LossTerm], hidden_states: Tensor) -> None:
+            self.add(losses_of(terms, hidden_states))
+
+        return {layer: partial(add, terms) for layer, terms in by_layer.items()}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add the raw values of terms by name."""
+        self.values.update(values)
+
+    def add_main(self, loss_of: Callable[[LossTerm], Tensor]) -> None:
+        """Add the terms of the model's own head; one that is a monitor only, of weight 0, gets no gradient."""
+        for term in self.terms:
+            if term.is_main:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights[term.name] > 0):
+                    self.values[term.name] = loss_of(term)
+
+    def breakdown(
+        self, weighting: UncertaintyWeighting | None, share_of_step: Callable[[], Tensor | float]
+    ) -> dict[str, Any]:
+        """`loss`, the sum of the terms by their weights, and `loss_dict` and `loss_weights`, what it is the sum of.
+
+        Learned weighting adds the term `uncertainty`, which keeps the weights from going to 0. `share_of_step` returns the
+        part of the optimizer step that this batch makes up; scaled by it, `uncertainty` adds up over the batches of a
+        step like the other terms.
+        """
+        if not self.terms:
+            return {"loss": None, "loss_dict": None, "loss_weights": None}
+        losses = {term.name: self.values[term.name] for term in self.terms if term.name in self.values}
+        weights: dict[str, Any] = {name: self.weights[name] for name in losses}
+        if weighting is not None:
+            weights, uncertainty = weighting(weights, list(losses))
+            losses["uncertainty"], weights["uncertainty"] = uncertainty * share_of_step(), 1.0
+        summands = [weight * losses[name] for name, weight in weights.items() if isinstance(weight, Tensor) or weight]
+        detached = {
+            name: weight.detach() if isinstance(weight, Tensor) else weight for name, weight in weights.items()
+        }
+        return {"loss": torch.stack(summands).sum(), "loss_dict": losses, "loss_weights": detached}
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -47,31 +261,6 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(
         logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-
-
-def mean_denominators(
-    labels: Tensor, num_targets: int, num_items_in_batch: Tensor | int | None, target_counts: Tensor | None
-) -> Tensor:
-    """What each sum of a term is divided by to be a mean: `(2, K)` as in `count_targets`, at least 1.
-
-    - Alone, a batch is divided by its own counts.
-    - As part of an optimizer step over several batches and processes (`target_counts`: `count_targets` added up over
-      all of them), by the counts of the whole step: the parts add up to the mean over the one big batch.
-    - With `num_items_in_batch` alone, all that `transformers.Trainer` counts (next characters of the whole step), the
-      other counts are this batch's, scaled up by its share of the next characters: exact where all rows are alike.
-    """
-    if target_counts is not None:
-        counts = target_counts.to(labels.device)
-    else:
-        counts = count_targets(labels, num_targets)
-        if num_items_in_batch is not None:
-            return counts.clamp(min=1) * (num_items_in_batch / counts[0, 0].clamp(min=1))
-    return counts.clamp(min=1)
-
-
-def share_of_step(labels: Tensor, denominators: Tensor) -> Tensor:
-    """How much of the optimizer step that `denominators` count is in this batch, `labels` `(B, S)`; 1 if it is all."""
-    return count_targets(labels, 1)[0, 0] / denominators[0, 0]
 
 
 # Logits of one piece of the classifiers' work: 64 MB in float32. Smaller pieces would not save anything that matters,
@@ -106,44 +295,53 @@ def chunked_cross_entropy_sums(
 
 
 def causal_lm_losses(
-    hidden: Tensor,
-    classify: Callable[[Tensor], Sequence[Tensor]],
+    head_input: Tensor,
+    heads: Callable[[Tensor], Sequence[Tensor]],
     terms: Sequence[LossTerm],
-    labels: Tensor,
-    denominators: Tensor,
+    targets: Targets,
     vocab_size: int,
-    last_position_only: bool = False,
 ) -> dict[str, Tensor]:
-    """The raw, unweighted value in nats of each of `terms`, whose classifiers read the same, as float32 scalars by name.
+    """The raw, unweighted value in nats of each of `terms`, whose heads read the same, as float32 scalars by name.
 
     Args:
-        hidden: What the classifiers read, `(B, S, hidden_size)`.
-        classify: `(..., hidden_size)` to the logits `(..., V)` of the classifier of each of `terms`; deterministic.
-        terms: The terms to compute, at least one, each with another offset.
-        labels: `(B, S)`; the symbol at position `t` is the target of position `t - offset`.
-        denominators: `(2, K)`, see `mean_denominators`.
+        head_input: What the heads read, `(B, S, hidden_size)`.
+        heads: `(..., hidden_size)` to the logits `(..., V)` of the head of each of `terms`; deterministic.
+        terms: The terms to compute, at least one, each with another offset, all of the same positions.
+        targets: Those of the batch.
         vocab_size: `V`.
-        last_position_only: Count only the last position of each row that has a target, and run the classifiers on the
-            few positions that are such for one of them.
     """
-    targets = torch.stack([shifted_targets(labels, term.offset) for term in terms])
-    if last_position_only:
-        last = last_target_positions(targets)  # (T, B, 1)
-        hidden = hidden.take_along_dim(last.permute(1, 0, 2), dim=1)
-        # Each classifier's own of the T positions; the others' are not counted.
-        others = ~torch.eye(len(terms), dtype=torch.bool, device=labels.device)[:, None]
-        targets = targets.take_along_dim(last, dim=2).masked_fill(others, IGNORE_INDEX)
-    sums = chunked_cross_entropy_sums(hidden, targets, classify, vocab_size)
-    row = int(last_position_only)
-    return {term.name: total / denominators[row, term.offset - 1] for term, total in zip(terms, sums, strict=True)}
+    wanted = torch.stack([targets.ahead(term.offset) for term in terms])
+    if terms[0].positions == "last" and targets.documents is not None:
+        wanted = last_targets(wanted, targets.documents.expand_as(wanted))
+    elif terms[0].positions == "last":
+        # One position for each row and term: the heads run on these few alone.
+        last = last_target_positions(wanted)  # (T, B, 1)
+        head_input = head_input.take_along_dim(last.permute(1, 0, 2), dim=1)
+        # Each head's own of the T positions; the others' are not counted.
+        others = ~torch.eye(len(terms), dtype=torch.bool, device=wanted.device)[:, None]
+        wanted = wanted.take_along_dim(last, dim=2).masked_fill(others, IGNORE_INDEX)
+    sums = chunked_cross_entropy_sums(head_input, wanted, heads, vocab_size)
+    return {term.name: total / targets.denominator(term) for term, total in zip(terms, sums, strict=True)}
 
 
-def last_position_loss(logits: Tensor, labels: Tensor, denominators: Tensor) -> Tensor:
-    """Mean cross-entropy of the last position of each row that has a next symbol, of logits `(B, S, V)`."""
-    targets = shifted_targets(labels, 1)
-    last = last_target_positions(targets)
-    total = cross_entropy_sum(logits.take_along_dim(last[..., None], dim=1), targets.take_along_dim(last, dim=1))
-    return total / denominators[1, 0]
+def loss_of_logits(logits: Tensor, term: LossTerm, targets: Targets) -> Tensor:
+    """The value in nats of a term whose logits `(B, S, V)` are there already, a float32 scalar."""
+    wanted = targets.ahead(term.offset)
+    if term.positions == "last" and targets.documents is not None:
+        wanted = last_targets(wanted, targets.documents)
+    elif term.positions == "last":
+        last = last_target_positions(wanted)
+        logits, wanted = logits.take_along_dim(last[..., None], dim=1), wanted.take_along_dim(last, dim=1)
+    return cross_entropy_sum(logits, wanted) / targets.denominator(term)
+
+
+def last_of_text(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Of `(B, S, hidden_size)` what is at the last position of each row that the mask `(B, S)` counts as text."""
+    if attention_mask is None:
+        return hidden_states[:, -1]
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    last = (positions * attention_mask.to(positions.dtype)).argmax(dim=-1)
+    return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
 
 
 def classification_loss(
@@ -176,27 +374,3 @@ def sequence_problem_type(given: str | None, num_labels: int, labels: Tensor) ->
     if num_labels == 1:
         return "regression"
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-
-
-def weighted_loss(
-    loss_dict: dict[str, Tensor],
-    weights: Mapping[str, float],
-    weighting: UncertaintyWeighting | None,
-    share: Tensor | float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
-    """The sum of the terms by their weights; with it the terms and the weights that it is the sum of.
-
-    Learned weighting adds the term `uncertainty`, without which all weights would go to 0. Where the terms are a part of
-    those of an optimizer step, `share` is how much of it: the parts of `uncertainty` add up too.
-    """
-    present: dict[str, Any] = {name: weights[name] for name in loss_dict}
-    if weighting is not None:
-        present, loss_dict = dict(present), dict(loss_dict)
-        present, uncertainty = weighting(present, list(loss_dict))
-        loss_dict["uncertainty"] = uncertainty * share
-        present["uncertainty"] = 1.0
-    loss = torch.stack(
-        [weight * loss_dict[name] for name, weight in present.items() if isinstance(weight, Tensor) or weight]
-    ).sum()
-    detached = {name: weight.detach() if isinstance(weight, Tensor) else weight for name, weight in present.items()}
-    return loss, loss_dict, detached

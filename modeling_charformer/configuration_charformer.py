@@ -49,7 +49,9 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             (norms after each residual sum). The paper does not say which it used.
         tie_word_embeddings: Whether the next-character classifier of the final layer is the embedding's matrix.
         use_cache: Whether the forward pass returns the key-value cache by default.
-        pad_token_id, bos_token_id, eos_token_id: Special symbols; none by default, since all 256 bytes are text.
+        pad_token_id, bos_token_id, eos_token_id: Special symbols, those of `CharformerTokenizer` by default: bytes that UTF-8 never
+            uses. `None` is to have none, as raw binary data may need it: `generate` stops at eos. A vocabulary too small for
+            one has none.
         num_targets: Number of characters predicted at each position, `K`; 1 is only the next.
         target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
         target_schedule: How they change in training: `"constant"`, `"forward"` (targets come in one after the other),
@@ -64,7 +66,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             of it is done), `"constant"`, `"linear"`, `"cosine"`, `"random"` (one layer a step), `"rotate_2"`,
             `"rotate_4"`, `"rotate_8"` (every second, fourth or eighth layer, in rotation), or a name given to `register_schedule`.
         position_loss: `"all"`: each position of the window counts alike; `"last"`: only the last one.
-        loss_weights: Weights of terms by name (`{"target_2": 0.4, "layer_1": 0.8}`), in place of those that follow from
+        term_weights: Weights of terms by name (`{"target_2": 0.4, "layer_1": 0.8}`), in place of those that follow from
             the fields above.
         loss_weighting: `"fixed"`, or `"uncertainty"`: each term is weighed by what training learns of its uncertainty.
         classifier_layers: Layers of a sequence or token classifier that have an auxiliary classifier in training:
@@ -74,6 +76,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     """
 
     model_type = "charformer"
+    attribute_map = {"loss_weights": "term_weights"}  # what earlier versions saved
     keys_to_ignore_at_inference = ["cache", "past_key_values", "loss_dict", "loss_weights", "final_hidden_state"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -98,9 +101,9 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     norm_placement: str = "pre"
     tie_word_embeddings: bool = False
     use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = 255
+    bos_token_id: int | None = 253
+    eos_token_id: int | list[int] | None = 254
 
     num_targets: int = 2
     target_weights: list[float | int] | tuple[float | int, ...] | None = None
@@ -110,7 +113,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     intermediate_weight: float | int = 1.0
     intermediate_schedule: str = "paper"
     position_loss: str = "all"
-    loss_weights: dict[str, float | int] | None = None
+    term_weights: dict[str, float | int] | None = None
     loss_weighting: str = "fixed"
 
     classifier_layers: str | list[int] | tuple[int, ...] | None = "thirds"
@@ -126,6 +129,9 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
                 raise ValueError(
                     f"CharformerConfig has no field {name!r} (given {kwargs[name]!r}); meant {close[0]!r}?"
                 )
+        for name, default in (("pad_token_id", 255), ("bos_token_id", 253), ("eos_token_id", 254)):
+            if getattr(self, name) == default >= self.vocab_size:
+                setattr(self, name, None)
         # Saving one class writes its own entry only; a repository is to load with every Auto class.
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
@@ -165,15 +171,17 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         if self.target_heads not in TARGET_HEADS:
             raise ValueError(f"target_heads is {self.target_heads!r}; it must be one of {TARGET_HEADS}")
         names = [
-            *dict.fromkeys(term.name for term in (*self.loss_settings().terms, *self.classifier_settings().terms))
+            *dict.fromkeys(
+                term.name for term in (*self.language_model_losses().terms, *self.classifier_losses().terms)
+            )
         ]
-        wrong = [name for name in self.loss_weights or {} if name not in names]
+        wrong = [name for name in self.term_weights or {} if name not in names]
         if wrong:
-            raise ValueError(f"loss_weights names {wrong}; the terms of these settings are {names}")
+            raise ValueError(f"term_weights names {wrong}; the terms of these settings are {names}")
 
-    def loss_settings(self) -> AuxiliaryLossSettings:
+    def language_model_losses(self) -> AuxiliaryLossSettings:
         """The losses that a language model with this configuration is trained with."""
-        return self._with_own_weights(
+        return self._with_term_weights(
             AuxiliaryLossSettings(
                 self.num_hidden_layers,
                 num_targets=self.num_targets,
@@ -187,25 +195,24 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             )
         )
 
-    def classifier_settings(self) -> AuxiliaryLossSettings:
+    def classifier_losses(self) -> AuxiliaryLossSettings:
         """The losses that a sequence or token classifier with this configuration is trained with."""
-        try:
-            settings = classifier_settings(
+        return self._with_term_weights(
+            classifier_settings(
                 self.num_hidden_layers,
                 self.classifier_layers,
                 self.classifier_weight,
                 self.classifier_schedule,
                 loss_weighting=self.loss_weighting,
+                prefix="classifier",
             )
-        except ValueError as error:  # names the fields as those of a language model
-            raise ValueError(str(error).replace("intermediate_", "classifier_")) from error
-        return self._with_own_weights(settings)
+        )
 
-    def _with_own_weights(self, settings: AuxiliaryLossSettings) -> AuxiliaryLossSettings:
-        """`settings` with those of `loss_weights` that name a term of its own: a classifier may begin as a language model."""
+    def _with_term_weights(self, settings: AuxiliaryLossSettings) -> AuxiliaryLossSettings:
+        """`settings` with those of `term_weights` that name one of its terms: a classifier may begin as a language model."""
         names = {term.name for term in settings.terms}
-        own = {name: weight for name, weight in (self.loss_weights or {}).items() if name in names}
-        return replace(settings, loss_weights=own or None)
+        weights = {name: weight for name, weight in (self.term_weights or {}).items() if name in names}
+        return replace(settings, term_weights=weights or None)
 
     @classmethod
     def recommended(cls, purpose: str = "much_text", **fields: Any) -> "CharformerConfig":

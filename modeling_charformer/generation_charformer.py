@@ -371,7 +371,7 @@ class CharformerGenerationMixin:
                 attention_mask = attention_mask[:, -visible:]
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
             kwargs["position_ids"] = positions
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -379,6 +379,8 @@ class CharformerGenerationMixin:
             **{CACHE: cache},
             **kwargs,
         )
+        # PEFT, in prompt and prefix tuning, looks here for whether the text has begun, by the old name alone.
+        return inputs | {"past_key_values": inputs.get(CACHE)}
 
     def _validate_generated_length(
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool

@@ -6,7 +6,7 @@ forward pass runs (a head whose weight is 0 is not run).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 
@@ -61,6 +61,7 @@ def forward_schedule(at: ScheduleContext) -> float:
 
 def random_schedule(at: ScheduleContext) -> float:
     """1 for one of the intermediate layers, drawn anew at each step from the step's number alone, and 0 for the others."""
+    _check_chooses("random", at)
     # Random enough, and plain arithmetic of small numbers, which torch.compile follows.
     draw = (at.step * 7919 + 104_729) % 65_537
     draw = (draw * draw + 12_345) % 65_521
@@ -74,9 +75,23 @@ def rotating_schedule(interval: int) -> Schedule:
     """
 
     def rotate(at: ScheduleContext) -> float:
+        _check_chooses(f"rotate_{interval}", at)
         return 1.0 if (at.layers.index(at.layer) - at.step) % interval == 0 else 0.0
 
-    return rotate
+    return _choosing(rotate)
+
+
+def _choosing(schedule: Schedule) -> Schedule:
+    """Mark a schedule that chooses among the intermediate layers: the final layer's targets are never chosen by it."""
+    schedule.chooses_layers = True  # type: ignore[attr-defined]
+    return schedule
+
+
+def _check_chooses(name: str, at: ScheduleContext) -> None:
+    if at.layer not in at.layers:
+        raise ValueError(
+            f"schedule {name!r} chooses among the layers {list(at.layers)}; layer {at.layer} is none of them"
+        )
 
 
 _SCHEDULES: dict[str, Schedule] = {
@@ -85,7 +100,7 @@ _SCHEDULES: dict[str, Schedule] = {
     "linear": linear_schedule,
     "cosine": cosine_schedule,
     "forward": forward_schedule,
-    "random": random_schedule,
+    "random": _choosing(random_schedule),
     "rotate_2": rotating_schedule(2),
     "rotate_4": rotating_schedule(4),
     "rotate_8": rotating_schedule(8),
@@ -137,7 +152,7 @@ def _unknown_schedule(field: str, name: str) -> str:
 
 
 class LossTerm(NamedTuple):
-    """One term of the loss: the classifier of `layer` (1..n) predicting `offset` (1..K) steps ahead."""
+    """One term of the loss: a head on the output of `layer` (1..n) that predicts `offset` (1..K) steps ahead."""
 
     name: str
     layer: int
@@ -145,7 +160,12 @@ class LossTerm(NamedTuple):
     weight: float
     """At full strength, before the schedules."""
     is_main: bool
-    """Whether it is the loss of the model without any auxiliary ones."""
+    """Whether its head is the model's own, so that the term needs no auxiliary one."""
+    positions: str = "all"
+    """The positions that count: `"all"`, or the `"last"` one of each row that has a target."""
+
+
+LAST_POSITION = "last_position"
 
 
 def term_name(layer: int, offset: int, num_layers: int, main: str = "next_char") -> str:
@@ -167,11 +187,13 @@ class AuxiliaryLossSettings:
         intermediate_layers: Layers with losses of their own: `"all"`, numbers of 1..n-1, or `None`.
         intermediate_weight: Factor on the losses of all intermediate layers.
         intermediate_schedule: How that factor changes in training.
-        position_loss: `"all"`: each position counts alike; `"last"`: only the last one.
-        loss_weights: Weights of terms by name, in place of those that follow from the fields above; before schedules.
-        loss_weighting: `"fixed"`: as above; `"uncertainty"`: besides, each term is weighed by what training learns of
-            its homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115).
+        position_loss: `"all"`: each position counts alike; `"last"`: only the last one; `None`: there is no such choice,
+            and so no term `last_position`, because the model does not predict at every position.
+        term_weights: Weights of terms by name, in place of those that follow from the fields above; before schedules.
+        loss_weighting: `"fixed"`: as above; `"uncertainty"`: in addition, training learns a factor for each term from the
+            term's homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115).
         main: Name of the main term.
+        prefix: What messages call the fields of the intermediate layers: `intermediate_layers`, ...
 
     Raises:
         ValueError: If a value is not accepted; the message names the field, the value and what is accepted.
@@ -184,12 +206,13 @@ class AuxiliaryLossSettings:
     intermediate_layers: Sequence[int] | str | None = "all"
     intermediate_weight: float = 1.0
     intermediate_schedule: str = "paper"
-    position_loss: str = "all"
-    loss_weights: Mapping[str, float] | None = None
+    position_loss: str | None = "all"
+    term_weights: Mapping[str, float] | None = None
     loss_weighting: str = "fixed"
     main: str = "next_char"
+    prefix: str = field(default="intermediate", compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_targets < 1:
             raise ValueError(f"num_targets is {self.num_targets}; it must be 1 or more")
         if self.target_weights is not None:
@@ -200,35 +223,44 @@ class AuxiliaryLossSettings:
                 )
             for weight in self.target_weights:
                 _check_weight("target_weights contains", weight)
-        _check_weight("intermediate_weight is", self.intermediate_weight)
+        _check_weight(f"{self.prefix}_weight is", self.intermediate_weight)
         self._check_intermediate_layers()
-        for field in ("target_schedule", "intermediate_schedule"):
-            if getattr(self, field) not in _SCHEDULES:
-                raise ValueError(_unknown_schedule(field, getattr(self, field)))
-        if self.position_loss not in ("all", "last"):
+        self._check_schedules()
+        if self.position_loss not in ("all", "last", None):
             raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
         if self.loss_weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
         names = [term.name for term in self.terms]
-        for name, weight in (self.loss_weights or {}).items():
+        for name, weight in (self.term_weights or {}).items():
             if name not in names:
-                raise ValueError(f"loss_weights names {name!r}; the terms of this model are {names}")
-            _check_weight(f"loss_weights[{name!r}] is", weight)
+                raise ValueError(f"term_weights names {name!r}; the terms of this model are {names}")
+            _check_weight(f"term_weights[{name!r}] is", weight)
+
+    def _check_schedules(self) -> None:
+        fields = {"target_schedule": self.target_schedule, f"{self.prefix}_schedule": self.intermediate_schedule}
+        for name, schedule in fields.items():
+            if schedule not in _SCHEDULES:
+                raise ValueError(_unknown_schedule(name, schedule))
+        if getattr(_SCHEDULES[self.target_schedule], "chooses_layers", False):
+            raise ValueError(
+                f"target_schedule is {self.target_schedule!r}, which chooses among the intermediate layers and would never"
+                " train the final layer's targets; give it as intermediate_schedule, or take 'constant' or 'forward' here"
+            )
 
     def _check_intermediate_layers(self) -> None:
         layers, last = self.intermediate_layers, self.num_layers - 1
         if layers is None or layers == "all":
             return
         if isinstance(layers, str):
-            raise ValueError(f"intermediate_layers is {layers!r}; it must be 'all', a list of layer numbers, or None")
+            raise ValueError(f"{self.prefix}_layers is {layers!r}; it must be 'all', a list of layer numbers, or None")
         wrong = [layer for layer in layers if not 1 <= layer <= last]
         if wrong:
             raise ValueError(
-                f"intermediate_layers contains {wrong}; with num_hidden_layers={self.num_layers} the intermediate"
+                f"{self.prefix}_layers contains {wrong}; with num_hidden_layers={self.num_layers} the intermediate"
                 f" layers are 1 to {last}" + (" (there are none)" if last == 0 else "")
             )
         if len(set(layers)) != len(layers):
-            raise ValueError(f"intermediate_layers names a layer twice: {list(layers)}")
+            raise ValueError(f"{self.prefix}_layers names a layer twice: {list(layers)}")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -239,25 +271,35 @@ class AuxiliaryLossSettings:
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:
-        """All terms of the loss, the main one first, then the further targets, then layer by layer."""
-        of_targets = [
-            1.0,
-            *(self.target_weights if self.target_weights is not None else [0.5] * (self.num_targets - 1)),
-        ]
-        terms = []
+        """All terms of the loss: those of the model's own head first, then the further targets, then layer by layer.
+
+        With `position_loss="last"` the term `last_position` takes over the weight of the main term; otherwise it is a
+        monitor with weight 0.
+        """
+        of_targets = [1.0, *(self.target_weights or [0.5] * (self.num_targets - 1))]
+        given, positions = self.term_weights or {}, self.position_loss or "all"
+        of_main = given.get(self.main, 1.0)
+        at_all, at_last = (0.0, of_main) if positions == "last" else (of_main, 0.0)
+        terms = [LossTerm(self.main, self.num_layers, 1, at_all, True)]
+        if self.position_loss is not None:
+            weight = given.get(LAST_POSITION, at_last)
+            terms.append(LossTerm(LAST_POSITION, self.num_layers, 1, weight, True, "last"))
         for layer in (self.num_layers, *self.layers):
             for offset in range(1, self.num_targets + 1):
                 name = term_name(layer, offset, self.num_layers, self.main)
+                if name == self.main:
+                    continue
                 weight = of_targets[offset - 1] * (1.0 if layer == self.num_layers else self.intermediate_weight)
-                weight = (self.loss_weights or {}).get(name, weight)
-                terms.append(LossTerm(name, layer, offset, weight, name == self.main))
+                terms.append(LossTerm(name, layer, offset, given.get(name, weight), False, positions))
         return tuple(terms)
+
+    @property
+    def evaluation_weights(self) -> dict[str, float]:
+        """The weights in evaluation: the loss is the main one alone, at all positions."""
+        return {term.name: float(term.positions == "all") for term in self.terms if term.is_main}
 
     def weights_at(self, progress: float | None, step: int | None = None) -> dict[str, float]:
         """The weight of each term by name when the share `progress` of training, and `step` steps, are done.
-
-        With `position_loss="last"` the main loss is that of the last position alone, so `last_position` takes over the
-        weight of the main term; otherwise it is a monitor with weight 0.
 
         Raises:
             ValueError: If `progress` is outside 0..1 or a schedule returns a value that is negative or not finite.
@@ -274,9 +316,6 @@ class AuxiliaryLossSettings:
             if term.layer < self.num_layers:
                 factor *= scheduled(self.intermediate_schedule, at)
             weights[term.name] = term.weight * factor
-        weights["last_position"] = 0.0
-        if self.position_loss == "last":
-            weights["last_position"], weights[self.main] = weights[self.main], 0.0
         return weights
 
 
@@ -300,6 +339,7 @@ def classifier_settings(
         intermediate_layers=layers,
         intermediate_weight=weight,
         intermediate_schedule=schedule,
+        position_loss=None,
         main="classification",
         **more,
     )

@@ -21,15 +21,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .auxiliary_heads import ResidualBlock
 from .auxiliary_losses import (
     IGNORE_INDEX,
+    LossStep,
+    Targets,
     causal_lm_losses,
     classification_loss,
-    cross_entropy_sum,
-    last_position_loss,
-    mean_denominators,
+    last_of_text,
+    loss_of_logits,
     sequence_problem_type,
-    share_of_step,
-    shifted_targets,
-    weighted_loss,
 )
 from .compatibility import CACHE, one_cache
 from .configuration_charformer import CharformerConfig
@@ -68,7 +66,7 @@ class CharformerModel(CharformerPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # After post-norm layers there is nothing left to normalise. Made before the layers, as the classifiers that read
-        # it are (see `_classifiers_of_terms`).
+        # it are (see `_heads_of_terms`).
         pre_norm = config.norm_placement == "pre"
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre_norm else nn.Identity()
         self.layers = nn.ModuleList([CharformerLayer(config, index) for index in range(config.num_hidden_layers)])
@@ -206,7 +204,7 @@ class CharformerModel(CharformerPreTrainedModel):
 class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin, GenerationMixin):  # type: ignore[misc]
     """A Charformer that predicts the next character and, in training, everything the auxiliary losses ask for.
 
-    `auxiliary_heads` holds one classifier for each term of `config.loss_terms()` except the main one, under the
+    `auxiliary_heads` holds one head for each term of `config.language_model_losses().terms` but those of `lm_head`, under the
     term's name. All classifiers of a pre-norm model, the intermediate ones too, read the output `h_l` of their layer
     after the model's final norm: the sums that its layers pass on grow with depth, and classifiers that read them as
     they are train badly and hold the layers back. It costs no parameters, and is what a model that stops at layer `l`
@@ -221,8 +219,8 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
 
     def __init__(self, config: CharformerConfig):
         super().__init__(config)
-        self.loss_settings: AuxiliaryLossSettings = config.loss_settings()
-        self.auxiliary_heads = self._classifiers_of_terms(config.vocab_size)
+        self.loss_settings: AuxiliaryLossSettings = config.language_model_losses()
+        self.auxiliary_heads = self._heads_of_terms(config.vocab_size)
         self.model = CharformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         blocks = [] if config.target_heads == "linear" else range(2, config.num_targets + 1)
@@ -258,45 +256,30 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding on either side.
             position_ids: `(B, S)`; by default they follow from the mask and the cache.
             cache: Keys and values of what comes before, or `past_key_values`, its name up to Transformers 5.23.
-            labels: `(B, S)`, usually `input_ids` itself, since targets are shifted here; -100 is not counted.
+            labels: `(B, S)`, usually `input_ids` itself, since targets are shifted here; -100 is not counted. In packed
+                rows no target lies in another document, see `packed_documents`.
             logits_to_keep: Compute logits for so many last positions only (0 is all), or for these indices.
             training_progress: Share of training done, 0 to 1, which the schedules follow; `None` is 0 in training mode.
                 In evaluation mode the loss is that of the language model alone.
             training_step: Optimizer steps done, which schedules that change from step to step follow; `None` is 0.
-            target_counts: `(2, K)`, see `mean_denominators`; counts over the whole optimizer step.
+            target_counts: `(2, K)`, see `Targets`; counts over the whole optimizer step.
             num_items_in_batch: What `transformers.Trainer` passes: next characters in the whole optimizer step.
             return_final_hidden_state: Also return what the next-character classifier reads, where `logits` are.
+            kwargs: For the layers; and `shift_labels` `(B, S)`, which hold at each position the character after it already
+                and take the place of `labels`, as in Transformers' own models. (Transformers would take a parameter of
+                that name for a label that every batch must have.)
 
         Raises:
             ValueError: As `CharformerModel.forward`, and if `labels` are of another shape than the input, have ids
                 outside the vocabulary, or `training_progress` is outside 0..1.
         """
-        weights: dict[str, float] = {}
-        denominators: Any = None
-        if labels is not None:
-            self._check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
-            weights = self._weights_in_force(training_progress, training_step)
-            denominators = mean_denominators(labels, self.config.num_targets, num_items_in_batch, target_counts)
-        terms = [term for term in self.loss_settings.terms if not term.is_main and weights.get(term.name)]
-        last = len(self.model.layers)
-        by_layer: dict[int, list[LossTerm]] = {}
-        for term in terms:
-            by_layer.setdefault(term.layer, []).append(term)
-        auxiliary_losses: dict[str, Tensor] = {}
-
-        def add_losses(group: list[LossTerm], read: Tensor) -> None:
-            auxiliary_losses.update(
-                causal_lm_losses(
-                    read,
-                    partial(self.classify, group),
-                    group,
-                    labels,  # type: ignore[arg-type]  # there are no terms without labels
-                    denominators,
-                    self.config.vocab_size,
-                    last_position_only=self.config.position_loss == "last",
-                )
-            )
-
+        shift_labels = kwargs.pop("shift_labels", None)
+        inputs: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
+        self._check_labels(labels, shift_labels, input_ids if input_ids is not None else inputs_embeds)
+        inputs |= kwargs | {"shift_labels": shift_labels}
+        targets = Targets(inputs, self.config.num_targets, num_items_in_batch, target_counts)
+        step = LossStep(self.loss_settings, targets.given, self.training, training_progress, training_step)
+        losses_of = partial(self._losses, targets)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -304,50 +287,39 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            on_layer_output={layer: partial(add_losses, group) for layer, group in by_layer.items() if layer < last},
+            on_layer_output=step.on_layer_output(losses_of),
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept])
-
-        loss, loss_dict = None, None
-        if labels is not None:
-            for group, read in self._target_states(by_layer.get(last, []), hidden_states, input_ids, inputs_embeds):
-                add_losses(group, read)
-            loss_dict = self._main_losses(
-                # An index tensor may reorder the positions, so only "all of them" can be reused.
-                logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else self.lm_head(hidden_states),
-                labels,
-                denominators,
-                weights,
-            )
-            loss, loss_dict, weights = weighted_loss(
-                loss_dict | {term.name: auxiliary_losses[term.name] for term in terms},
-                weights,
-                self.loss_uncertainty if self.training else None,
-                share_of_step(labels, denominators),
-            )
-
+        for terms, head_input in self._final_head_inputs(step.final_terms, hidden_states, input_ids, inputs_embeds):
+            step.add(losses_of(terms, head_input))
+        if targets.given:
+            # An index tensor may reorder the positions, so only "all of them" can be reused.
+            every = logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else self.lm_head(hidden_states)
+            step.add_main(lambda term: loss_of_logits(every, term, targets))
         return CharformerCausalLMOutput(
-            loss=loss,
+            **step.breakdown(self.loss_uncertainty if self.training else None, targets.share_of_step),
             logits=logits,
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            loss_dict=loss_dict,
-            loss_weights=weights if labels is not None else None,
             final_hidden_state=hidden_states[:, kept] if return_final_hidden_state else None,
         )
 
-    def _target_states(
+    def _losses(self, targets: Targets, terms: list[LossTerm], head_input: Tensor) -> dict[str, Tensor]:
+        """The values of auxiliary `terms` of one layer, whose heads read the same, by name."""
+        return causal_lm_losses(head_input, partial(self.classify, terms), terms, targets, self.config.vocab_size)
+
+    def _final_head_inputs(
         self,
         terms: list[LossTerm],
         final_hidden_state: Tensor,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> Iterator[tuple[list[LossTerm], Tensor]]:
-        """The final layer's `terms`, in groups of those whose classifiers read the same, and what, `(B, S, hidden_size)`."""
+        """The final layer's `terms`, in groups of those whose heads read the same, and what these read, `(B, S, hidden_size)`."""
         if not terms:
             return
         if not self.target_blocks:
@@ -362,18 +334,18 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             if self._is_sequential and inputs_embeds is not None:
                 # What is shifted in at the end has no target.
                 previous = nn.functional.pad(inputs_embeds, (0, 0, 0, offset - 1))[:, offset - 1 :]
-            read = self._target_state(offset, state, previous)
+            head_input = self._head_input(offset, state, previous)
             if self._is_sequential:
-                state = read
+                state = head_input
             if offset in by_offset:
-                yield [by_offset[offset]], read
+                yield [by_offset[offset]], head_input
 
     @property
     def _is_sequential(self) -> bool:
         return self.config.target_heads == "sequential"
 
-    def _target_state(self, offset: int, state: Tensor, previous: Tensor | None) -> Tensor:
-        """What the classifier of target `offset` reads, of `state` and, if sequential, the embedding of what is before it."""
+    def _head_input(self, offset: int, state: Tensor, previous: Tensor | None) -> Tensor:
+        """What the head of target `offset` reads: from `state` and, if sequential, the embedding of what is before it."""
         return self.target_blocks[f"target_{offset}"](state, previous) if self.target_blocks else state
 
     def draft(self, offset: int, state: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,8 +355,10 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             state: `(B, hidden_size)`; for target 2 a position's `final_hidden_state`, then what the last call returned.
             previous: `(B,)` ids of the characters `offset - 1` steps ahead, known or drafted.
         """
-        read = self._target_state(offset, state, self.model.embed_tokens(previous) if self._is_sequential else None)
-        return self.auxiliary_heads[f"target_{offset}"](read), read if self._is_sequential else state
+        head_input = self._head_input(
+            offset, state, self.model.embed_tokens(previous) if self._is_sequential else None
+        )
+        return self.auxiliary_heads[f"target_{offset}"](head_input), head_input if self._is_sequential else state
 
     def classify(self, terms: Sequence[LossTerm], hidden_states: Tensor) -> list[Tensor]:
         """Logits `(..., V)` of the classifier of each of auxiliary `terms`, which are all of one layer.
@@ -398,29 +372,16 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         hidden_states = to_autocast_dtype(hidden_states)
         return [self.auxiliary_heads[term.name](hidden_states) for term in terms]
 
-    def _weights_in_force(self, training_progress: float | None, training_step: int | None) -> dict[str, float]:
-        if not self.training:
-            return {"next_char": 1.0, "last_position": 0.0}
-        return self.loss_settings.weights_at(training_progress, training_step)
-
-    @staticmethod
-    def _main_losses(
-        logits: Tensor, labels: Tensor, denominators: Tensor, weights: dict[str, float]
-    ) -> dict[str, Tensor]:
-        """The two losses of the next-character classifier; the one that is a monitor only gets no gradient."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weights["next_char"] > 0):
-            next_char = cross_entropy_sum(logits, shifted_targets(labels, 1)) / denominators[0, 0]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weights["last_position"] > 0):
-            last_position = last_position_loss(logits, labels, denominators)
-        return {"next_char": next_char, "last_position": last_position}
-
-    def _check_labels(self, labels: Tensor, inputs: Tensor | None) -> None:
-        if inputs is not None and labels.shape != inputs.shape[:2]:
-            raise ValueError(
-                f"labels have the shape {tuple(labels.shape)}, the input {tuple(inputs.shape[:2])}; they must be alike"
-                " (batch, sequence): targets are shifted in the model"
-            )
-        self.model._check_range("labels", labels, self.config.vocab_size, "vocab_size", ignore_index=IGNORE_INDEX)
+    def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> None:
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is None:
+                continue
+            if inputs is not None and given.shape != inputs.shape[:2]:
+                raise ValueError(
+                    f"{name} have the shape {tuple(given.shape)}, the input {tuple(inputs.shape[:2])}; they must be alike"
+                    " (batch, sequence)" + (": targets are shifted in the model" if name == "labels" else "")
+                )
+            self.model._check_range(name, given, self.config.vocab_size, "vocab_size", ignore_index=IGNORE_INDEX)
 
 
 class CharformerClassifier(CharformerPreTrainedModel):
@@ -434,8 +395,8 @@ class CharformerClassifier(CharformerPreTrainedModel):
     def __init__(self, config: CharformerConfig):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
-        self.loss_settings = config.classifier_settings()
-        self.auxiliary_classifiers = self._classifiers_of_terms(self.num_labels)
+        self.loss_settings = config.classifier_losses()
+        self.auxiliary_classifiers = self._heads_of_terms(self.num_labels)
         self.model = CharformerModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.loss_uncertainty = self._uncertainty_weighting()
@@ -464,16 +425,18 @@ class CharformerClassifier(CharformerPreTrainedModel):
             training_step: Optimizer steps done, which schedules that change from step to step follow; `None` is 0.
             num_items_in_batch: What `transformers.Trainer` passes: labels in the whole optimizer step.
         """
-        weights: dict[str, Any] = {"classification": 1.0}
-        if labels is not None and self.training:
-            weights = self.loss_settings.weights_at(training_progress, training_step)
-            del weights["last_position"]
-        terms = [term for term in self.loss_settings.terms if not term.is_main and weights.get(term.name)]
-        auxiliary_losses: dict[str, Tensor] = {}
+        step = LossStep(self.loss_settings, labels is not None, self.training, training_progress, training_step)
 
-        def add_loss(name: str, read: Tensor) -> None:
-            logits = self.auxiliary_classifiers[name](self._select(self.model.norm(read), attention_mask))
-            auxiliary_losses[name] = self._loss(logits, labels, num_items_in_batch)  # type: ignore[arg-type]
+        def losses_of(terms: list[LossTerm], hidden_states: Tensor) -> dict[str, Tensor]:
+            selected = self._select(self.model.norm(hidden_states), attention_mask)
+            return {
+                term.name: self._loss(self.auxiliary_classifiers[term.name](selected), labels, num_items_in_batch)
+                for term in terms
+            }
+
+        def share_of_step() -> Tensor | float:
+            counted = labels.ne(IGNORE_INDEX).sum()  # type: ignore[union-attr]  # there are no terms without labels
+            return 1.0 if num_items_in_batch is None else counted / num_items_in_batch
 
         outputs = self.model(
             input_ids=input_ids,
@@ -481,31 +444,23 @@ class CharformerClassifier(CharformerPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=False,
-            on_layer_output={term.layer: partial(add_loss, term.name) for term in terms},
+            on_layer_output=step.on_layer_output(losses_of),
             **kwargs,
         )
         logits = self.score(self._select(outputs.last_hidden_state, attention_mask))
-        loss, loss_dict = None, None
-        if labels is not None:
-            loss_dict = {"classification": self._loss(logits, labels, num_items_in_batch)} | auxiliary_losses
-            share = 1.0 if num_items_in_batch is None else labels.ne(IGNORE_INDEX).sum() / num_items_in_batch
-            loss, loss_dict, weights = weighted_loss(
-                loss_dict, weights, self.loss_uncertainty if self.training else None, share
-            )
+        step.add_main(lambda term: self._loss(logits, labels, num_items_in_batch))
         return CharformerClassifierOutput(
-            loss=loss,
+            **step.breakdown(self.loss_uncertainty if self.training else None, share_of_step),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            loss_dict=loss_dict,
-            loss_weights=weights if labels is not None else None,
         )
 
     def _select(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         """What of `(B, S, hidden_size)` is classified."""
         raise NotImplementedError
 
-    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Any, num_items_in_batch: Tensor | int | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -513,13 +468,9 @@ class CharformerForSequenceClassification(CharformerClassifier):
     """A Charformer that classifies texts, or rates them, by their last character, which has seen all of the text."""
 
     def _select(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is None:
-            return hidden_states[:, -1]
-        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        last = (positions * attention_mask.to(positions.dtype)).argmax(dim=-1)
-        return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
+        return last_of_text(hidden_states, attention_mask)
 
-    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Any, num_items_in_batch: Tensor | int | None) -> Tensor:
         problem_type = sequence_problem_type(self.config.problem_type, self.num_labels, labels)
         return classification_loss(logits, labels, problem_type, num_items_in_batch)
 
@@ -530,7 +481,7 @@ class CharformerForTokenClassification(CharformerClassifier):
     def _select(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         return hidden_states
 
-    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Any, num_items_in_batch: Tensor | int | None) -> Tensor:
         return classification_loss(logits, labels, "single_label_classification", num_items_in_batch)
 
 

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
@@ -52,12 +51,7 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AuxiliaryHead):
-            # Beside the global random numbers, so that with and without auxiliary heads the rest of the model, and
-            # all that is drawn after it, is the same at the same seed.
-            generator = torch.Generator().manual_seed(torch.initial_seed() + module.index)
-            draw = torch.empty(module.weight.shape).normal_(0.0, self.config.initializer_range, generator=generator)
-            init.copy_(module.weight, draw)
-            init.zeros_(module.bias)
+            module.draw(self.config.initializer_range)
         elif isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -84,19 +78,19 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         """Learned weights of the terms of `loss_settings`, if they are asked for."""
         if self.loss_settings.loss_weighting == "fixed":
             return None
-        return UncertaintyWeighting([*(term.name for term in self.loss_settings.terms), "last_position"])
+        return UncertaintyWeighting([term.name for term in self.loss_settings.terms])
 
-    def _classifiers_of_terms(self, num_outputs: int) -> nn.ModuleDict:
-        """A classifier for each term of `loss_settings` but the main one, under the term's name.
+    def _heads_of_terms(self, num_outputs: int) -> nn.ModuleDict:
+        """A linear head for each term of `loss_settings` that is not of the model's own head, under the term's name.
 
-        To be made before the layers that they read: DistributedDataParallel sends gradients from the last
-        parameter to the first and waits for each, and those of the first layer's classifiers come late.
+        To be made before the layers whose output they read: DistributedDataParallel sends gradients from the last
+        parameter to the first and waits for each, and those of the first layer's heads come late.
         """
+        names = [term.name for term in self.loss_settings.terms if not term.is_main]
         return nn.ModuleDict(
             {
-                term.name: AuxiliaryHead(self.config.hidden_size, num_outputs, index)
-                for index, term in enumerate(self.loss_settings.terms)
-                if not term.is_main
+                name: AuxiliaryHead(self.config.hidden_size, num_outputs, index)
+                for index, name in enumerate(names, start=1)
             }
         )
 
@@ -108,7 +102,7 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         config = copy.deepcopy(self.config)
         config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
         config.target_heads = "linear"
-        config.classifier_layers, config.loss_weights, config.loss_weighting = None, None, "fixed"
+        config.classifier_layers, config.term_weights, config.loss_weighting = None, None, "fixed"
         model, weights = type(self)(config), self.state_dict()
         model.to(self.device, self.dtype)  # type: ignore[arg-type]  # wrapped by Transformers
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
@@ -120,7 +114,7 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         """A repository without a tokenizer gets one beside the model: it needs no training, ids are bytes."""
         name, options = "tokenizer_config.json", {key: kwargs.get(key) for key in ("token", "revision")}
         if not (Path(working_dir, name).exists() or HfApi().file_exists(repo_id, name, **options)):
-            CharformerTokenizer().save_pretrained(working_dir)
+            CharformerTokenizer.for_model(self.config).save_pretrained(working_dir)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _card_facts(self) -> str:

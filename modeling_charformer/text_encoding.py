@@ -13,6 +13,9 @@ from typing import NamedTuple
 Part = str | bytes | Sequence[int]  # text, raw bytes, or ids as they are
 Span = tuple[int, int]
 
+# What tokens are called, by their ids: those beyond ASCII are parts of characters.
+BYTE_NAMES = [chr(byte) if byte < 0x80 else f"<0x{byte:02X}>" for byte in range(256)]
+
 # In running text, a word begins with the white space before it.
 WORDS = re.compile(r"\s*\S+|\s+")
 
@@ -25,9 +28,13 @@ class AddedTokenMatch(NamedTuple):
     token_id: int
 
 
+def byte_string(text: str) -> bytes:
+    """The bytes of `text`; a surrogate that stands for a byte that is not UTF-8 is that byte."""
+    return text.encode("utf-8", errors="surrogateescape")
+
+
 def byte_ids(part: Part) -> list[int]:
-    """The bytes of `part`; a surrogate that stands for a byte that is not UTF-8 is that byte."""
-    return list(part.encode("utf-8", errors="surrogateescape") if isinstance(part, str) else part)
+    return list(byte_string(part) if isinstance(part, str) else part)
 
 
 def _byte_count(character: str) -> int:
@@ -166,7 +173,7 @@ class TextEncoding:
 
     @property
     def tokens(self) -> list[str]:
-        return [self._names.get(index) or chr(index) for index in self.ids]
+        return [self._names.get(index) or BYTE_NAMES[index] for index in self.ids]
 
     @cached_property
     def _places(self) -> list[tuple[int, int] | None]:

@@ -4,22 +4,24 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+from transformers import AddedToken, BatchEncoding, PreTrainedConfig, PreTrainedTokenizer
 
 from .hub import CharformerPushToHubMixin
 from .text_encoding import (
+    BYTE_NAMES,
     AddedTokenMatch,
     EncodedText,
     Part,
     Span,
     TextEncoding,
-    byte_ids,
+    byte_string,
     pair_lengths,
     truncation_windows,
 )
 
 
-NUM_BYTES = 256
+NUM_BYTES = len(BYTE_NAMES)
+BYTES_BY_NAME = {name: byte for byte, name in enumerate(BYTE_NAMES)}
 # Byte values that no valid UTF-8 text contains.
 SPECIAL_TOKEN_IDS = {"pad_token": 0xFF, "eos_token": 0xFE, "bos_token": 0xFD}
 # U+FDD0 is a noncharacter: Unicode keeps it for uses like this one and out of text.
@@ -55,6 +57,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
     """
 
     model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"  # generation goes on from the last position; the classifiers take either side
 
     def __init__(
         self,
@@ -75,6 +78,12 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
                 self._place(name, token)
         super().__init__(**tokens, errors=errors, **({"special_tokens_pattern": "none"} | kwargs))
 
+    @classmethod
+    def for_model(cls, config: PreTrainedConfig) -> "CharformerTokenizer":
+        """The tokenizer that agrees with a model's configuration: its window, and those special tokens that it has."""
+        absent: dict[str, Any] = {name: None for name in SPECIAL_TOKEN_IDS if getattr(config, f"{name}_id") is None}
+        return cls(model_max_length=config.max_position_embeddings, **absent)
+
     @property
     def is_fast(self) -> bool:
         """True: clients ask this to know whether encodings have words, offsets and overflow."""
@@ -88,15 +97,15 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
         return NUM_BYTES
 
     def get_vocab(self) -> dict[str, int]:
-        """Each byte under the character with its number (Latin-1), added and special tokens under their own names."""
-        vocab = {chr(byte): byte for byte in range(NUM_BYTES) if byte not in self._added_tokens_decoder}
+        """ASCII by its characters, bytes beyond it as `<0xC3>`, added and special tokens by their own names."""
+        vocab = {name: byte for name, byte in BYTES_BY_NAME.items() if byte not in self._added_tokens_decoder}
         return vocab | {token.content: index for index, token in self._added_tokens_decoder.items()}
 
     def _place(self, name: str, token: Token) -> None:
         """Call the byte that is kept for the special token `name` by the name of `token`, if no other token has it."""
         content = str(token)
         self._refuse_byte_names([content])
-        if content in self._added_tokens_encoder or (len(content) == 1 and content.isascii()):
+        if content in self._added_tokens_encoder or content in BYTES_BY_NAME:
             return
         index = SPECIAL_TOKEN_IDS[name]
         if index in self._added_tokens_decoder:
@@ -119,7 +128,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
 
     @staticmethod
     def _refuse_byte_names(contents: Sequence[str]) -> None:
-        wrong = [content for content in contents if len(content) == 1 and 0x80 <= ord(content) < NUM_BYTES]
+        wrong = [content for content in contents if BYTES_BY_NAME.get(content, 0) >= 0x80]
         if wrong:
             raise ValueError(f"CharformerTokenizer cannot take the tokens {wrong}: each is the name of a byte there")
 
@@ -154,18 +163,18 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
         self._patterns = {}
 
     def _convert_token_to_id(self, token: str) -> int:
-        if len(token) == 1 and ord(token) < NUM_BYTES:
-            return ord(token)
+        if token in BYTES_BY_NAME:
+            return BYTES_BY_NAME[token]
         if self.unk_token in self._added_tokens_encoder:
             return self._added_tokens_encoder[self.unk_token]
         raise ValueError(
-            f"{token!r} is no token of CharformerTokenizer: these are single bytes, as Latin-1, and the added tokens"
+            f"{token!r} is no token of CharformerTokenizer: these are the bytes, as in get_vocab(), and the added tokens"
             f" {sorted(self._added_tokens_encoder)}; add_tokens and add_special_tokens add more"
         )
 
     def _convert_id_to_token(self, index: int) -> str:
         if 0 <= index < NUM_BYTES:
-            return chr(index)
+            return BYTE_NAMES[index]
         raise self._no_such_id(index)
 
     def _no_such_id(self, index: int) -> ValueError:
@@ -182,7 +191,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
         return list(self._encode_plus(text, pair, add_special_tokens=add_special_tokens, **kwargs).tokens())
 
     def _encode_without_added_tokens(self, text: str) -> list[int]:
-        return byte_ids(text)
+        return list(byte_string(text))
 
     def _encode_plus(  # type: ignore[override]  # strategies as the base class has resolved them
         self,
@@ -313,7 +322,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
         tokens = [
             (token.content, index, token)
             for index, token in self._added_tokens_decoder.items()
-            if not (split_special and token.special) and token.content != chr(index)
+            if not (split_special and token.special) and token.content != BYTE_NAMES[index % NUM_BYTES]
         ]
         tokens.sort(key=lambda found: len(found[0]), reverse=True)
         groups = []
@@ -382,8 +391,10 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
     # --- Ids to text --------------------------------------------------------------------------------------------
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of `tokens`; what is none of the tokenizer's is text itself, such as words that a pipeline has put together."""
         added = self._added_tokens_encoder
-        raw = b"".join(token.encode() if token in added else token.encode("latin-1") for token in tokens)
+        bytes_by_name = {name: bytes([byte]) for name, byte in BYTES_BY_NAME.items() if name not in added}
+        raw = b"".join(bytes_by_name.get(token) or byte_string(token) for token in tokens)
         return raw.decode("utf-8", errors=self.errors)
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> str:

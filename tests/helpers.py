@@ -48,6 +48,10 @@ SMALL: dict[str, Any] = {
 }
 
 TINY: dict[str, Any] = {
+    # Random weights write, and random ids are, any byte: none of them is padding or ends a text.
+    "pad_token_id": None,
+    "eos_token_id": None,
+    "bos_token_id": None,
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 3,

@@ -20,6 +20,13 @@ def run(name: str, *arguments: object) -> str:
     return result.stdout
 
 
+def refused(name: str, *arguments: object) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    return result.stderr
+
+
 def test_no_example_is_left_out():
     # Those of the Hub are run beside its other tests.
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
@@ -71,6 +78,19 @@ def test_compress_and_restore(make_model, tmp_path):
 
     result = bits_per_character(model, text, stride=16, progress=False)
     # Beside the model's code length: the header, the first byte, which costs 8 bits, and the rest of a word.
-    bits = 8 * (code.stat().st_size - 12) - 8
+    bits = 8 * (code.stat().st_size - 16) - 8
     expected = result.bpb * result.counted_bytes
     assert -0.001 * expected < bits - expected < 0.001 * expected + 64
+
+    for damaged in (code.read_bytes()[:-4], code.read_bytes()[:5], code.read_bytes()[:-1] + b"\0\0"):
+        (tmp_path / "damaged").write_bytes(damaged)
+        assert "the file is cut" in refused(
+            "compress.py", tmp_path / "model", "restore", tmp_path / "damaged", restored
+        )
+
+
+def test_without_arguments_an_example_says_what_it_needs():
+    assert "python examples/generate.py " in refused("generate.py")
+    for path in (ROOT / "examples").glob("*.py"):  # the others do it in the same words
+        text = path.read_text(encoding="utf-8")
+        assert "sys.argv" not in text or "sys.exit(__doc__)" in text or path.name == "compress.py"

@@ -94,7 +94,7 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str, da
         model = build_model(model_arguments)
         corpus = load_corpus(data_arguments)
         splits = split_corpus(corpus, data_arguments.train_share, data_arguments.validation_share)
-        trainer = build_trainer(arguments, model, CharformerTokenizer(), splits)
+        trainer = build_trainer(arguments, model, CharformerTokenizer.for_model(model.config), splits)
         rows = [trainer.train_dataset[index] for index in range(training.per_device_train_batch_size)]  # type: ignore[index]
         curve = Curve(
             {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}, GRIDS[grid].metric

@@ -8,12 +8,11 @@ import torch
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxiliary_losses, loss_settings
 from modeling_charformer.auxiliary_losses import (
+    Targets,
     causal_lm_losses,
     chunked_cross_entropy_sums,
-    count_targets,
     cross_entropy_sum,
     last_target_positions,
-    mean_denominators,
     shifted_targets,
 )
 from modeling_charformer.loss_settings import (
@@ -242,10 +241,11 @@ def test_schedules_stay_in_the_unit_interval_and_never_rise(name):
 
 def test_terms_of_two_targets_and_chosen_layers():
     settings = AuxiliaryLossSettings(
-        4, target_weights=[0.25], intermediate_layers=[3, 1], intermediate_weight=0.5, loss_weights={"layer_3": 0.8}
+        4, target_weights=[0.25], intermediate_layers=[3, 1], intermediate_weight=0.5, term_weights={"layer_3": 0.8}
     )
     assert settings.terms == (
-        LossTerm("next_char", 4, 1, 1.0, True),
+        LossTerm("next_char", 4, 1, 1.0, True, "all"),
+        LossTerm("last_position", 4, 1, 0.0, True, "last"),
         LossTerm("target_2", 4, 2, 0.25, False),
         LossTerm("layer_1", 1, 1, 0.5, False),
         LossTerm("layer_1_target_2", 1, 2, 0.125, False),
@@ -291,8 +291,8 @@ def test_rotating_schedule_takes_every_layer_once_an_interval(interval):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_weights": {"layer_9": 1.0}}, "loss_weights names 'layer_9'; the terms"),
-        ({"loss_weights": {"target_2": float("nan")}}, r"loss_weights\['target_2'\] is nan"),
+        ({"term_weights": {"layer_9": 1.0}}, "term_weights names 'layer_9'; the terms"),
+        ({"term_weights": {"target_2": float("nan")}}, r"term_weights\['target_2'\] is nan"),
         ({"target_schedule": "backward"}, "target_schedule is 'backward'; known schedules"),
         ({"loss_weighting": "magic"}, "loss_weighting is 'magic'"),
         ({"num_targets": 0}, "num_targets is 0"),
@@ -312,7 +312,6 @@ def test_classifiers_sit_after_one_and_two_thirds(num_layers, expected):
     assert settings.weights_at(0.9) == {
         "classification": 1.0,
         **{f"layer_{layer}": 0.3 for layer in expected},
-        "last_position": 0.0,
     }
 
 
@@ -372,7 +371,7 @@ def test_shifted_targets_and_their_counts():
     labels = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100], [7, -100, -100, -100]])
     assert shifted_targets(labels, 1).tolist() == [[2, 3, 4, -100], [6, -100, -100, -100], [-100] * 4]
     assert shifted_targets(labels, 3).tolist()[0] == [4, -100, -100, -100]
-    assert count_targets(labels, 3).tolist() == [[4, 2, 1], [2, 1, 1]]
+    assert Targets({"labels": labels}, 3).counts().tolist() == [[4, 2, 1], [2, 1, 1]]
     assert last_target_positions(shifted_targets(labels, 1)).tolist() == [[2], [0], [0]]
 
 
@@ -383,7 +382,7 @@ def test_parts_of_a_step_add_up_to_the_whole_batch(make_model, make_ids, positio
     labels = ids.clone()
     labels[0, 3:], labels[1, 7:], labels[3, :] = -100, -100, -100
     whole = model(ids, labels=labels)
-    counts = count_targets(labels, 4)
+    counts = Targets({"labels": labels}, 4).counts()
     parts = [
         model(ids[rows], labels=labels[rows], target_counts=counts, num_items_in_batch=counts[0, 0])
         for rows in (slice(0, 1), slice(1, 3), slice(3, 4))
@@ -412,15 +411,14 @@ def test_losses_of_plain_tensors_without_a_model():
     hidden, heads = torch.randn(2, 6, 3), {name: torch.nn.Linear(3, 7) for name in ("next_char", "target_2")}
     labels = torch.randint(0, 7, (2, 6))
     labels[1, 4:] = -100
-    terms = AuxiliaryLossSettings(1, num_targets=2).terms
-
-    def classify(read):
-        return [heads[term.name](read) for term in terms]
-
     for last_position_only in (False, True):
-        losses = causal_lm_losses(
-            hidden, classify, terms, labels, mean_denominators(labels, 2, None, None), 7, last_position_only
-        )
+        positions = "last" if last_position_only else "all"
+        terms = [LossTerm("next_char", 1, 1, 1.0, True, positions), LossTerm("target_2", 1, 2, 0.5, False, positions)]
+
+        def classify(read, terms=terms):
+            return [heads[term.name](read) for term in terms]
+
+        losses = causal_lm_losses(hidden, classify, terms, Targets({"labels": labels}, 2), 7)
         for term in terms:
             logits, ends = heads[term.name](hidden), (6, 4)
             values = [

@@ -34,7 +34,7 @@ def test_recommended_losses_and_dropout_are_those_of_the_recipes():
         fields = yaml.safe_load((CONFIGS / recipe).read_text())
         config = CharformerConfig.recommended(purpose, num_hidden_layers=fields["num_hidden_layers"])
         of_recipe = CharformerConfig(**{name: fields[name] for name in fields if hasattr(config, name)})
-        assert config.loss_settings() == of_recipe.loss_settings()
+        assert config.language_model_losses() == of_recipe.language_model_losses()
         assert config.target_heads == of_recipe.target_heads
         assert config.attention_dropout == of_recipe.attention_dropout < 0.55
         assert config.activation_dropout == of_recipe.activation_dropout < 0.55
@@ -68,7 +68,7 @@ def test_recommended_losses_and_dropout_are_those_of_the_recipes():
         ({"intermediate_schedule": "papr"}, r"'papr'; known schedules: \['constant', 'cosine', .*'paper'"),
         ({"target_schedule": "papr"}, "target_schedule is 'papr'"),
         ({"target_heads": "mlp"}, "target_heads is 'mlp'; it must be one of"),
-        ({"loss_weights": {"layer_12": 1.0}}, r"loss_weights names \['layer_12'\]; the terms"),
+        ({"term_weights": {"layer_12": 1.0}}, r"term_weights names \['layer_12'\]; the terms"),
         ({"loss_weighting": "free"}, "loss_weighting is 'free'"),
         ({"classifier_layers": [12]}, r"classifier_layers contains \[12\].* 1 to 11"),
         ({"classifier_weight": float("nan")}, "classifier_weight is nan"),
@@ -122,7 +122,7 @@ def test_round_trip(tmp_path):
         target_schedule="forward",
         intermediate_layers=[2, 4],
         intermediate_schedule="cosine",
-        loss_weights={"target_2": 0.4, "layer_4": 0.8},
+        term_weights={"target_2": 0.4, "layer_4": 0.8},
         loss_weighting="uncertainty",
         classifier_layers=[3],
     )
@@ -130,9 +130,11 @@ def test_round_trip(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, CharformerConfig)
     for progress in (0.0, 0.2, 0.5):
-        for kind in (CharformerConfig.loss_settings, CharformerConfig.classifier_settings):
+        for kind in (CharformerConfig.language_model_losses, CharformerConfig.classifier_losses):
             assert kind(loaded).terms == kind(config).terms
-        assert loaded.loss_settings().weights_at(progress) == config.loss_settings().weights_at(progress)
+        assert loaded.language_model_losses().weights_at(progress) == config.language_model_losses().weights_at(
+            progress
+        )
     assert loaded.loss_weighting == "uncertainty"
 
 

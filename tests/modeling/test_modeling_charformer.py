@@ -174,9 +174,12 @@ def test_cached_forward_by_either_name_equals_full_forward(make_model, make_ids,
 
 def test_two_caches_are_refused(make_model, make_ids):
     model = make_model().eval()
+    full, other = (model(make_ids(1, 4), use_cache=True)[CACHE] for _ in range(2))
     for part in (model, model.model):
         with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
-            part(make_ids(1, 4), cache=DynamicCache(), past_key_values=DynamicCache())
+            part(make_ids(1, 4), cache=full, past_key_values=other)
+    found = model(make_ids(1, 4), cache=DynamicCache(), past_key_values=other)  # as PEFT hands a prefix over
+    assert found[CACHE].get_seq_length() == 8
 
 
 def greedy_reference(model, row: torch.Tensor, count: int) -> list[int]:

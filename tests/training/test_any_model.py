@@ -64,9 +64,9 @@ def norm_of(model) -> torch.nn.Module:
     return next(getattr(base, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(base, name))
 
 
-@pytest.mark.parametrize("classifiers", ["shared", "own"])
+@pytest.mark.parametrize("heads", ["shared", "own"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_match_a_reference(kind, classifiers):
+def test_losses_match_a_reference(kind, heads):
     model, ids = build(kind), make_ids()
     plain = model(ids, labels=ids, output_hidden_states=True)
     outputs_of_layers: dict[int, torch.Tensor] = {}
@@ -79,7 +79,7 @@ def test_losses_match_a_reference(kind, classifiers):
         )
     add_auxiliary_losses(
         model,
-        classifiers,
+        heads,
         num_targets=3,
         target_weights=[0.4, 0.2],
         intermediate_layers=[1, 3],
@@ -99,7 +99,7 @@ def test_losses_match_a_reference(kind, classifiers):
 
     def reference(layer: int, offset: int, name: str):
         hidden, head = norm_of(model)(outputs_of_layers[layer]), model.auxiliary_heads[name]
-        if classifiers == "own":
+        if heads == "own":
             logits = F.linear(hidden, head.weight, head.bias)
         elif offset == 1:
             logits = shared(hidden)
@@ -181,7 +181,7 @@ def test_saved_model_is_the_plain_one_with_the_heads_in_a_subfolder(kind, num_ta
     settings: dict[str, Any] = {
         "num_targets": num_targets,
         "intermediate_layers": [2],
-        "loss_weights": {"layer_2": 0.25},
+        "term_weights": {"layer_2": 0.25},
     }
     model, ids = add_auxiliary_losses(build(kind), **settings), make_ids()
     for parameter in model.auxiliary_heads.parameters():
@@ -299,7 +299,7 @@ def test_peft_trains_adapters_and_heads():
     [
         (lambda: build("llama"), {"intermediate_layers": [4]}, r"intermediate_layers contains \[4\].* 1 to 3"),
         (lambda: build("llama"), {"intermediate_weight": float("nan")}, "intermediate_weight is nan"),
-        (lambda: build("llama"), {"classifiers": "none"}, "classifiers is 'none'.*'shared', 'own'"),
+        (lambda: build("llama"), {"heads": "none"}, "heads is 'none'.*'shared', 'own'"),
         (lambda: build("llama"), {"targets": 2}, r"no settings \['targets'\] .*'num_targets'"),
         (lambda: build("llama", AutoModel), {}, "not LlamaModel"),
         (lambda: torch.nn.Linear(2, 2), {}, "takes a model of Transformers .*, not Linear"),

@@ -1,6 +1,14 @@
+import bz2
+import gzip
 import hashlib
+import io
+import json
+import logging
+import lzma
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +30,14 @@ from charformer_training.data import (
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(data_module, "HF_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the package logs."""
+    monkeypatch.setattr(data_module.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return caplog
 
 
 def as_split(content: bytes, name: str = "train") -> Split:
@@ -70,7 +86,7 @@ def test_a_dataset_is_its_rows(tmp_path, streaming):
 
 def test_a_failed_write_leaves_nothing(cache):
     def texts():
-        yield b"begun"
+        yield [b"begun"]
         raise RuntimeError("connection lost")
 
     with pytest.raises(RuntimeError, match="connection lost"):
@@ -196,3 +212,197 @@ print(private_megabytes() - before)
         pytest.skip("needs Linux's account of memory")
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 100
+
+
+TEXTS = ["one", None, "zwei ä", "", "drei"]
+WHOLE = "one\nzwei ä\ndrei".encode()
+
+
+def json_lines() -> bytes:
+    return "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(TEXTS)).encode()
+
+
+def table(delimiter: str) -> bytes:
+    return (
+        "\n".join(["id,text", *(f'{n},"{text or ""}"' for n, text in enumerate(TEXTS))])
+        .replace(",", delimiter)
+        .encode()
+    )
+
+
+def parquet(path: Path) -> bytes:
+    Dataset.from_dict({"id": list(range(5)), "text": TEXTS}).to_parquet(path / "made")
+    return (path / "made").read_bytes()
+
+
+def zipped(content: bytes, *names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("a.jsonl", lambda path: json_lines()),
+        ("a.jsonl.gz", lambda path: gzip.compress(json_lines())),
+        ("a.csv", lambda path: table(",")),
+        ("a.tsv", lambda path: table("\t")),
+        ("a.csv", lambda path: b"\xef\xbb\xbf" + table(",")),
+        ("a.parquet", parquet),
+        ("a", parquet),
+        ("a.txt", lambda path: WHOLE),
+        ("a.gz", lambda path: gzip.compress(WHOLE)),
+        ("no ending", lambda path: bz2.compress(WHOLE)),
+        ("a.txt.xz", lambda path: lzma.compress(WHOLE)),
+        ("enwik8.zip", lambda path: zipped(WHOLE, "enwik8")),
+    ],
+)
+def test_files_as_people_have_them_are_their_text(tmp_path, name, make):
+    (tmp_path / "data [1]*").mkdir()
+    path = tmp_path / "data [1]*" / name
+    path.write_bytes(make(tmp_path))
+    for given in (path, path.parent):
+        assert load_corpus(DataArguments(data_path=str(given))).tobytes() == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"id": 1}\n', "text_column is 'text'; row 1 of a.jsonl has the columns \\['id'\\]"),
+        ("a.jsonl", b'{"text": 5}\n', "text_column 'text' holds 5 in row 1 of a.jsonl; it must hold text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text\n', "a.jsonl: row 2 cannot be read"),
+        ("a.jsonl", b"[1]\n", "row 1 of a.jsonl is \\[1\\]; it must be a mapping"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "row 1 of a.jsonl cannot be written in UTF-8"),
+        ("a.jsonl", b'{"text": "\xe9"}\n', "a.jsonl is not UTF-8 after row 0"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl: row 1 cannot be read"),
+        ("a.csv", b"id;text\n1;2\n", "has the columns \\['id;text'\\]"),
+        ("a.parquet", b"PAR1" + b"x" * 99, "a.parquet cannot be read"),
+        ("a.gz", gzip.compress(b"text" * 99)[:-9], "a.gz cannot be read"),
+        ("a.xz", lzma.compress(b"text" * 99)[:30], "a.xz cannot be read"),
+        ("a.docx", zipped(b"x", "1", "2"), "a.docx is a zip archive of 2 files"),
+        ("a.zip", b"PK\x03\x04" + b"x" * 99, "a.zip cannot be read"),
+        ("a.tar", b"name".ljust(257, b"\0") + b"ustar" + b"\0" * 250, "a.tar is a tar archive"),
+        ("a.tar.gz", gzip.compress(b"name".ljust(257, b"\0") + b"ustar" + b"\0" * 250), "a.tar.gz is a tar archive"),
+        ("a.pdf", b"%PDF-1.7", "a.pdf is a PDF document, not a text"),
+        ("a.png", b"\x89PNG\r\n", "a.png is a picture"),
+        ("\x1b[2J.pdf", b"%PDF-1.7", r"\\x1b\[2J.pdf is a PDF"),
+        ("enwik8", None, "enwik8.zip of Matt Mahoney.*SHA-256 2b49720e"),
+    ],
+)
+def test_files_that_are_not_text_are_refused_by_name(tmp_path, cache, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_corpus(DataArguments(data_path=str(tmp_path / name)))
+    assert not list(cache.rglob("*.*"))
+
+
+def test_a_column_of_numbers_in_a_dataset_is_named(tmp_path):
+    Dataset.from_dict({"id": [1, 2]}).to_parquet(tmp_path / "part.parquet")
+    with pytest.raises(ValueError, match="text_column 'id' holds 1 in row 1 of .*; it must hold text"):
+        load_corpus(DataArguments(dataset_name=str(tmp_path), text_column="id"))
+
+
+def test_what_is_left_out_of_a_folder_is_counted_and_named(tmp_path, messages):
+    folder = tmp_path / "texts"
+    (folder / "out" / "checkpoint-2").mkdir(parents=True)
+    (folder / "other run").mkdir()
+    (folder / "kept").mkdir()
+    (folder / "a.txt").write_bytes(b"eins")
+    (folder / "kept" / "b.gz").write_bytes(gzip.compress(b"zwei"))
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / "data.bin").write_bytes(b"a\0")
+    (folder / "empty").touch()
+    (folder / "broken").symlink_to("gone")
+    (folder / "loop").symlink_to(".")
+    (folder / "t.parquet").write_bytes(parquet(tmp_path))
+    os.mkfifo(folder / "pipe")
+    for own in ("out/card.md", "other run/config.json", "other run/model.safetensors"):
+        (folder / own).write_bytes(b"of a run")
+    for _ in range(2):
+        corpus = load_corpus(DataArguments(data_path=str(folder)), output_dir=str(folder / "out"))
+        assert corpus.tobytes() == b"eins\nzwei"
+        (folder / "out" / "samples.jsonl").write_bytes(b"the run goes on")
+    for part in (
+        "binary: 2 (data.bin, picture.png)",
+        "empty: 1 (empty)",
+        "links to nothing: 1 (broken)",
+        "links to folders: 1 (loop)",
+        "no regular files: 1 (pipe)",
+        "tables among texts: 1 (t.parquet)",
+        "folders of training runs: 2 (other run, out)",
+    ):
+        assert part in messages.text
+    with pytest.raises(ValueError, match="output_dir is data_path"):
+        load_corpus(DataArguments(data_path=str(folder)), output_dir=str(folder / "kept" / ".."))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"), [("utf-8", False), ("ascii", False), ("koi8-r", True), ("utf-16", True), ("utf-16-le", True)]
+)
+def test_text_that_is_not_utf8_is_said(tmp_path, messages, encoding, said):
+    text = "a text. " if encoding == "ascii" else "жёлтый лес. "
+    (tmp_path / "text").write_bytes((text * 99).encode(encoding))
+    load_corpus(DataArguments(data_path=str(tmp_path / "text")))
+    assert ("text is not UTF-8" in messages.text) is said
+
+
+@pytest.mark.parametrize("change", ["rewritten", "cut", "grown", "replaced", "deleted"])
+def test_a_corpus_that_changes_during_a_run_is_noticed_with_the_step(tmp_path, change):
+    path = tmp_path / "text"
+    path.write_bytes(b"a" * 10_000)
+    split = split_corpus(load_corpus(DataArguments(data_path=str(path))), 0.9, 0.05)["train"]
+    windows = RandomWindows(split, 16, 100, seed=0, windows_per_step=10)
+    evaluated = ConsecutiveWindows(split, 16)
+    checksum = split.sha256
+    assert windows[42]["input_ids"].tolist() == [97] * 16
+    if change in ("replaced", "deleted"):  # the file that was opened is still there, as it was
+        path.rename(tmp_path / "old")
+        if change == "replaced":
+            path.write_bytes(b"b" * 10_000)
+        assert windows[42]["input_ids"].tolist() == [97] * 16
+        assert Split("train", split.data).sha256 == checksum
+        return
+    with path.open("r+b") as file:
+        if change == "rewritten":
+            os.utime(path, ns=(0, 0))  # a clock that is too coarse for this test must not hide it
+            file.write(b"b" * 10_000)
+        else:
+            file.truncate(100 if change == "cut" else 20_000)
+    with pytest.raises(
+        data_module.CorpusChangedError, match="text was changed during the run, at step 5: 10,000 bytes"
+    ):
+        windows[42]
+    with pytest.raises(data_module.CorpusChangedError, match="at an evaluation"):
+        evaluated[0]
+    with pytest.raises(data_module.CorpusChangedError):
+        _ = Split("train", split.data).sha256
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path, cache):
+    folder = cache / "charformer"
+    folder.mkdir(parents=True)
+    (folder / "tmpkilled.incomplete").write_bytes(b"half a corpus")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a").write_bytes(b"text")
+    with data_module._unfinished(folder) as busy:
+        load_corpus(DataArguments(data_path=str(tmp_path / "texts")))
+        assert [path.name for path in folder.glob("*.incomplete")] == [Path(busy.name).name]  # is being written
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(path)
+    with open(path + b"/\xff.txt", "wb") as file:
+        file.write(b"text")
+    arguments = DataArguments(data_path=os.fsdecode(path))
+    assert load_corpus(arguments).tobytes() == b"text" and arguments.source == r"caf\xe9"
+    assert load_corpus(DataArguments(data_path=os.fsdecode(path + b"/\xff.txt"))).tobytes() == b"text"
+
+
+def test_windows_say_whether_their_text_is_utf8():
+    assert ConsecutiveWindows(as_split("жёлтый лес, ".encode() * 9), 16).is_utf8
+    assert not ConsecutiveWindows(as_split("жёлтый лес, ".encode("koi8-r") * 9), 16).is_utf8

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from charformer_training import bits_per_character, evaluation
 from charformer_training.evaluate_cli import main
 from charformer_training.evaluation import bits_by_position
-from modeling_charformer import CharformerForCausalLM
+from modeling_charformer import CharformerForCausalLM, CharformerForSequenceClassification
 from tests.conftest import ROOT
 
 
@@ -47,6 +47,14 @@ def test_equals_the_naive_loop(make_model, settings, window, stride):
     assert result.bpc == pytest.approx(sum(bits) / (len(TEXT.decode()) - 1), rel=1e-6)
     assert (result.window, result.stride, result.bytes, result.counted_bytes) == (window, stride, 100, 99)
     assert result.counted_characters == len(TEXT.decode()) - 1
+
+
+def test_with_added_tokens_bytes_are_counted_as_before(make_model):
+    model = make_model(vocab_size=260).eval()
+    with torch.no_grad():
+        bits = naive_bits(model, TEXT, 24, 5)
+    result = bits_per_character(model, TEXT, stride=5, progress=False)
+    assert result.counted_bytes == 99 and result.bpb == pytest.approx(sum(bits) / 99, rel=1e-6)
 
 
 @pytest.mark.parametrize("length", [2, 3, 24, 25, 26])
@@ -93,7 +101,8 @@ def _bits_of(model, data, places):
     windows = evaluation._Windows(len(data) - 1, 24, 24, 64)
     bits: dict[int, float] = {}
     for number in range(len(windows)):
-        positions, values = evaluation._bits(model, np.frombuffer(data, np.uint8), *windows[number])
+        with torch.no_grad():
+            positions, values = evaluation._bits(model, np.frombuffer(data, np.uint8), *windows[number])
         bits |= dict(zip(positions.tolist(), values.tolist(), strict=True))
     return [bits[place] for place in places]
 
@@ -203,7 +212,13 @@ class TestProgram:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--stride", "0"], "stride is 0; it must be 1 to the window"),
+            (["--stride", "0"], "stride is 0; it must be 1 or more"),
+            (["--stride", "8", "25"], "stride is 25; it must be 1 to the window, 24"),
+            (["--device", "no_such"], "device is 'no_such', which is not there or not known"),
+            (["--device", "meta:x"], "device is 'meta:x'"),
+            (["--strid", "8"], "there is no option --strid; meant --stride?"),
+            (["--batch_size", "-1"], "batch_size is -1; it must be 1 or more"),
+            (["--max_bytes", "1"], "max_bytes is 1; it must be 2 or more"),
             (["--window", "99"], "window is 99; it must be 1 to 24"),
             (["--split", "some"], "split is 'some'"),
             (["--dtype", "int8"], "dtype is 'int8'"),
@@ -218,6 +233,145 @@ class TestProgram:
         assert "give a model and a text" in capsys.readouterr().err
         assert main([model_folder, str(tmp_path / "gone"), "--device", "cpu"]) == 1
         assert "there is no file or folder" in capsys.readouterr().err
+        assert main([model_folder, ""]) == 1
+        assert "TEXT is empty" in capsys.readouterr().err
+
+    def test_without_options_and_without_arguments(self, model_folder, tmp_path, capsys):
+        (tmp_path / "text").write_bytes(TEXT)
+        assert main([model_folder, str(tmp_path / "text")]) == 0
+        assert "text, all of it: 100 bytes" in capsys.readouterr().out
+        assert main([]) == 2
+        assert "charformer-evaluate runs/quickstart my_text.txt" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as left:
+            main(["--help"])
+        assert left.value.code == 0
+        assert "--max_bytes" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("option", ["--output", "--plots", "--state_file"])
+    def test_places_that_cannot_be_written_are_refused_before_the_work(self, tmp_path, capsys, option):
+        (tmp_path / "link").symlink_to("/dev/full")
+        for place, message in (
+            (tmp_path, "is a folder; give a file in it"),
+            ("/dev/full", "is a device or a pipe"),
+            (tmp_path / "link", "is a device or a pipe"),
+            ("/dev/null/x", "cannot be made"),
+        ):
+            assert main(["no_model", "no_text", option, str(place)]) == 1  # neither is looked for
+            assert message in capsys.readouterr().err
+
+    def test_the_text_of_the_training_is_evaluated_on_its_validation_split(self, model_folder, tmp_path, capsys):
+        corpus = TEXT * 4
+        (tmp_path / "text").write_bytes(corpus)
+        ends = {"train": (0, 250), "validation": (250, 330), "test": (330, 400)}
+        splits = {
+            name: [end - start, hashlib.sha256(corpus[start:end]).hexdigest()] for name, (start, end) in ends.items()
+        }
+        metrics = tmp_path / "model" / "metrics.json"
+        metrics.write_text(json.dumps({"splits": splits}))
+        for words, part, shown in (
+            ([], corpus[250:330], "text, the validation split: 80 bytes"),
+            (["--split", "test"], corpus[330:], "text, the test split: 70 bytes"),
+            (["--split", "test", "--train_share", "0.9"], corpus[380:], "text, the test split: 20 bytes"),
+            (["--split", "all"], corpus, "a part of this text is what the model was trained on"),
+        ):
+            assert main([model_folder, str(tmp_path / "text"), "--stride", "24", *words]) == 0
+            out = capsys.readouterr().out
+            assert shown in out and hashlib.sha256(part).hexdigest() in out
+        (tmp_path / "text").write_bytes(corpus[:-1] + b"x")  # another text of the same length
+        assert main([model_folder, str(tmp_path / "text"), "--stride", "24"]) == 0
+        assert "text, all of it: 400 bytes" in capsys.readouterr().out
+        metrics.write_text("{")
+        assert main([model_folder, str(tmp_path / "text"), "--stride", "24"]) == 0
+        assert "metrics.json is damaged" in capsys.readouterr().out
+
+    def test_models_that_are_no_language_models_are_refused(self, make_model, tmp_path, capsys):
+        def error(name) -> str:
+            assert main([str(name), str(tmp_path / "text")]) == 1
+            shown = capsys.readouterr().err
+            assert "Traceback" not in shown
+            return shown.strip().splitlines()[-1]
+
+        (tmp_path / "text").write_bytes(TEXT)
+        config = make_model().config
+        CharformerForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+        assert "is a 'CharformerForSequenceClassification'; it must be a language model" in error(
+            tmp_path / "classifier"
+        )
+        folder = tmp_path / "classifier"
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | {"architectures": None}))
+        assert "lacks weights of a language model: lm_head" in error(folder)
+        for changes, message in (
+            ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10,000,000; it must be 2,000 or fewer"),
+            ({"hidden_size": 10**9}, "GB of memory here"),
+            ({"hidden_size": "16"}, "hidden_size is '16'; it must be a whole number"),
+            ({"model_type": "gpt2"}, "is a model of type 'gpt2'; it must be a Charformer"),
+            ({"num_attention_heads": 3}, "does not divide"),
+        ):
+            (folder / "config.json").write_text(json.dumps(values | {"architectures": None} | changes))
+            assert message in error(folder)
+        for content in ("[]", "{", "null", "{}"):
+            (folder / "config.json").write_text(content)
+            assert "config.json" in error(folder) or "of type None" in error(folder)
+        (folder / "config.json").unlink()
+        assert "holds no config.json" in error(folder)
+        assert "there is no folder" in error("./mistyped/path/of/a/model")
+        assert "there is no folder 'mistyped'" in error("mistyped")
+
+    def test_damaged_weights_are_one_clear_line(self, model_folder, tmp_path, capsys):
+        weights = tmp_path / "model" / "model.safetensors"
+        whole = weights.read_bytes()
+        (tmp_path / "text").write_bytes(TEXT)
+        for content in (whole[:-10], whole[:5], b"", b"\xff" * 100):
+            weights.write_bytes(content)
+            assert main([model_folder, str(tmp_path / "text")]) == 1
+            assert "are damaged or truncated" in capsys.readouterr().err
+        weights.unlink()
+        assert main([model_folder, str(tmp_path / "text")]) == 1
+        assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["koi8-r", "cp866", "utf-16"])
+def test_text_that_is_not_utf8_has_bits_per_byte_alone(make_model, tmp_path, capsys, encoding):
+    model = make_model()
+    data = ("Щедрая осень, жёлтый лес. " * 90).encode(encoding)
+    result = bits_per_character(model, data, stride=24, progress=False)
+    assert result.bpc is None and result.counted_characters is None and result.bpb > 0
+    assert result.standard_error is not None
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_bytes(data)
+    assert main([str(tmp_path / "model"), str(tmp_path / "text"), "--stride", "24"]) == 0
+    out = capsys.readouterr().out
+    assert "not UTF-8, so its characters cannot be counted" in out and f"{result.bpb:.4f} +- " in out
+    inside = "жёлтый лес".encode() * 3
+    assert (
+        bits_per_character(model, inside[1:-1], stride=8, progress=False).bpc is not None
+    )  # cut characters are no fault
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"x" * 99, b"\x93NUMPY", "pickle", "object", "shape"])
+def test_a_damaged_state_file_is_named(make_model, tmp_path, content):
+    state = tmp_path / "state.0"
+    values = {"key": "k", "bits": np.zeros(1), "done": 1, "seconds": 1.0}
+    if content == "pickle":
+        np.save(state.with_suffix(".npy"), np.array([{}], dtype=object))
+        state.with_suffix(".npy").rename(state)
+    elif isinstance(content, str):
+        wrong = {"object": np.array([None]), "shape": np.zeros(1, dtype=int)}[content]
+        with state.open("wb") as file:
+            np.savez(file, **(values | {"bits": wrong}))  # type: ignore[arg-type]
+    else:
+        state.write_bytes(content)
+    with pytest.raises(ValueError, match="state_file: .*state.0 is damaged or not that of an evaluation"):
+        bits_per_character(make_model(), TEXT, progress=False, state_file=tmp_path / "state")
+
+
+def test_an_error_leaves_the_model_in_training(make_model, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(model.model, "forward", lambda *arguments, **settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bits_by_position(model, np.frombuffer(TEXT, np.uint8))
+    assert model.training
 
 
 @pytest.mark.filterwarnings("ignore")  # of a library's making
@@ -231,6 +385,7 @@ def test_metric_of_the_library_evaluate(make_model, tmp_path, monkeypatch):
     found = metric.compute(predictions=texts, model_id=str(tmp_path / "model"), stride=7)
     one, two = (bits_per_character(model, text, stride=7, progress=False) for text in texts)
     bits = one.bpb * one.counted_bytes + two.bpb * two.counted_bytes
+    assert one.counted_characters and two.counted_characters
     assert found["bpc"] == pytest.approx(bits / (one.counted_characters + two.counted_characters))
     assert found["bpb"] == pytest.approx(bits / (one.counted_bytes + two.counted_bytes))
     assert [text["sha256"] for text in found["texts"]] == [one.sha256, two.sha256]

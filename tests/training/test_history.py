@@ -43,10 +43,10 @@ def test_last_evaluation_is_without_its_speed():
 def test_drop_steps_are_the_first_without_the_layer(settings, expected):
     # 4 layers, 100 steps: layer l has its losses while step / 100 < l / 8
     config = CharformerConfig(num_hidden_layers=4, **settings)
-    assert drop_steps(config.loss_settings(), 100) == expected
+    assert drop_steps(config.language_model_losses(), 100) == expected
 
 
 def test_drop_steps_are_exact_in_a_long_run():
     config = CharformerConfig(num_hidden_layers=3)
     # While step / 1,000,001 < l / 6.
-    assert drop_steps(config.loss_settings(), 1_000_001) == {1: 166_668, 2: 333_335}
+    assert drop_steps(config.language_model_losses(), 1_000_001) == {1: 166_668, 2: 333_335}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from charformer_training import ngrams
-from charformer_training.ngrams import characters_per_byte, ngram_bits_per_byte
+from charformer_training.ngrams import ngram_bits_per_byte
 
 
 def reference_bits(train: bytes, text: bytes, order: int) -> float:
@@ -43,8 +43,3 @@ def test_longer_contexts_predict_better():
 def test_order_outside_its_range_raises():
     with pytest.raises(ValueError, match="order is 4"):
         ngram_bits_per_byte(np.zeros(9, np.uint8), np.zeros(9, np.uint8), 4)
-
-
-def test_characters_per_byte():
-    assert characters_per_byte(np.frombuffer(b"abc", np.uint8)) == 1.0
-    assert characters_per_byte(np.frombuffer("aäö".encode(), np.uint8)) == 0.5

@@ -66,6 +66,9 @@ def test_a_run_leaves_a_folder_that_explains_and_loads_itself(command, tmp_path,
     assert type(model) is CharformerForCausalLM
     ids = model.generate(**tokenizer("Zeile", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert tokenizer.decode(ids[0]).startswith("Zeile")
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
+    symbols = [(one.pad_token_id, one.eos_token_id) for one in (tokenizer, model.config, model.generation_config)]
+    assert symbols == [(255, 254)] * 3
 
     final_layer, layers = figures[-1].axes
     logged = training_entries(folder)
@@ -107,6 +110,17 @@ def test_a_run_leaves_a_folder_that_explains_and_loads_itself(command, tmp_path,
     assert metrics["splits"]["train"][1] in shown  # the checksum
 
 
+def test_raw_binary_data_makes_a_model_without_special_symbols(command, tmp_path, capsys):
+    data = tmp_path / "raw.dat"
+    data.write_bytes(bytes(range(1, 256)) * 40)
+    assert main(command(data_path=data, sample_length=0)) == 0
+    assert "253 to 255 are not pad, eos and bos" in capsys.readouterr().out
+    folder = tmp_path / "run"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.pad_token_id is None and model.generation_config.eos_token_id is None
+    assert tokenizer.all_special_tokens == []
+
+
 @pytest.mark.slow
 def test_the_shown_lines_load_the_model(command, tmp_path, capsys):
     assert main(command()) == 0
@@ -124,7 +138,7 @@ def test_fine_tuning_begins_with_the_given_model(command, tmp_path):
     settings = {"output_dir": str(tmp_path / "tuned"), "model_name_or_path": first}
     assert main(command(**settings, learning_rate=0.0, intermediate_layers="none")) == 0
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (first, tmp_path / "tuned"))
-    assert after.config.loss_settings().terms[1:] == (("target_2", 4, 2, 0.5, False),)
+    assert after.config.language_model_losses().terms[2:] == (("target_2", 4, 2, 0.5, False, "all"),)
     for name, weight in after.state_dict().items():
         assert weight.equal(before.state_dict()[name])
 
@@ -140,13 +154,13 @@ def test_weights_of_single_terms_reach_the_saved_model(command, tmp_path, place)
     )
     if place == "recipe":
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump({**yaml.safe_load(Path(QUICKSTART).read_text()), "loss_weights": weights}))
+        recipe.write_text(yaml.safe_dump({**yaml.safe_load(Path(QUICKSTART).read_text()), "term_weights": weights}))
         words[0] = str(recipe)
     else:
-        words += ["--loss_weights", json.dumps(weights)]
+        words += ["--term_weights", json.dumps(weights)]
     assert main(words) == 0
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "run").config
-    assert config.loss_weights == weights and config.loss_weighting == "uncertainty"
+    assert config.term_weights == weights and config.loss_weighting == "uncertainty"
     assert config.target_heads == "sequential"
     first, *_, last = training_entries(tmp_path / "run")
     assert "loss_uncertainty" in first
@@ -277,6 +291,37 @@ class TestWrongInput:
         assert "not valid YAML" in self.refused(capsys, [str(recipe)])
         recipe.write_text("just text\n")
         assert "'field: value' lines" in self.refused(capsys, [str(recipe)])
+
+    def test_bits_per_character_of_text_that_is_not_utf8(self, command, tmp_path, capsys):
+        (tmp_path / "koi8").write_bytes(("Щедрая осень, жёлтый лес. " * 400).encode("koi8-r"))
+        words = command(data_path=tmp_path / "koi8", metric_for_best_model="eval_bpc", load_best_model_at_end="true")
+        assert "not UTF-8, so it must be eval_bpb or eval_loss" in self.refused(capsys, words)
+        assert main([*command(data_path=tmp_path / "koi8"), "--compare_ngrams"]) == 0
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        assert metrics["eval_bpb"] > 0 and "unigram_bpb" in metrics and not [key for key in metrics if "bpc" in key]
+        assert "bits per byte" in capsys.readouterr().out
+
+    def test_a_name_that_is_not_utf8_costs_no_model(self, command, text_file, tmp_path, capsys):
+        path = os.fsencode(tmp_path) + b"/caf\xe9\x1b[2J.txt"
+        with open(path, "wb") as file:
+            file.write(text_file.read_bytes())
+        assert main(command(data_path=os.fsdecode(path))) == 0
+        shown = capsys.readouterr()
+        assert r"caf\xe9\x1b[2J.txt" in shown.out and "\x1b[2J" not in shown.out + shown.err
+        assert r"caf\xe9" in (tmp_path / "run" / "README.md").read_text()
+        assert "must be text in UTF-8" in self.refused(capsys, command(output_dir=os.fsdecode(path)))
+
+    def test_a_corpus_does_not_grow_by_its_runs(self, command, text_file, tmp_path):
+        folder = tmp_path / "project"
+        folder.mkdir()
+        shutil.copy(text_file, folder)
+        found = []
+        for further in ([], ["--resume_from_last"], ["--overwrite_output_dir"]):
+            words = command(data_path=folder, output_dir=folder / "runs" / "a")
+            assert main([*words, *further]) == 0
+            found.append(json.loads((folder / "runs" / "a" / "metrics.json").read_text())["splits"])
+        assert found[0] == found[1] == found[2]
+        assert sum(size for size, _ in found[0].values()) == text_file.stat().st_size
 
     def test_unknown_field_on_the_command_line(self, command, capsys):
         assert "--num_target_x" in self.refused(capsys, [*command(), "--num_target_x", "3"])

@@ -35,7 +35,7 @@ class TestLogs:
         assert len(logs) == 8
         for entry in logs:
             progress = (entry["step"] - 1) / 8
-            weights = config.loss_settings().weights_at(progress)
+            weights = config.language_model_losses().weights_at(progress)
             present = {name for name, weight in weights.items() if weight} | {"last_position"}
             assert {key.removeprefix("loss_") for key in entry if key.startswith("loss_")} == present
             total = sum(weights[name] * entry[f"loss_{name}"] for name in present)

@@ -68,7 +68,7 @@ class BitsPerCharacter(evaluate.Metric):
         results = [bits_per_character(model, text, window, stride, batch_size, progress=False) for text in predictions]
         bits = sum(result.bpb * result.counted_bytes for result in results)
         return {
-            "bpc": bits / sum(result.counted_characters for result in results),
+            "bpc": bits / sum(result.counted_characters or 0 for result in results),
             "bpb": bits / sum(result.counted_bytes for result in results),
             "texts": [asdict(result) for result in results],
         }

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,74 +16,69 @@ from transformers.utils import ModelOutput, cached_file
 
 from modeling_charformer.auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, ResidualBlock, UncertaintyWeighting
 from modeling_charformer.auxiliary_losses import (
+    LossStep,
+    Targets,
     causal_lm_losses,
     classification_loss,
-    cross_entropy_sum,
-    last_target_positions,
-    mean_denominators,
+    last_of_text,
     sequence_problem_type,
-    share_of_step,
-    shifted_targets,
-    weighted_loss,
 )
-from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm, classifier_settings
+from modeling_charformer.loss_settings import LAST_POSITION, AuxiliaryLossSettings, LossTerm, classifier_settings
 
 from .models import HEADS_FILE, OLD_HEADS_FILE, evaluating, is_causal_lm, saved_heads, unwrap_peft
+from .probe import Anatomy, anatomy_of, logit_scale, own_loss_of, probe_ids
 
 
 OWN_ARGUMENTS = ("training_progress", "training_step", "target_counts")
+# What earlier versions called the settings, also in the configurations that they saved.
+FORMER_NAMES = {"classifiers": "heads", "loss_weights": "term_weights"}
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def add_auxiliary_losses(model: Model, classifiers: str | None = None, **settings: Any) -> Model:
+def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any) -> Model:
     """Train `model`, a causal language model or a classifier of sequences of Transformers, with auxiliary losses too.
 
     The model is changed and returned. In training, its `forward` takes `training_progress` and `training_step` (which
-    `AuxiliaryLossTrainer` gives it), and its output has `loss_dict` and `loss_weights`, as a Charformer's. Without labels
+    `AuxiliaryLossTrainer` gives it), and its output has `loss_dict` and `loss_weights`, like a Charformer's. Without labels
     and in evaluation it is what it was; `save_pretrained` writes the plain model, loadable anywhere, with the auxiliary
     heads in a subfolder (`auxiliary_heads/`), from which `load_auxiliary_losses` goes on.
 
-    All classifiers read the output of their layer after the model's final norm, where it has one.
+    All heads read the output of their layer after the model's final norm, and after whatever else the model does to its
+    last layer's output. Both are found by running the model on six tokens, as is what its own loss and logits are.
 
     Args:
         model: The model, or a PEFT model around it.
-        classifiers: `"shared"` (the default for language models): the classifier of an intermediate layer is the
-            model's own, which costs no parameters (as in LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710); a further
-            target has a residual block before it, which begins as the identity (as in Medusa, Cai et al. 2024, arXiv
-            2401.10774). `"own"`: each term has a linear classifier of its own, as in Al-Rfou et al. (2018); the only
-            kind for classifiers of sequences.
+        heads: `"shared"` (the default for language models): the head of an intermediate layer is the model's own, which
+            costs no parameters (as in LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710); a further target has a residual
+            block before it, which begins as the identity (as in Medusa, Cai et al. 2024, arXiv 2401.10774). `"own"`: each
+            term has a linear head of its own, as in Al-Rfou et al. (2018); the only kind for classifiers of sequences.
         settings: The fields of `AuxiliaryLossSettings`, with the same meaning and defaults as those of
             `CharformerConfig`; the main term is called `next_token`. For a classifier of sequences
             `intermediate_layers` (by default `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule`
-            (`"constant"`), `loss_weights` and `loss_weighting`; the main term is called `classification`.
+            (`"constant"`), `term_weights` and `loss_weighting`; the main term is called `classification`.
 
     Raises:
         ValueError: If the model or a setting is not accepted, before anything is changed.
     """
     base = _checked(unwrap_peft(model))
     mixin = _CausalLM if is_causal_lm(type(base)) else _SequenceClassifier
+    settings = {FORMER_NAMES.get(name, name): value for name, value in settings.items()}
+    heads = settings.pop("heads", heads) or mixin.accepted_heads[0]
     accepted = mixin.accepted_settings
     if wrong := sorted(settings.keys() - accepted):
         raise ValueError(f"add_auxiliary_losses has no settings {wrong} for {type(base).__name__}; it has {accepted}")
-    classifiers = mixin.accepted_classifiers[0] if classifiers is None else classifiers
-    if classifiers not in mixin.accepted_classifiers:
-        raise ValueError(
-            f"classifiers is {classifiers!r}; for {type(base).__name__} it must be one of {mixin.accepted_classifiers}"
-        )
+    if heads not in mixin.accepted_heads:
+        raise ValueError(f"heads is {heads!r}; for {type(base).__name__} it must be one of {mixin.accepted_heads}")
     losses = mixin.settings_for(base.config.get_text_config().num_hidden_layers, **settings)
     losses.weights_at(0.0)  # a schedule that returns nonsense does so here already, not after hours of training
     losses.weights_at(1.0)
-    norm, output_class = _final_norm(base)
-    original = base.__class__
-    base.__class__ = _class_with_losses(cast(Any, original), mixin)
-    changed = cast(_WithAuxiliaryLosses, base)
-    try:
-        changed._add_heads(losses, classifiers, norm, output_class)
-    except BaseException:
-        base.__class__ = original
-        raise
-    base.config.auxiliary_losses = {"classifiers": classifiers, **settings}
+    anatomy = anatomy_of(base)
+    _check_layers(base, anatomy, losses.layers)
+    checked = mixin.check(base, anatomy, heads)
+    base.__class__ = _class_with_losses(cast(Any, type(base)), mixin, anatomy.output_kind)
+    cast(_WithAuxiliaryLosses, base)._add_heads(losses, anatomy, heads, checked)
+    base.config.auxiliary_losses = {"heads": heads, **settings}
     return model
 
 
@@ -120,95 +115,88 @@ class _WithAuxiliaryLosses(PreTrainedModel):
     """What `add_auxiliary_losses` puts before the class of a model."""
 
     accepted_settings: list[str]
-    accepted_classifiers: tuple[str, ...]
+    accepted_heads: tuple[str, ...]
     main: str
     loss_settings: AuxiliaryLossSettings
+    # Of the class that was made for a model: what it was made of, and its output with a breakdown of the loss.
+    _made_of: tuple[type, type, type[ModelOutput]]
+    _output_class: type[ModelOutput]
 
     @staticmethod
     def settings_for(num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
         raise NotImplementedError
 
-    def _add_heads(
-        self, settings: AuxiliaryLossSettings, classifiers: str, norm: str | None, output_class: type[ModelOutput]
-    ) -> None:
-        self._check_logits()
-        self.loss_settings = settings
-        self._final_norm_name = norm
-        self._output_class = output_class
-        heads = {
-            term.name: self._make_head(term, index, classifiers)
-            for index, term in enumerate(settings.terms)
-            if not term.is_main
-        }
-        self.auxiliary_heads = nn.ModuleDict(heads).to(self.device, self.dtype)
-        self.loss_uncertainty = None
-        if settings.loss_weighting != "fixed":
-            names = [*(term.name for term in settings.terms), "last_position"]
-            self.loss_uncertainty = UncertaintyWeighting(names).to(self.device)
+    @staticmethod
+    def check(model: PreTrainedModel, anatomy: Anatomy, heads: str) -> dict[str, Any]:
+        """What else the losses need to know of a plain model, to be kept as attributes.
 
-    def _check_logits(self) -> None:
-        """Raise a ValueError if the classifier that the heads share is not what the model does."""
-
-    def _make_head(self, term: LossTerm, index: int, classifiers: str) -> nn.Module:
+        Raises:
+            ValueError: If the model is not one whose losses these can be.
+        """
         raise NotImplementedError
 
-    def _own_head(self, num_outputs: int, index: int) -> nn.Module:
-        config = self.config.get_text_config()
-        head = AuxiliaryHead(config.hidden_size, num_outputs, index)
-        nn.init.normal_(head.weight, 0.0, getattr(config, "initializer_range", 0.02))
-        nn.init.zeros_(head.bias)
+    def _add_heads(
+        self, settings: AuxiliaryLossSettings, anatomy: Anatomy, heads: str, checked: dict[str, Any]
+    ) -> None:
+        self.loss_settings = settings
+        self._anatomy = anatomy
+        for name, value in checked.items():
+            setattr(self, name, value)
+        terms = [term for term in settings.terms if not term.is_main]
+        modules = {term.name: self._make_head(term, index, heads) for index, term in enumerate(terms, start=1)}
+        self.auxiliary_heads = nn.ModuleDict(modules).to(self.device, self.dtype)
+        self.loss_uncertainty = None
+        if settings.loss_weighting != "fixed":
+            names = [term.name for term in settings.terms]
+            self.loss_uncertainty = UncertaintyWeighting(names).to(self.device)
+
+    def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
+        raise NotImplementedError
+
+    def _linear_head(self, num_outputs: int, index: int) -> nn.Module:
+        deviation = getattr(self.config.get_text_config(), "initializer_range", 0.02)
+        head = AuxiliaryHead(self._anatomy.width, num_outputs, index)
+        head.draw(deviation)
         return head
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
+        progress, number, counts = (kwargs.pop(name, None) for name in OWN_ARGUMENTS)
         if args:
             kwargs |= dict(zip(inspect.signature(super().forward).parameters, args, strict=False))
-        labels = kwargs.get("labels")
-        if labels is None:
+        if kwargs.get("labels") is None:
             return super().forward(**kwargs)
-        if not self.training:
-            outputs = super().forward(**{**kwargs, "return_dict": True})
-            return self._with_breakdown(outputs, outputs.loss, {self.main: outputs.loss}, {self.main: 1.0})
-        weights = self.loss_settings.weights_at(own["training_progress"], own["training_step"])
-        terms = [term for term in self.loss_settings.terms if not term.is_main and weights[term.name]]
-        wanted = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
-        outputs = super().forward(**{**kwargs, "output_hidden_states": True, "return_dict": True})
-        losses = self._losses(outputs, terms, weights, kwargs, own["target_counts"])
-        if not wanted:
-            outputs = {name: value for name, value in outputs.items() if name != "hidden_states"}
-        share = self._share_of_step(kwargs, own["target_counts"])
-        loss, losses, in_force = weighted_loss(losses, weights, self.loss_uncertainty, share)
-        return self._with_breakdown(outputs, loss, losses, in_force)
+        step = LossStep(self.loss_settings, True, self.training, progress, number)
+        asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
+        outputs = super().forward(**{**kwargs, "output_hidden_states": asked or self.training, "return_dict": True})
+        share_of_step = self._add_losses(step, outputs, kwargs, counts)
+        dropped = ("loss",) if asked else ("loss", "hidden_states")
+        values = {name: value for name, value in outputs.items() if name not in dropped}
+        return self._output_class(
+            **values, **step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)
+        )
 
-    def _with_breakdown(
-        self, outputs: Mapping[str, Any], loss: Tensor, losses: dict[str, Tensor], weights: dict[str, Any]
-    ) -> ModelOutput:
-        values = {name: value for name, value in outputs.items() if name != "loss"}
-        return self._output_class(loss=loss, **values, loss_dict=losses, loss_weights=weights)
-
-    def _losses(
-        self,
-        outputs: Any,
-        terms: list[LossTerm],
-        weights: dict[str, float],
-        inputs: dict[str, Any],
-        target_counts: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """The value of the main term and of each of `terms`, by name."""
+    def _add_losses(
+        self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
+    ) -> Callable[[], Tensor | float]:
+        """Add the values of all active terms; returns what tells how much of the optimizer step is in this batch."""
         raise NotImplementedError
 
-    def _auxiliary_norm(self, hidden_states: Tensor) -> Tensor:
-        norm = self._final_norm_name
-        return hidden_states if norm is None else self.get_submodule(norm)(hidden_states)
+    def _head_input(self, term: LossTerm, outputs: Any) -> Tensor:
+        """The output of a term's layer, `(B, S, hidden_size)`; that of the last layer is final already."""
+        last = term.layer == self.loss_settings.num_layers
+        return outputs.hidden_states[-1 if last else self._anatomy.layers[term.layer]]
 
-    def _share_of_step(self, inputs: dict[str, Any], target_counts: Tensor | None) -> Tensor | float:
-        """How much of what the terms are divided by is in this batch."""
-        return 1.0
+    def _finished(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
+        """What the model makes of the output of its last layer, the final norm above all, made of that of the term's."""
+        if term.layer < self.loss_settings.num_layers:
+            for name in self._anatomy.tail or ():
+                hidden_states = self.get_submodule(name)(hidden_states)
+        return hidden_states
 
-    def _normed(self, outputs: Any, layer: int) -> Tensor:
-        """The output of `layer`, `(B, S, hidden_size)`, after the final norm."""
-        hidden = outputs.hidden_states[layer]
-        return hidden if layer == self.loss_settings.num_layers else self._auxiliary_norm(hidden)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made anew where the model is loaded: pickle looks classes up by name, and this one has none."""
+        state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
+        return (_empty_model, self._made_of, *state)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As everywhere in Transformers, the plain model; and the auxiliary heads beside it."""
@@ -226,11 +214,11 @@ class _WithAuxiliaryLosses(PreTrainedModel):
     def save_auxiliary_heads(self, folder: str | os.PathLike, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the weights that only training needs into `folder`, as `auxiliary_heads/model.safetensors`."""
         weights = self.state_dict() if state_dict is None else state_dict
-        own = {name: weight.contiguous() for name, weight in weights.items() if name.startswith(TRAINING_ONLY)}
+        heads = {name: weight.contiguous() for name, weight in weights.items() if name.startswith(TRAINING_ONLY)}
         path = Path(folder, HEADS_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}")
-        save_file(own, unfinished, metadata={"format": "pt"})
+        save_file(heads, unfinished, metadata={"format": "pt"})
         os.replace(unfinished, path)
         Path(folder, OLD_HEADS_FILE).unlink(missing_ok=True)  # of an earlier model: engines would load it
 
@@ -247,6 +235,8 @@ class _WithAuxiliaryLosses(PreTrainedModel):
 
     def _load_heads(self, path: Path) -> None:
         saved = load_file(path)
+        if isinstance(self, _SequenceClassifier):  # earlier versions saved it, though nothing could train it
+            saved.pop(f"loss_uncertainty.log_variances.{LAST_POSITION}", None)
         expected = {name for name in self.state_dict() if name.startswith(TRAINING_ONLY)}
         if saved.keys() != expected:
             different = sorted(saved.keys() ^ expected)
@@ -256,76 +246,83 @@ class _WithAuxiliaryLosses(PreTrainedModel):
 
 class _CausalLM(_WithAuxiliaryLosses):
     accepted_settings = [
-        field.name for field in fields(AuxiliaryLossSettings) if field.name not in ("num_layers", "main")
+        field.name for field in fields(AuxiliaryLossSettings) if field.name not in ("num_layers", "main", "prefix")
     ]
-    accepted_classifiers = ("shared", "own")
+    accepted_heads = ("shared", "own")
     main = "next_token"
+    _logit_scale: float
+    _follows_shift_labels: bool
 
     @staticmethod
     def settings_for(num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
         return AuxiliaryLossSettings(num_layers, main="next_token", **settings)
 
-    def _check_logits(self) -> None:
-        with evaluating(self):
-            ids = torch.tensor([[1, 2]], device=self.device)  # 0 may be padding, embedded as nothing
-            outputs = super().forward(input_ids=ids, output_hidden_states=True, return_dict=True)
-            logits, expected = self._logits(outputs.hidden_states[-1]).float(), outputs.logits.float()
-        if bool(
-            (logits - expected).abs().max() > 0.02 * expected.abs().max()
-        ):  # half precision is no better than that
+    @staticmethod
+    def check(model: PreTrainedModel, anatomy: Anatomy, heads: str) -> dict[str, Any]:
+        name = type(model).__name__
+        if not anatomy.reads_forward:
             raise ValueError(
-                f"the logits of {type(self).__name__} are not what its output embeddings make of its last hidden state;"
-                " add_auxiliary_losses does not know what else this model does to them"
+                f"{name} reads in both directions: its layers see the tokens that they would have to predict"
             )
+        own_loss = own_loss_of(model)
+        if not own_loss.is_shifted:
+            raise ValueError(
+                f"the loss of {name} is not the mean cross-entropy of its logits for the next token; the auxiliary losses"
+                " would not be of the same kind"
+            )
+        scale = _logit_scale_of(model) if heads == "shared" else 1.0
+        if scale is None:
+            raise ValueError(
+                f"the logits of {name} are not what its output embeddings make of its last hidden state; heads='shared'"
+                " does not know what else this model does to them. Choose heads='own'"
+            )
+        return {"_logit_scale": scale, "_follows_shift_labels": own_loss.follows_shift_labels}
 
-    def _make_head(self, term: LossTerm, index: int, classifiers: str) -> nn.Module:
-        if classifiers == "own":
-            return self._own_head(self._vocab_size, index)
-        return nn.Identity() if term.offset == 1 else ResidualBlock(self.config.get_text_config().hidden_size)
+    def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
+        if heads == "own":
+            return self._linear_head(self._vocab_size, index)
+        return nn.Identity() if term.offset == 1 else ResidualBlock(self._anatomy.width)
 
     @property
     def _vocab_size(self) -> int:
         return cast(Tensor, self.get_output_embeddings().weight).shape[0]
 
-    def _logits(self, normed: Tensor) -> Tensor:
-        logits = self.get_output_embeddings()(normed)
-        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        logits = self.get_output_embeddings()(hidden_states)
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        cap = _logit_cap(self)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _classify(self, term: LossTerm, hidden_states: Tensor) -> list[Tensor]:
-        if term.layer < self.loss_settings.num_layers:
-            hidden_states = self._auxiliary_norm(hidden_states)
-        head = self.auxiliary_heads[term.name]
+    def _logits_of(self, term: LossTerm, hidden_states: Tensor) -> list[Tensor]:
+        if term.is_main:
+            return [self._logits(hidden_states)]
+        head, hidden_states = self.auxiliary_heads[term.name], self._finished(term, hidden_states)
         return [head(hidden_states) if isinstance(head, AuxiliaryHead) else self._logits(head(hidden_states))]
 
-    def _denominators(self, inputs: dict[str, Any], target_counts: Tensor | None) -> Tensor:
-        num_targets, num_items = self.loss_settings.num_targets, inputs.get("num_items_in_batch")
-        return mean_denominators(inputs["labels"], num_targets, num_items, target_counts)
+    def _add_losses(
+        self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
+    ) -> Callable[[], Tensor | float]:
+        if inputs.get("shift_labels") is not None and not self._follows_shift_labels:
+            raise ValueError(f"the loss of {type(self).__name__} does not follow shift_labels; give labels alone")
+        targets = Targets(inputs, self.loss_settings.num_targets, inputs.get("num_items_in_batch"), target_counts)
 
-    def _share_of_step(self, inputs, target_counts):
-        return share_of_step(inputs["labels"], self._denominators(inputs, target_counts))
+        def loss_of(term: LossTerm) -> Tensor:
+            if term.name == self.main:
+                return outputs.loss
+            logits_of = functools.partial(self._logits_of, term)
+            # One term at a time: with a large vocabulary, several at once would run on smaller pieces.
+            losses = causal_lm_losses(self._head_input(term, outputs), logits_of, [term], targets, self._vocab_size)
+            return losses[term.name]
 
-    def _losses(self, outputs, terms, weights, inputs, target_counts):
-        labels, settings = inputs["labels"], self.loss_settings
-        denominators = self._denominators(inputs, target_counts)
-        losses = {self.main: outputs.loss}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weights["last_position"] > 0):
-            targets = shifted_targets(labels, 1)
-            last = last_target_positions(targets)
-            logits = self._logits(outputs.hidden_states[-1].take_along_dim(last[..., None], dim=1))
-            total = cross_entropy_sum(logits, targets.take_along_dim(last, dim=1))
-            losses["last_position"] = total / denominators[1, 0]
-        for term in terms:
-            losses |= causal_lm_losses(
-                outputs.hidden_states[term.layer],
-                functools.partial(self._classify, term),
-                [term],  # one at a time: with a large vocabulary, several at once would run on smaller pieces
-                labels,
-                denominators,
-                self._vocab_size,
-                last_position_only=settings.position_loss == "last",
-            )
-        return losses
+        if not self.training:
+            step.add({self.main: outputs.loss})  # at no cost beyond the plain model's
+            return targets.share_of_step
+        step.add_main(loss_of)
+        for term in step.terms:
+            if not term.is_main:
+                step.add({term.name: loss_of(term)})
+        return targets.share_of_step
 
 
 class _SequenceClassifier(_WithAuxiliaryLosses):
@@ -333,10 +330,10 @@ class _SequenceClassifier(_WithAuxiliaryLosses):
         "intermediate_layers",
         "intermediate_weight",
         "intermediate_schedule",
-        "loss_weights",
+        "term_weights",
         "loss_weighting",
     ]
-    accepted_classifiers = ("own",)
+    accepted_heads = ("own",)
     main = "classification"
     accepts_loss_kwargs = False  # Transformers' classifiers take means over their batch, whatever the whole step holds
 
@@ -345,35 +342,49 @@ class _SequenceClassifier(_WithAuxiliaryLosses):
         renamed = {name.removeprefix("intermediate_"): value for name, value in settings.items()}
         return classifier_settings(num_layers, **renamed)
 
-    def _make_head(self, term: LossTerm, index: int, classifiers: str) -> nn.Module:
-        return self._own_head(int(self.config.num_labels or 0), index)
+    @staticmethod
+    def check(model: PreTrainedModel, anatomy: Anatomy, heads: str) -> dict[str, Any]:
+        return {}
 
-    def _losses(self, outputs, terms, weights, inputs, target_counts):
+    def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
+        return self._linear_head(int(self.config.num_labels or 0), index)
+
+    def _add_losses(
+        self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
+    ) -> Callable[[], Tensor | float]:
         labels = inputs["labels"]
         problem_type = sequence_problem_type(self.config.problem_type, int(self.config.num_labels or 0), labels)
-        losses = {self.main: outputs.loss}
-        for term in terms:
-            pooled = self._pooled(self._normed(outputs, term.layer), inputs)
-            losses[term.name] = classification_loss(self.auxiliary_heads[term.name](pooled), labels, problem_type)
-        return losses
+        step.add({self.main: outputs.loss})
+        for term in step.terms:
+            if not term.is_main:
+                pooled = self._pooled(self._finished(term, self._head_input(term, outputs)), inputs)
+                logits = self.auxiliary_heads[term.name](pooled)
+                step.add({term.name: classification_loss(logits, labels, problem_type)})
+        return lambda: 1.0
 
     def _pooled(self, hidden_states: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The first state of a model that reads in both directions, the last of text in one that reads forward."""
-        if not hasattr(self, "score"):
+        if not self._anatomy.reads_forward:
             return hidden_states[:, 0]
-        mask = inputs.get("attention_mask")
-        pad = self.config.get_text_config().pad_token_id
+        mask, pad = inputs.get("attention_mask"), self.config.get_text_config().pad_token_id
         if mask is None and pad is not None and inputs.get("input_ids") is not None:
             mask = inputs["input_ids"] != pad
-        if mask is None:
-            return hidden_states[:, -1]
-        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        last = (positions * mask.to(positions.dtype)).argmax(dim=-1)
-        return hidden_states[torch.arange(len(last), device=last.device), last]
+        return last_of_text(hidden_states, mask)
+
+
+def _logit_cap(model: PreTrainedModel) -> float | None:
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
+
+
+def _logit_scale_of(model: PreTrainedModel) -> float | None:
+    with evaluating(model):
+        outputs: Any = model(input_ids=probe_ids(model), output_hidden_states=True, return_dict=True)
+        made = cast(nn.Module, model.get_output_embeddings())(outputs.hidden_states[-1])
+    return logit_scale(made, outputs.logits, _logit_cap(model))
 
 
 @functools.cache
-def _class_with_losses(kind: type, mixin: type) -> type:
+def _class_with_losses(kind: type, mixin: type, output_kind: type[ModelOutput]) -> type:
     """A class of the same name as `kind`, which configurations, Trainer and loss functions go by."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -387,7 +398,18 @@ def _class_with_losses(kind: type, mixin: type) -> type:
     if mixin is _SequenceClassifier:
         own = own[:2]
     forward.__signature__ = signature.replace(parameters=[*parameters[:end], *own, *parameters[end:]])  # type: ignore[attr-defined]
-    return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__, "forward": forward})
+    content = {
+        "__module__": kind.__module__,
+        "forward": forward,
+        "_made_of": (kind, mixin, output_kind),
+        "_output_class": _output_class(output_kind),
+    }
+    return type(kind.__name__, (mixin, kind), content)
+
+
+def _empty_model(kind: type, mixin: type, output_kind: type[ModelOutput]) -> Any:
+    made: Any = _class_with_losses(kind, mixin, output_kind)
+    return made.__new__(made)
 
 
 @functools.cache
@@ -397,7 +419,29 @@ def _output_class(kind: type[ModelOutput]) -> type[ModelOutput]:
         loss_dict: dict[str, Tensor] | None = None
         loss_weights: dict[str, Any] | None = None
 
+        def __reduce__(self) -> Any:
+            return (_output, (kind, dict(self)))
+
     return OutputWithBreakdown
+
+
+def _output(kind: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
+    return _output_class(kind)(**values)
+
+
+def _check_layers(model: PreTrainedModel, anatomy: Anatomy, layers: tuple[int, ...]) -> None:
+    """That each layer's output is known for what it is, and what the model would make of it if it were the last one's."""
+    missing = [layer for layer in layers if layer not in anatomy.layers]
+    if missing:
+        raise ValueError(
+            f"the hidden states that {type(model).__name__} returns do not hold the outputs of its layers {missing}, so"
+            " these cannot have losses; choose intermediate_layers=None"
+        )
+    if layers and anatomy.tail is None:
+        raise ValueError(
+            f"{type(model).__name__} makes its last hidden state of its last layer's output by more than modules one after"
+            " the other, so heads on other layers cannot do the same; choose intermediate_layers=None"
+        )
 
 
 def _checked(model: nn.Module) -> PreTrainedModel:
@@ -426,33 +470,3 @@ def _checked(model: nn.Module) -> PreTrainedModel:
             f" (...ForSequenceClassification), not {name}"
         )
     return model
-
-
-def _final_norm(model: PreTrainedModel) -> tuple[str | None, type[ModelOutput]]:
-    """The name of the norm after the last layer, and the class of the model's output with a breakdown of its loss.
-
-    The norm is found by what it does: its output is the model's last hidden state.
-    """
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.__setitem__(name, output))
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and not any(part.isdigit() for part in name.split("."))
-    ]
-    try:
-        with evaluating(model):
-            ids = torch.tensor([[1, 2]], device=model.device)
-            outputs = model(input_ids=ids, output_hidden_states=True, return_dict=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    states = getattr(outputs, "hidden_states", None)
-    expected = model.config.get_text_config().num_hidden_layers + 1
-    if states is None or len(states) != expected:
-        raise ValueError(
-            f"{type(model).__name__} returns {'no' if states is None else len(states)} hidden states; it must return"
-            f" {expected}, its input's and each layer's"
-        )
-    last = states[-1]
-    matches = [name for name, out in seen.items() if out.numel() == last.numel() and out.view_as(last).equal(last)]
-    return matches[-1] if matches else None, _output_class(cast(Any, type(outputs)))

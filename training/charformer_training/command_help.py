@@ -18,6 +18,14 @@ Train a Charformer from a recipe. Fields on the command line override the recipe
   charformer-train training/configs/quickstart.yaml --resume_from_last
 
 A GPU is used when there is one; --use_cpu does without it."""
+_EVALUATION = """\
+Bits per character and per byte of a text under a trained model. MODEL is a folder or a Hub id; TEXT is a file, a folder or
+python-stdlib.
+
+  charformer-evaluate runs/quickstart my_text.txt
+  charformer-evaluate runs/quickstart python-stdlib --stride 64 16 4 --max_bytes 20000
+
+A stride of 1 is the papers' protocol, and the slowest. Several strides give a table to choose from."""
 _LOSSES = ("target", "intermediate", "position_", "loss_", "term_", "num_targets", "classifier")
 # What most runs set; the Trainer has a hundred fields beside these.
 _COMMON = (
@@ -67,6 +75,17 @@ def training_help(usage: str, parts: Iterable[type]) -> str:
         },
     }
     return "\n\n".join([f"usage: {usage}", _EXAMPLE, *_recipes(), *map(_group, groups, groups.values())]) + "\n"
+
+
+def evaluation_help(usage: str, part: type) -> str:
+    """The help of `charformer-evaluate`."""
+    items = {item.name: item for item in fields(part)}
+    return "\n\n".join([f"usage: {usage}", _EVALUATION, _group("Options", items)]) + "\n"
+
+
+def how_to_begin_evaluating(usage: str) -> str:
+    """What `charformer-evaluate` without arguments says."""
+    return "\n\n".join([f"usage: {usage}", _EVALUATION, "--help lists all options."])
 
 
 def how_to_begin(usage: str) -> str:

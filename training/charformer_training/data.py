@@ -1,9 +1,10 @@
 """From text to windows of bytes: reading a corpus, splitting it by position, drawing windows.
 
 A corpus is one memory-mapped array of bytes. Windows are cut out of it when they are asked for, so its size costs no
-memory, and each process reads its own windows only.
+memory, and each process reads its own windows only. A file that changes meanwhile is noticed: no window is read from it.
 """
 
+import contextlib
 import hashlib
 import os
 import sysconfig
@@ -12,15 +13,68 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_hub.constants import HF_HOME
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX
 
 from .arguments import SPLIT_NAMES, STANDARD_LIBRARY, DataArguments
+from .corpus_files import described, documents, files_of_folder, is_plain, is_table, text_of_row
+from .terminal import one_line
+from .units import is_utf8
+
+
+logger = logging.get_logger(__name__)
+
+# Where the texts of the recipes come from; no program here downloads them.
+_KNOWN = {
+    "tinyshakespeare.txt": "data/tinyshakespeare/input.txt of Andrej Karpathy's char-rnn: 1,115,394 bytes, SHA-256"
+    " 86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "enwik8": "in enwik8.zip of Matt Mahoney's Large Text Compression Benchmark: 100,000,000 bytes, SHA-256"
+    " 2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+    "text8": "in text8.zip of Matt Mahoney's Large Text Compression Benchmark: 100,000,000 bytes, MD5"
+    " 3bea1919949baf155f99411df5fada7e",
+}
+_UTF8_SAMPLE = 1 << 24
+
+
+class CorpusChangedError(ValueError):
+    """The file of a corpus is not what it was when it was opened."""
+
+
+class CorpusFile(np.memmap):
+    """The bytes of a file, `(num_bytes,)` uint8, memory-mapped, and how the file was when it was opened."""
+
+    stamp: tuple[int, int, int] | None = None
+
+    def __array_finalize__(self, source: Any) -> None:
+        super().__array_finalize__(source)
+        self.stamp = getattr(source, "stamp", None)
+
+    def check(self, when: str = "") -> None:
+        """Refuse to go on if the file was rewritten or cut: bytes would change under their checksum.
+
+        A file that was deleted or replaced as a whole does no harm: the old one stays mapped.
+
+        Raises:
+            CorpusChangedError: Names the file, and says `when`.
+        """
+        if self.stamp is None or self.filename is None:
+            return
+        try:
+            found = os.stat(self.filename)
+        except OSError:
+            return
+        if found.st_ino == self.stamp[0] and (found.st_size, found.st_mtime_ns) != self.stamp[1:]:
+            raise CorpusChangedError(
+                f"{one_line(Path(self.filename).name)} was changed during the run{when}: {self.stamp[1]:,} bytes then,"
+                f" {found.st_size:,} now. Train on a copy that stays as it is"
+            )
 
 
 @dataclass(frozen=True)
@@ -40,39 +94,70 @@ class Split:
         """Checksum of the bytes, in hexadecimal."""
         digest = hashlib.sha256()
         for start in range(0, len(self.data), 1 << 20):
+            check_unchanged(self.data)
             digest.update(self.data[start : start + (1 << 20)].data)
         return digest.hexdigest()
 
 
-def load_corpus(arguments: DataArguments, write: bool = True) -> np.ndarray:
+def check_unchanged(data: np.ndarray, when: str = "") -> None:
+    """Raise `CorpusChangedError` if `data` is of a file that was changed since it was opened."""
+    if isinstance(data, CorpusFile):
+        data.check(when)
+
+
+def load_corpus(arguments: DataArguments, write: bool = True, output_dir: str | None = None) -> np.ndarray:
     """The bytes of the corpus, `(num_bytes,)` uint8, memory-mapped.
 
-    A single file is mapped as it is. Files of a folder and rows of a dataset are first written one after the other
-    into one file of the cache (in the folder that HF_HOME names), folders once as long as they stay as they are. Of
+    A text file is mapped as it is. Other files, those of a folder and rows of a dataset are first written one after the
+    other into one file of the cache (in the folder that HF_HOME names), files once as long as they stay as they are. Of
     several processes only one does so, first: the others call this with `write=False`.
+
+    Args:
+        arguments: Where the text is.
+        write: Whether this process writes the cache, and says what is left out and what is not UTF-8.
+        output_dir: The folder that the run writes to; left out where it is in the corpus' folder.
 
     Raises:
         FileNotFoundError: If `data_path` does not exist.
-        ValueError: If there is no text in it.
+        ValueError: If there is no text in it, or it is of a kind that is not read.
     """
-    separator = arguments.document_separator.encode()
-    if arguments.dataset_name is not None:
-        key = _cache_key(
-            "dataset", str(arguments.dataset_name), arguments.source, arguments.text_column, separator.hex()
+    corpus = _map(_corpus_path(arguments, write, output_dir))
+    if write and not is_utf8(corpus[:_UTF8_SAMPLE]):
+        logger.warning(
+            f"{arguments.source} is not UTF-8: its characters cannot be counted, so bits per character mean nothing; read"
+            " bits per byte. (iconv -f ENCODING -t UTF-8 converts it.)"
         )
-        return _map(_write_corpus(_dataset_texts(arguments), separator, key) if write else _cache_path(key))
+    return corpus
+
+
+def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None) -> Path:
+    separator, column = arguments.document_separator.encode(), arguments.text_column
+    if arguments.dataset_name is not None:
+        key = _cache_key("dataset", str(arguments.dataset_name), arguments.source, column, separator.hex())
+        if not write:
+            return _cache_path(key)
+        return _write_corpus(([text] for text in _dataset_texts(arguments)), separator, key)
     if arguments.data_path == STANDARD_LIBRARY:
-        return _load_files(_standard_library_files(), separator, arguments.source)
+        return _cached(_standard_library_files(), arguments, separator)
     path = Path(arguments.data_path or "").expanduser()
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if _is_text_file(file, path)]
-        return _load_files(files, separator, f"the folder {path}")
+        own = None if output_dir is None else Path(output_dir)
+        if own is not None and own.expanduser().resolve() == path.resolve():
+            raise ValueError(f"output_dir is data_path, {one_line(path)}: the run would be a part of its own text")
+        files, others = files_of_folder(path, own)
+        if others and write:
+            logger.warning(f"Left out of {arguments.source}: {described(others)}")
+        if not files:
+            raise ValueError(
+                f"data_path: the folder {one_line(path)} holds no text file"
+                + (f": {described(others)}" if others else "")
+            )
+        return _cached(files, arguments, separator)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"data_path: there is no file or folder {str(path)!r} (from {os.getcwd()}); give a text file, a folder of"
-            f" text files or '{STANDARD_LIBRARY}', or a dataset by --dataset_name"
-        )
-    return _map(path)
+        raise FileNotFoundError(_not_found(path))
+    if path.stat().st_size == 0:
+        raise ValueError(f"the file {one_line(path)} is empty")
+    return path if is_plain(path) else _cached([path], arguments, separator)
 
 
 def split_corpus(data: np.ndarray, train_share: float, validation_share: float, source: str = "") -> dict[str, Split]:
@@ -87,14 +172,15 @@ def split_corpus(data: np.ndarray, train_share: float, validation_share: float, 
 class RandomWindows(Dataset):
     """`num_windows` windows of `window` bytes from random offsets; which, follows from the seed and the index alone.
 
-    Items are `{"input_ids", "labels"}`, both `(window,)` int64.
+    Items are `{"input_ids", "labels"}`, both `(window,)` int64. `windows_per_step` lets an error name the step.
 
     Raises:
         ValueError: If the split is shorter than a window.
     """
 
-    def __init__(self, split: Split, window: int, num_windows: int, seed: int):
+    def __init__(self, split: Split, window: int, num_windows: int, seed: int, windows_per_step: int | None = None):
         _check_window(split, window)
+        self.windows_per_step = windows_per_step
         self.split, self.window, self.num_windows, self.seed = split, window, num_windows, seed
 
     def __len__(self) -> int:
@@ -103,6 +189,8 @@ class RandomWindows(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         last = len(self.split.data) - self.window
         offset = int(np.random.default_rng((self.seed, index)).integers(last, endpoint=True))
+        step = "" if self.windows_per_step is None else f", at step {index // self.windows_per_step + 1}"
+        check_unchanged(self.split.data, step)
         ids = np.asarray(self.split.data[offset : offset + self.window], dtype=np.int64)
         return {"input_ids": ids, "labels": ids}
 
@@ -120,9 +208,15 @@ class ConsecutiveWindows(Dataset):
     def __len__(self) -> int:
         return -(-(len(self.data) - 1) // (self.window - 1))
 
+    @cached_property
+    def is_utf8(self) -> bool:
+        """Whether the text is UTF-8; of any other the Trainer reports no bits per character."""
+        return is_utf8(self.data)
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        check_unchanged(self.data, ", at an evaluation")
         start = index * (self.window - 1)
         ids = np.asarray(self.data[start : start + self.window], dtype=np.int64)
         missing = self.window - len(ids)
@@ -140,18 +234,21 @@ def _check_window(split: Split, window: int) -> None:
         )
 
 
-def _map(path: Path) -> np.ndarray:
-    if path.stat().st_size == 0:
-        raise ValueError(f"the file {path} is empty")
-    return np.memmap(path, dtype=np.uint8, mode="r")
+def _map(path: Path) -> CorpusFile:
+    found = path.stat()
+    if found.st_size == 0:
+        raise ValueError(f"the file {one_line(path)} is empty")
+    corpus = CorpusFile(path, dtype=np.uint8, mode="r")
+    corpus.stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
+    return corpus
 
 
-def _is_text_file(path: Path, root: Path) -> bool:
-    if any(part.startswith(".") for part in path.relative_to(root).parts) or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(8192)
-    return bool(start) and b"\0" not in start
+def _not_found(path: Path) -> str:
+    known = f". It is {_KNOWN[path.name]}" if path.name in _KNOWN else ""
+    return (
+        f"data_path: there is no file or folder {one_line(path)!r} (from {one_line(os.getcwd())}); give a text file, a"
+        f" folder of text files or '{STANDARD_LIBRARY}', or a dataset by --dataset_name{known}"
+    )
 
 
 def _standard_library_files() -> list[Path]:
@@ -160,52 +257,95 @@ def _standard_library_files() -> list[Path]:
     return [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
 
 
-def _load_files(files: list[Path], separator: bytes, source: str) -> np.ndarray:
-    if not files:
-        raise ValueError(f"{source} holds no text file (binary, hidden and empty files do not count)")
-    stamps = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    path = _cache_path(_cache_key("files", separator.hex(), *stamps))
-    if not path.exists():
-        _write_corpus((file.read_bytes() for file in files), separator, path.stem)
-    return _map(path)
+def _cached(files: list[Path], arguments: DataArguments, separator: bytes) -> Path:
+    """The cache's file of these, written if it is not there yet."""
+    tables = all(map(is_table, files))
+    stamps = [f"{file} {(found := file.stat()).st_size} {found.st_mtime_ns}" for file in files]
+    key = _cache_key("files", separator.hex(), arguments.text_column if tables else "", *stamps)
+    path = _cache_path(key)
+    if path.exists():
+        return path
+    texts = (text for file in files for text in documents(file, arguments.text_column, tables))
+    return _write_corpus(texts, separator, key)
 
 
 def _dataset_texts(arguments: DataArguments) -> Iterator[bytes]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    dataset = load_dataset(
-        arguments.dataset_name,
-        arguments.dataset_config,
-        split=arguments.dataset_split,
-        streaming=arguments.dataset_streaming,
-    )
-    columns = dataset.column_names
-    if columns is not None and arguments.text_column not in columns:
-        raise ValueError(f"text_column is {arguments.text_column!r}; {arguments.source} has the columns {columns}")
-    for row in tqdm(dataset, desc=f"Reading {arguments.source}", unit=" rows"):
-        if row[arguments.text_column]:
-            yield row[arguments.text_column].encode()
+    try:
+        dataset = load_dataset(
+            arguments.dataset_name,
+            arguments.dataset_config,
+            split=arguments.dataset_split,
+            streaming=arguments.dataset_streaming,
+        )
+        columns = dataset.column_names
+        if columns is not None and arguments.text_column not in columns:
+            raise ValueError(
+                f"text_column is {one_line(arguments.text_column)!r}; {arguments.source} has the columns"
+                f" {one_line(columns)}"
+            )
+        rows = tqdm(dataset, desc=f"Reading {arguments.source}", unit=" rows")
+        for number, row in enumerate(rows, 1):
+            yield from text_of_row(row, arguments.text_column, f"row {number} of {arguments.source}")
+    except DatasetsError as error:
+        reason = one_line(str(error.__cause__ or error).split("\n")[0])
+        raise ValueError(f"dataset_name: {arguments.source} cannot be read: {reason}") from error
 
 
 def _cache_key(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _cache_path(key: str) -> Path:
     return Path(HF_HOME) / "charformer" / f"{key}.bytes"
 
 
-def _write_corpus(texts: Iterable[bytes], separator: bytes, key: str) -> Path:
+def _write_corpus(documents: Iterable[Iterable[bytes]], separator: bytes, key: str) -> Path:
     path = _cache_path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".incomplete", delete=False) as file:
+    _remove_unfinished(path.parent)
+    with _unfinished(path.parent) as file:
         try:
-            for number, text in enumerate(texts):
-                file.write(separator + text if number else text)
+            for number, pieces in enumerate(documents):
+                if number:
+                    file.write(separator)
+                file.writelines(pieces)
+            file.flush()
+            if file.tell() == 0:
+                raise ValueError("data_path or dataset_name: there is no text in it")
+            os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
-    os.replace(file.name, path)
-    if path.stat().st_size == 0:
-        raise ValueError("the dataset holds no text")
     return path
+
+
+def _unfinished(folder: Path) -> Any:
+    """A new file that is locked, so that no other process takes it for one that was left."""
+    while True:
+        file = tempfile.NamedTemporaryFile(dir=folder, suffix=".incomplete", delete=False)  # noqa: SIM115
+        _lock(file.fileno())
+        if os.path.exists(file.name):  # else it was removed before it was locked
+            return file
+        file.close()
+
+
+def _lock(descriptor: int) -> bool:
+    """Mark a file as being written, for as long as this process lives. False if another process writes it."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # no such locks on this system or disk: nothing is removed
+        return False
+    return True
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Delete what processes that were killed left in the cache."""
+    for path in folder.glob("tmp*.incomplete"):
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            if _lock(file.fileno()):
+                path.unlink()

@@ -2,38 +2,50 @@
 
 import json
 import os
+import stat
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate.state import PartialState
-from transformers import HfArgumentParser
 
-from modeling_charformer import CharformerForCausalLM
-
-from .arguments import DataArguments, EvaluateArguments
-from .data import load_corpus, split_corpus
+from .arguments import SHARES, SPLIT_NAMES, DataArguments, EvaluateArguments
+from .command_help import evaluation_help, how_to_begin_evaluating
+from .data import Split, load_corpus, split_corpus
 from .evaluation import Evaluation, bits_by_position, bits_per_character
+from .files import whole_file
 from .plots import plot_bits_by_position
+from .pretrained import load_language_model, read_config
+from .recipes import Parser
+from .terminal import error_message, one_line, use_safe_streams
+
+
+USAGE = "charformer-evaluate MODEL TEXT [--stride s ...] [--field value ...]"
 
 
 def evaluate(model_path: str, text: str, arguments: EvaluateArguments) -> list[Evaluation]:
-    """Evaluate at each stride; prints a table, writes the JSON and the picture that are asked for."""
+    """Evaluate at each stride; prints a table, writes the JSON and the picture that are asked for.
+
+    Raises:
+        ValueError: If an argument is not accepted, the model is no language model, or the text is too short.
+        OSError: If the model, the text or a place for the results is not there.
+    """
+    check_places(arguments)
     processes = PartialState(cpu=arguments.device == "cpu")
-    device = arguments.device or str(processes.device)
-    model: Any = CharformerForCausalLM.from_pretrained(model_path, dtype=getattr(torch, arguments.dtype))
-    model.to(device)
-    data_arguments = DataArguments(data_path=text)
+    device = _device(arguments.device or str(processes.device))
+    _check_windows(arguments, read_config(model_path).max_position_embeddings)
+    data_arguments = DataArguments(data_path=text, text_column=arguments.text_column)
     with processes.main_process_first():
-        data = load_corpus(data_arguments, write=processes.is_local_main_process)
-    if arguments.split != "all":
-        data = split_corpus(data, arguments.train_share, arguments.validation_share)[arguments.split].data
-    data = data[: arguments.max_bytes]
+        corpus = load_corpus(data_arguments, write=processes.is_local_main_process)
+    part, data = choose_part(model_path, corpus, arguments)
+    data = np.array(data[: arguments.max_bytes])  # a map would follow changes of the file, or crash when it is cut
+    model: Any = load_language_model(model_path, dtype=getattr(torch, arguments.dtype))
+    model.to(device)
 
     results = []
     for stride in arguments.stride:
@@ -42,71 +54,182 @@ def evaluate(model_path: str, text: str, arguments: EvaluateArguments) -> list[E
             bits_per_character(model, data, arguments.window, stride, arguments.batch_size, state_file=state)
         )
     if processes.is_main_process:
-        print(_table(results, f"{data_arguments.source}, {arguments.split}"))
+        print(table(results, f"{data_arguments.source}, {_in_words(part)}"))
         report = {
-            "model": Path(model_path).name if Path(model_path).exists() else model_path,
+            "model": one_line(Path(model_path).name) if Path(model_path).exists() else model_path,
             "text": data_arguments.source,
-            "split": arguments.split,
-            "device": device,
+            "split": part,
+            "device": str(device),
             "dtype": arguments.dtype,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "results": [asdict(result) for result in results],
         }
         if arguments.output is not None:
-            _write(Path(arguments.output), json.dumps(report, indent=2) + "\n")
+            with whole_file(arguments.output) as file:
+                file.write((json.dumps(report, indent=2) + "\n").encode())
         if arguments.plots is not None:
-            plot_bits_by_position(
-                bits_by_position(model, data, arguments.window, arguments.batch_size), Path(arguments.plots)
-            )
-            print(f"Bits by position and layer: {arguments.plots}")
+            curves = bits_by_position(model, data, arguments.window, arguments.batch_size)
+            plot_bits_by_position(curves, Path(arguments.plots))
+            print(f"Bits by position and layer: {one_line(arguments.plots)}")
     return results
 
 
-def _table(results: Sequence[Evaluation], source: str) -> str:
+def check_places(arguments: EvaluateArguments) -> None:
+    """Refuse a place for results that cannot be written, before hours of work.
+
+    Raises:
+        OSError: If it is a folder, a device or a link to one, or its folder cannot be written to.
+    """
+    for name in ("output", "plots", "state_file"):
+        if getattr(arguments, name) is None:
+            continue
+        path = Path(getattr(arguments, name))
+        shown = one_line(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"{name}: {shown} is a folder; give a file in it")
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(f"{name}: {shown} is a device or a pipe; give a regular file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{name}: the folder of {shown} cannot be made: {error.strerror}") from error
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{name}: the folder of {shown} cannot be written to")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = one_line(str(error).split("\n")[0])
+        raise ValueError(f"device is {one_line(name)!r}, which is not there or not known: {reason}") from error
+    return device
+
+
+def _check_windows(arguments: EvaluateArguments, limit: int) -> None:
+    window = limit if arguments.window is None else arguments.window
+    if window > limit:
+        raise ValueError(f"window is {window}; it must be 1 to {limit}, the model's max_position_embeddings")
+    for stride in arguments.stride:
+        if stride > window:
+            raise ValueError(f"stride is {stride}; it must be 1 to the window, {window}")
+
+
+def choose_part(model_path: str, corpus: np.ndarray, arguments: EvaluateArguments) -> tuple[str, np.ndarray]:
+    """The name of the part to evaluate (`all`, or that of a split), and its bytes.
+
+    A folder that a run left tells by checksums whether this is the text that the model was trained on. Of that text the
+    splits are those of the run, and the default is the validation split; of any other text it is all.
+    """
+    ends = _ends_in_training(model_path, corpus)
+    part = arguments.split or ("all" if ends is None else "validation")
+    if part == "all":
+        if ends is not None:
+            print("Note: a part of this text is what the model was trained on (--split validation leaves it out).")
+        return part, corpus
+    if ends is None or arguments.train_share is not None or arguments.validation_share is not None:
+        shares = [
+            default if share is None else share
+            for share, default in zip((arguments.train_share, arguments.validation_share), SHARES, strict=True)
+        ]
+        return part, split_corpus(corpus, shares[0], shares[1])[part].data
+    start, end = ends[SPLIT_NAMES.index(part)]
+    return part, corpus[start:end]
+
+
+def _ends_in_training(model_path: str, corpus: np.ndarray) -> list[tuple[int, int]] | None:
+    """Where the splits of the run begin and end, if `corpus` is the one it had."""
+    path = Path(model_path).expanduser() / "metrics.json"
+    if not path.is_file():
+        return None
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        lengths = [int(described[name][0]) for name in SPLIT_NAMES]
+        checksums = [described[name][1] for name in SPLIT_NAMES]
+    except (KeyError, IndexError, RecursionError, TypeError, ValueError):
+        print(f"Note: {one_line(path)} is damaged, so the text is not compared with that of the training.")
+        return None
+    if sum(lengths) != len(corpus) or min(lengths) < 0:
+        return None
+    ends = np.cumsum([0, *lengths]).tolist()
+    places = list(zip(ends, ends[1:], strict=False))
+    found = [Split(name, corpus[start:end]).sha256 for name, (start, end) in zip(SPLIT_NAMES, places, strict=True)]
+    return places if found == checksums else None
+
+
+def _in_words(part: str) -> str:
+    return "all of it" if part == "all" else f"the {part} split"
+
+
+def table(results: Sequence[Evaluation], source: str) -> str:
+    """Results at several strides, for people."""
     first = results[0]
+    counted = f"{first.counted_bytes:,} bytes"
+    if first.counted_characters is None:
+        note = [
+            "The text is not UTF-8, so its characters cannot be counted: bits per byte only. (iconv -f ENCODING -t UTF-8"
+            " converts it.)"
+        ]
+    else:
+        counted, note = f"{counted}, {first.counted_characters:,} characters", []
     lines = [
         f"{source}: {first.bytes:,} bytes, sha256 {first.sha256}",
-        f"window {first.window}; counted are all bytes but the first: {first.counted_bytes:,} bytes,"
-        f" {first.counted_characters:,} characters",
+        f"window {first.window}; counted are all bytes but the first: {counted}",
+        *note,
         "",
-        "  stride  bits per character         bits per byte   seconds",
+        "  stride  bits per character         bits per byte          seconds",
     ]
     for result in results:
         error = "" if result.standard_error is None else f" +- {result.standard_error:.4f}"
-        lines.append(f"  {result.stride:6}  {result.bpc:9.4f}{error:<12}  {result.bpb:18.4f}  {result.seconds:8.1f}")
+        if result.bpc is None:
+            characters, of_bytes = f"{'-':>9}{'':<12}", f"{result.bpb:12.4f}{error}"
+        else:
+            characters, of_bytes = f"{result.bpc:9.4f}{error:<12}", f"{result.bpb:12.4f}"
+        lines.append(f"  {result.stride:6}  {characters}  {of_bytes:<24}  {result.seconds:8.1f}")
     return "\n".join(lines)
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
+def parse_arguments(words: Sequence[str]) -> tuple[str, str, EvaluateArguments]:
+    """Model, text and settings from the command line.
+
+    Raises:
+        ValueError: If one is missing or not accepted.
+        SystemExit: After `--help`.
+    """
+    parser = Parser(
+        [EvaluateArguments],  # type: ignore[list-item]  # typed for one class
+        prog="charformer-evaluate",
+        usage=USAGE,
+        allow_abbrev=False,
+    )
+    parser.format_help = lambda: evaluation_help(USAGE, EvaluateArguments)  # type: ignore[method-assign]
+    if "-h" in words or "--help" in words:
+        parser.parse(["--help"])
+    if len(words) < 2 or any(word.startswith("-") for word in words[:2]):
+        raise ValueError(f"give a model and a text first: {USAGE}")
+    for name, word in zip(("MODEL", "TEXT"), words, strict=False):
+        if not word.strip():
+            raise ValueError(f"{name} is empty: {USAGE}")
+    return words[0], words[1], EvaluateArguments(**parser.parse(words[2:]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console program; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(
-        [EvaluateArguments],  # type: ignore[list-item]  # typed for one class
-        prog="charformer-evaluate",
-        description="Bits per character of a text (a file, a folder, or python-stdlib) under a trained model.",
-        usage="charformer-evaluate MODEL TEXT [--stride s ...] [--field value ...]",
-        allow_abbrev=False,
-    )
+    use_safe_streams()
+    if not words:
+        print(how_to_begin_evaluating(USAGE), file=sys.stderr)
+        return 2
     try:
-        if len(words) < 2 or any(word.startswith("-") for word in words[:2]):
-            if words not in (["-h"], ["--help"]):
-                raise ValueError(f"give a model and a text; got {words}. {parser.usage}")
-        (arguments,) = parser.parse_args_into_dataclasses(words[2:] or words, look_for_args_file=False)
-        evaluate(words[0], words[1], arguments)
-        PartialState().destroy_process_group()  # as charformer-train
+        evaluate(*parse_arguments(words))
+        PartialState().destroy_process_group()  # like charformer-train
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
-        print(f"\ncharformer-evaluate: error: {error}", file=sys.stderr)
+        print(f"\ncharformer-evaluate: error: {error_message(error)}", file=sys.stderr)
         return 1
     return 0
 

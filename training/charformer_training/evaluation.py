@@ -22,6 +22,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from modeling_charformer import CharformerForCausalLM
+from modeling_charformer.loss_settings import LAST_POSITION
+
+from .arguments import check_text
+from .files import whole_file
+from .models import evaluating
+from .terminal import one_line
+from .units import NATS_PER_BIT, count_characters, is_utf8
 
 
 # Standard errors are taken from means over so many bytes in a row: neighbours depend on each other.
@@ -33,17 +40,18 @@ SECONDS_BETWEEN_SAVES = 20.0
 class Evaluation:
     """What `bits_per_character` found out, and under which conditions.
 
-    `bpb` is in bits per byte, `bpc` in bits per character of UTF-8 (one and the same in ASCII text); `standard_error` is
-    that of `bpc`, from means over blocks of 1,000 bytes (`None` for a text of fewer than two). `counted_bytes` is one
-    less than the text's `bytes`: nothing comes before the first. `sha256` is the text's checksum.
+    `bpb` is in bits per byte, `bpc` in bits per character of UTF-8 (one and the same in ASCII text). Of a text that is
+    not UTF-8 characters cannot be counted: `bpc` and `counted_characters` are `None`. `standard_error` is that of `bpc`
+    (of `bpb` without one), from means over blocks of 1,000 bytes (`None` for a text of fewer than two). `counted_bytes`
+    is one less than the text's `bytes`: nothing comes before the first. `sha256` is the text's checksum.
     """
 
-    bpc: float
+    bpc: float | None
     bpb: float
     standard_error: float | None
     bytes: int
     counted_bytes: int
-    counted_characters: int
+    counted_characters: int | None
     sha256: str
     window: int
     stride: int
@@ -91,8 +99,8 @@ def bits_per_character(
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
     if len(data) < 2:
         raise ValueError(f"the text has {len(data)} bytes; it must have 2 or more: nothing comes before the first")
-    characters = _characters(data)
-    if not characters:
+    characters = count_characters(data) if is_utf8(data) else None
+    if characters == 0:
         raise ValueError(
             "the text is a single character; bits per character need one that begins after the first byte"
         )
@@ -105,13 +113,10 @@ def bits_per_character(
     state = _State(
         Path(f"{state_file}.{rank}") if state_file is not None else None, key, -(-len(data) // BYTES_PER_BLOCK)
     )
-
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         todo = tqdm(
             own[state.done :],
-            desc=f"bits per character, stride {stride}",
+            desc=f"bits per byte, stride {stride}",
             unit="batch",
             initial=state.done,
             total=len(own),
@@ -121,8 +126,6 @@ def bits_per_character(
             positions, bits = _bits(model, data, *windows[number])
             np.add.at(state.bits, positions // BYTES_PER_BLOCK, bits)
             state.finish_batch()
-    finally:
-        model.train(was_training)
     result = _evaluation(
         data,
         characters,
@@ -136,7 +139,6 @@ def bits_per_character(
     return result
 
 
-@torch.no_grad()
 def bits_by_position(
     model: CharformerForCausalLM, data: np.ndarray, window: int | None = None, batch_size: int = 32
 ) -> dict[str, np.ndarray]:
@@ -157,25 +159,23 @@ def bits_by_position(
     count = (len(data) - 1) // window
     if count < 1:
         raise ValueError(f"the text has {len(data)} bytes; bits by position need more than a window of {window}")
-    terms = [term for term in model.loss_settings.terms if term.offset == 1]
+    terms = [term for term in model.loss_settings.terms if term.offset == 1 and term.name != LAST_POSITION]
     sums = {term.name: np.zeros(window) for term in terms}
-    was_training = model.training
-    model.eval()
-    for start in tqdm(range(0, count, batch_size), desc="bits by position and layer", unit="batch"):
-        rows = np.arange(start, min(start + batch_size, count))[:, None] * window + np.arange(window + 1)
-        ids = torch.from_numpy(data[rows].astype(np.int64)).to(model.device)
-        layers: dict[int, torch.Tensor] = {}
-        readers = {term.layer: partial(layers.__setitem__, term.layer) for term in terms if not term.is_main}
-        outputs = model.model(ids[:, :-1], use_cache=False, on_layer_output=readers)
-        for term in terms:
-            if term.is_main:
-                logits = model.lm_head(outputs.last_hidden_state)
-            else:
-                (logits,) = model.classify([term], layers[term.layer])
-            nats = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-            sums[term.name] += nats.double().sum(0).cpu().numpy()
-    model.train(was_training)
-    return {name: total / count / math.log(2) for name, total in sums.items()}
+    with evaluating(model):
+        for start in tqdm(range(0, count, batch_size), desc="bits by position and layer", unit="batch"):
+            rows = np.arange(start, min(start + batch_size, count))[:, None] * window + np.arange(window + 1)
+            ids = torch.from_numpy(data[rows].astype(np.int64)).to(model.device)
+            layers: dict[int, torch.Tensor] = {}
+            readers = {term.layer: partial(layers.__setitem__, term.layer) for term in terms if not term.is_main}
+            outputs = model.model(ids[:, :-1], use_cache=False, on_layer_output=readers)
+            for term in terms:
+                if term.is_main:
+                    logits = model.lm_head(outputs.last_hidden_state)
+                else:
+                    (logits,) = model.classify([term], layers[term.layer])
+                nats = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+                sums[term.name] += nats.double().sum(0).cpu().numpy()
+    return {name: total / count / NATS_PER_BIT for name, total in sums.items()}
 
 
 class _Windows:
@@ -202,7 +202,6 @@ class _Windows:
         return ends, ends - (self.first - 1 + index * self.stride), self.window
 
 
-@torch.no_grad()
 def _bits(
     model: CharformerForCausalLM, data: np.ndarray, ends: np.ndarray, counted: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +215,7 @@ def _bits(
     wanted = torch.from_numpy(data[targets].astype(np.int64)).to(model.device)
     nats = -log_probabilities.gather(-1, wanted[..., None])[..., 0]
     chosen = np.arange(keep) >= keep - counted[:, None]
-    return targets[chosen], nats.double().cpu().numpy()[chosen] / math.log(2)
+    return targets[chosen], nats.double().cpu().numpy()[chosen] / NATS_PER_BIT
 
 
 class _State:
@@ -226,22 +225,21 @@ class _State:
         self.path, self.key = path, key
         self.bits, self.done, self.seconds = np.zeros(num_blocks), 0, 0.0
         if path is not None and path.exists():
-            with np.load(path) as saved:
-                if str(saved["key"]) != key:
-                    raise ValueError(
-                        f"state_file: {path} belongs to an evaluation of another text or model, or with other settings;"
-                        " delete it, or give another file"
-                    )
-                self.bits, self.done, self.seconds = saved["bits"], int(saved["done"]), float(saved["seconds"])
+            saved = _read_state(path)
+            if str(saved["key"]) != key or saved["bits"].shape != (num_blocks,):
+                raise ValueError(
+                    f"state_file: {one_line(path)} belongs to an evaluation of another text or model, or with other"
+                    " settings; delete it, or give another file"
+                )
+            self.bits, self.done, self.seconds = saved["bits"], int(saved["done"]), float(saved["seconds"])
         self._last = self._saved = time.perf_counter()
 
     def finish_batch(self) -> None:
         now = time.perf_counter()
         self.done, self.seconds, self._last = self.done + 1, self.seconds + now - self._last, now
         if self.path is not None and now - self._saved > SECONDS_BETWEEN_SAVES:
-            unfinished = self.path.with_name(f".{self.path.name}.npz")
-            np.savez(unfinished, key=self.key, bits=self.bits, done=self.done, seconds=self.seconds)
-            os.replace(unfinished, self.path)
+            with whole_file(self.path) as file:
+                np.savez(file, key=self.key, bits=self.bits, done=self.done, seconds=self.seconds)
             self._saved = now
 
     def remove(self) -> None:
@@ -249,10 +247,24 @@ class _State:
             self.path.unlink(missing_ok=True)
 
 
+def _read_state(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            values = {name: saved[name] for name in ("key", "bits", "done", "seconds")}
+        if values["bits"].dtype != np.float64 or int(values["done"]) < 0 or float(values["seconds"]) < 0:
+            raise ValueError("its values have another type")
+        return values
+    except Exception as error:  # damaged archives end in errors of many kinds
+        raise ValueError(
+            f"state_file: {one_line(path)} is damaged or not that of an evaluation; delete it, or give another file"
+        ) from error
+
+
 def _evaluation(
-    data: np.ndarray, characters: int, bits: np.ndarray, sha256: str, window: int, stride: int, seconds: float
+    data: np.ndarray, characters: int | None, bits: np.ndarray, sha256: str, window: int, stride: int, seconds: float
 ) -> Evaluation:
     counted = len(data) - 1
+    units = counted if characters is None else characters
     sizes = np.full(len(bits), BYTES_PER_BLOCK)
     sizes[0] -= 1
     sizes[-1] -= len(bits) * BYTES_PER_BLOCK - len(data)
@@ -260,10 +272,10 @@ def _evaluation(
     if len(bits) > 1:
         # Of a ratio of sums over blocks (Cochran 1977, section 6.3): blocks may differ in size.
         residuals = bits - bits.sum() / counted * sizes
-        error = math.sqrt(len(bits) / (len(bits) - 1) * float((residuals**2).sum())) / characters
+        error = math.sqrt(len(bits) / (len(bits) - 1) * float((residuals**2).sum())) / units
     total = float(bits.sum())
     return Evaluation(
-        bpc=total / characters,
+        bpc=None if characters is None else total / characters,
         bpb=total / counted,
         standard_error=error,
         bytes=len(data),
@@ -276,13 +288,9 @@ def _evaluation(
     )
 
 
-def _characters(data: np.ndarray) -> int:
-    """How many begin after the first byte: in UTF-8, bytes that are not continuation bytes (10xxxxxx)."""
-    return int((np.asarray(data[1:]) & 0xC0 != 0x80).sum())
-
-
 def _bytes_of(text: str | bytes | np.ndarray | os.PathLike) -> np.ndarray:
     if isinstance(text, str):
+        check_text("text", text)
         text = text.encode()
     if isinstance(text, bytes):
         return np.frombuffer(text, np.uint8)
@@ -295,7 +303,7 @@ def _bytes_of(text: str | bytes | np.ndarray | os.PathLike) -> np.ndarray:
         raise FileNotFoundError(f"text: there is no file {str(path)!r}")
     if path.stat().st_size == 0:
         raise ValueError(f"the file {path} is empty")
-    return np.memmap(path, np.uint8, mode="r")
+    return np.fromfile(path, np.uint8)  # a map would follow changes of the file, or crash when it is cut
 
 
 def _fingerprint(model: CharformerForCausalLM) -> str:

@@ -1,15 +1,22 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, with the permissions that any new file gets; links are not followed."""
 
+import contextlib
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
 
-def saving_failed_message(folder: str | os.PathLike, error: Exception) -> str:
+SCRATCH_PREFIX = "_incomplete-"  # pushes to the Hub leave out what begins with an underscore
+
+
+def saving_failed_message(folder: str | os.PathLike[str], error: Exception) -> str:
     """What to tell the user when `folder` could not be written."""
     free = shutil.disk_usage(Path(folder).parent).free / 1e6
     return (
@@ -19,7 +26,7 @@ def saving_failed_message(folder: str | os.PathLike, error: Exception) -> str:
 
 
 @contextmanager
-def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
+def whole_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch folder whose files move into `folder` when the block is through, and disappear if it fails.
 
     Raises:
@@ -27,15 +34,73 @@ def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / ".incomplete"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=folder))
     try:
         yield scratch
+        give_default_permissions(scratch)
         for path in sorted(scratch.iterdir()):
-            os.replace(path, folder / path.name)
+            os.replace(path, folder / path.name)  # a link of that name is replaced, not followed
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise OSError(saving_failed_message(folder, error)) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` when the block is through, and disappears if it fails.
+
+    Raises:
+        OSError: If the file cannot be written, or `path` is a folder or a device.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file, and is not replaced")
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=path.parent))
+    try:
+        with open(scratch / "file", "wb") as file:
+            yield file
+        os.replace(scratch / "file", path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Add a line to a file of text, UTF-8.
+
+    Raises:
+        OSError: If it cannot be written, or `path` is a link.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "ab") as file:
+        file.write(line.encode("utf-8", "replace") + b"\n")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it points to) or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Delete what a process that was killed left of unfinished files. Only where no other process writes."""
+    for left in folder.glob(f"{SCRATCH_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            remove(left)
+
+
+def give_default_permissions(folder: Path) -> None:
+    """Let the files below `folder` that only their owner may read (as safetensors writes them) follow the umask."""
+    probe = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=folder))
+    try:
+        # Asking for the umask by os.umask() would change it for other threads for a moment.
+        (probe / "file").touch()
+        mode = stat.S_IMODE((probe / "file").stat().st_mode)
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) == 0o600 != mode:
+            path.chmod(mode)

@@ -1,7 +1,5 @@
 """Bits per byte of models that count: what a trained model has to beat to have learned anything."""
 
-import math
-
 import numpy as np
 
 
@@ -59,9 +57,3 @@ def _ngram_counts(data: np.ndarray, length: int) -> np.ndarray:
             codes = (codes << 8) | chunk[position : position + len(codes)]
         counts += np.bincount(codes, minlength=len(counts))
     return counts
-
-
-def characters_per_byte(text: np.ndarray) -> float:
-    """UTF-8 characters begun in `text` but its first byte, per byte: turns bits per character into bits per byte."""
-    targets = np.asarray(text[1:])
-    return float((targets & 0xC0 != 0x80).mean()) if len(targets) else math.nan

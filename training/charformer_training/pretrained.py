@@ -125,6 +125,8 @@ def load_language_model(name: str, field: str = "model", **settings: Any) -> Cha
         loaded: Any = CharformerForCausalLM.from_pretrained(
             str(path) if path.is_dir() else name, output_loading_info=True, **settings
         )
+    except StrictDataclassError as error:
+        raise ValueError(_first_line(error)) from error
     except SafetensorError as error:
         raise ValueError(f"{field}: the weights of {label} are damaged or truncated ({_first_line(error)})") from error
     except OSError as error:
@@ -143,4 +145,6 @@ def load_language_model(name: str, field: str = "model", **settings: Any) -> Cha
 
 
 def _first_line(error: BaseException) -> str:
-    return one_line(str(error).strip().split("\n")[0])[:200] or type(error).__name__
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__  # its own message begins with the name of the check
+    return one_line(str(error).strip().split("\n")[0])[:500] or type(error).__name__

@@ -79,8 +79,8 @@ class HubTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-        if self.processing_class is None and is_charformer(config):
-            CharformerTokenizer().save_pretrained(folder)  # one that needs no training: ids are bytes
+        if self.processing_class is None and config is not None and is_charformer(config):
+            CharformerTokenizer.for_model(config).save_pretrained(folder)  # one that needs no training: ids are bytes
 
     def train(self, *args, **kwargs):
         try:
@@ -266,7 +266,8 @@ def push_folder(
     model = kind.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as stage:
         (model.without_auxiliary_heads() if inference_only else model).save_pretrained(stage)
-        CharformerTokenizer.from_pretrained(folder).save_pretrained(stage)
+        window = model.config.max_position_embeddings
+        CharformerTokenizer.from_pretrained(folder, model_max_length=window).save_pretrained(stage)
         for name in (CARD_FILE, PICTURE):
             if Path(folder, name).exists():
                 shutil.copy(Path(folder, name), stage)

@@ -8,9 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from modeling_charformer import CharformerConfig
 
@@ -21,11 +24,12 @@ from .arguments import (
     DataArguments,
     ModelArguments,
     RunArguments,
+    check_text,
 )
 from .checks import check_ranges, check_type, shown
 from .command_help import training_help
 from .pretrained import check_size
-from .strict_yaml import read_yaml
+from .strict_yaml import MAX_LENGTH, read_yaml
 from .terminal import one_line
 
 
@@ -41,6 +45,9 @@ class Parser(HfArgumentParser):
         message = re.sub(r"^argument --(\w+)(/--[\w-]+)?: ", r"\1: ", message)  # one of the two spellings will do
         for kind, accepted in (("int", "a whole number"), ("float", "a number")):
             message = re.sub(rf"^(\w+): invalid {kind} value: (.*)$", rf"\1 is \2; it must be {accepted}", message)
+        message = re.sub(
+            r"^(\w+): invalid choice: (.*) \(choose from (.*)\)$", r"\1 is \2; it must be one of \3", message
+        )
         raise ValueError(one_line(message))
 
     def known(self) -> set[str]:
@@ -61,7 +68,10 @@ class Parser(HfArgumentParser):
         if left:
             before = [word.split("=")[0] for word in words[: list(words).index(left[0])] if word.startswith("--")]
             place = f" (after {one_line(before[-1])})" if before else ""
-            raise ValueError(f"a word belongs to no option{place}; text with spaces needs quotes")
+            advice = (
+                "the recipe stands first" if left[0].endswith((".yaml", ".yml")) else "text with spaces needs quotes"
+            )
+            raise ValueError(f"a word belongs to no option{place}; {advice}")
         return vars(namespace)
 
 
@@ -101,6 +111,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         training = AuxiliaryLossTrainingArguments(**_fields_of(AuxiliaryLossTrainingArguments, values))
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"the Trainer does not accept its settings: {error}") from error
+    _check_optimizer(training)
     # The windows themselves are random; shuffling their numbers would only cost memory.
     training.train_sampling_strategy = "sequential"
     return Arguments(model, data, run, training)
@@ -116,6 +127,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     name = one_line(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {name!r}; training/configs holds those of this project")
+    if path.stat().st_size > 4 * MAX_LENGTH:
+        raise ValueError(f"{name} has {path.stat().st_size:,} bytes; a recipe has {MAX_LENGTH:,} or fewer")
     try:
         recipe = read_yaml(path.read_text(encoding="utf-8-sig"), name)
     except UnicodeDecodeError as error:
@@ -174,11 +187,23 @@ def _check_program(values: dict[str, Any]) -> None:
     """What the Trainer would accept, and this program cannot use."""
     if not values["output_dir"] or not values["output_dir"].strip():
         raise ValueError("output_dir is missing; give the folder for the trained model")
+    check_text("output_dir", values["output_dir"])  # it stands in the card, and is what others load
     if values["max_steps"] <= 0:
         raise ValueError(
             f"max_steps is {values['max_steps']}; give the number of optimizer steps: windows are drawn at random, so"
             " there are no epochs to count"
         )
+    if Path(values["output_dir"]).exists() and not Path(values["output_dir"]).is_dir():
+        raise ValueError(f"output_dir is {shown('', values['output_dir'])}, a file; give a folder")
+    if values["ignore_data_skip"]:
+        raise ValueError("ignore_data_skip is true; it must be false: a resumed run would see its first windows again")
+    if values["train_sampling_strategy"] not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy is {shown('', values['train_sampling_strategy'])}; leave it out: windows are drawn at"
+            " random, and all have one length"
+        )
+    if values["dataloader_persistent_workers"] and not values["dataloader_num_workers"]:
+        raise ValueError("dataloader_persistent_workers is true; it needs dataloader_num_workers of 1 or more")
     if values["dataloader_drop_last"]:
         raise ValueError(
             "dataloader_drop_last is true; it must be false: the evaluation would leave out a part of the text"
@@ -217,14 +242,40 @@ def _check_trainer(values: dict[str, Any]) -> None:
         if name not in get_available_reporting_integrations():
             raise ValueError(f"report_to is {shown('', name)}, which is not installed here")
     metric = values["metric_for_best_model"]
-    if metric is not None and not re.fullmatch(r"(eval_)?(loss|bpc|bpb|loss_\w+)", metric):
+    if metric is not None and not re.fullmatch(r"(eval_)?(loss|bpc|bpb|loss_next_char|loss_last_position)", metric):
         raise ValueError(
-            f"metric_for_best_model is {shown('', metric)}; it must be eval_loss, eval_bpc, eval_bpb or eval_loss_ and a term"
+            f"metric_for_best_model is {shown('', metric)}; it must be one of eval_loss, eval_bpc, eval_bpb,"
+            " eval_loss_next_char and eval_loss_last_position"
         )
     if values["torch_compile_mode"] not in (None, *_COMPILE_MODES):
         raise ValueError(
             f"torch_compile_mode is {shown('', values['torch_compile_mode'])}; it must be one of {list(_COMPILE_MODES)}"
         )
+
+
+def _check_optimizer(training: AuxiliaryLossTrainingArguments) -> None:
+    """What would fail at the first step, when an earlier model may have been deleted already."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except ImportError as error:
+        raise ValueError(f"optim is {OptimizerNames(training.optim).value!r}; {one_line(error)}") from error
+    except (AttributeError, ValueError):
+        pass  # some need the model to say
+    kwargs: Any = training.lr_scheduler_kwargs  # a mapping by now
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], training.learning_rate)
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            training.get_warmup_steps(training.max_steps),
+            training.max_steps,
+            kwargs or {},
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs is {shown('', kwargs)}, which lr_scheduler_type"
+            f" {SchedulerType(training.lr_scheduler_type).value!r} does not accept: {one_line(error)}"
+        ) from error
 
 
 def _check_model(model: ModelArguments) -> None:
@@ -236,7 +287,7 @@ def _check_model(model: ModelArguments) -> None:
         config = CharformerConfig(**fields)
     except (StrictDataclassError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(one_line(error.__cause__ or error)) from error
-    terms = config.loss_settings().terms
+    terms = config.language_model_losses().terms
     if not any(term.weight for term in terms):
         raise ValueError(
             f"the weights of all loss terms are 0 ({', '.join(term.name for term in terms)}): give one above 0"

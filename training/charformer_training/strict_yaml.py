@@ -7,7 +7,7 @@ import yaml
 from .terminal import one_line
 
 
-_MAX_LENGTH = 1_000_000
+MAX_LENGTH = 1_000_000
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -39,8 +39,8 @@ def read_yaml(text: str, source: str) -> Any:
         ValueError: If it is not valid, is longer than a million characters, holds an alias or gives a key twice. The
             text itself is not quoted: it may hold a secret.
     """
-    if len(text) > _MAX_LENGTH:
-        raise ValueError(f"{source} has {len(text):,} characters; it must have {_MAX_LENGTH:,} or fewer")
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"{source} has {len(text):,} characters; it must have {MAX_LENGTH:,} or fewer")
     try:
         return yaml.load(text, _StrictLoader)
     except yaml.MarkedYAMLError as error:

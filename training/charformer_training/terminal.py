@@ -28,6 +28,14 @@ def one_line(text: object) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def error_message(error: BaseException) -> str:
+    """What an error says, `printable`; of one that a loader's worker met, without the traceback that comes with it."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
+    return printable(text)
+
+
 def use_safe_streams() -> None:
     """Has both streams escape what their encoding cannot hold, so that no name or text ends a program."""
     for stream in (sys.stdout, sys.stderr):

@@ -23,12 +23,13 @@ from .command_help import how_to_begin
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .files import whole_files
 from .history import is_evaluation
-from .ngrams import characters_per_byte, ngram_bits_per_byte
+from .ngrams import ngram_bits_per_byte
 from .plots import PICTURE
 from .pretrained import load_language_model, read_config
 from .recipes import USAGE, parse_arguments
-from .terminal import printable, use_safe_streams
+from .terminal import error_message, printable, use_safe_streams
 from .trainer import AuxiliaryLossTrainer
+from .units import count_characters, is_utf8
 
 
 logger = logging.get_logger(__name__)
@@ -112,11 +113,16 @@ def build_trainer(
     trainer = AuxiliaryLossTrainer(
         model=model,
         args=training,
-        train_dataset=RandomWindows(splits["train"], window, num_windows, seed),
+        train_dataset=RandomWindows(splits["train"], window, num_windows, seed, num_windows // training.max_steps),
         eval_dataset=ConsecutiveWindows(splits["validation"], window, data.max_eval_bytes),
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
+    metric = training.metric_for_best_model or ""
+    if metric.endswith("bpc") and not is_utf8(splits["validation"].data[: data.max_eval_bytes]):
+        raise ValueError(
+            f"metric_for_best_model is {metric!r}; the text is not UTF-8, so it must be eval_bpb or eval_loss"
+        )
     show_in_use(trainer, window * num_windows // training.max_steps)
     if run.sample_length:
         length = len(run.sample_prompt.encode())
@@ -129,6 +135,12 @@ def build_trainer(
     return trainer
 
 
+def _holds_special_symbols(corpus: np.ndarray) -> bool:
+    """Whether a corpus, of bytes, has some that stand for pad, eos or bos and that no UTF-8 text contains."""
+    step = 2**24
+    return any(bool((corpus[start : start + step] >= 0xFD).any()) for start in range(0, len(corpus), step))
+
+
 def train(arguments: Arguments) -> dict[str, Any]:
     """Run a recipe: data, model, training, evaluation, and the folder with all results. Returns the metrics."""
     model_arguments, data, run, training = arguments
@@ -136,10 +148,17 @@ def train(arguments: Arguments) -> dict[str, Any]:
     model = build_model(model_arguments)  # wrong settings raise before the text is read
     replaced = check_output_dir(run, training)
     with training.main_process_first(desc="reading the corpus"):
-        corpus = load_corpus(data, write=training.local_process_index == 0)
+        corpus = load_corpus(data, training.local_process_index == 0, training.output_dir)
     splits = split_corpus(corpus, data.train_share, data.validation_share, data.source)
     name = model_arguments.model_name_or_path
-    tokenizer = CharformerTokenizer() if name is None else CharformerTokenizer.from_pretrained(name)
+    if name is None and _holds_special_symbols(corpus):
+        for settings in (model.config, model.generation_config):
+            settings.pad_token_id = settings.eos_token_id = settings.bos_token_id = None
+        if training.process_index == 0:
+            print("The corpus is no UTF-8 text: its bytes 253 to 255 are not pad, eos and bos, so the model has none")
+    tokenizer = CharformerTokenizer.for_model(model.config)
+    if name is not None:
+        tokenizer = CharformerTokenizer.from_pretrained(name, model_max_length=tokenizer.model_max_length)
     trainer = build_trainer(arguments, model, tokenizer, splits)
     Path(str(training.output_dir)).mkdir(parents=True, exist_ok=True)
 
@@ -148,7 +167,10 @@ def train(arguments: Arguments) -> dict[str, Any]:
         for name, split in splits.items():
             print(f"  {name:<10} {len(split.data):>13,} bytes  sha256 {split.sha256}")
         heads = model.num_parameters() - model.without_auxiliary_heads().num_parameters()
-        print(f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only", flush=True)
+        print(
+            f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only, on {training.device}",
+            flush=True,
+        )
         for path in replaced:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -176,9 +198,9 @@ def _final_evaluation(trainer: AuxiliaryLossTrainer) -> dict[str, Any]:
 
 
 def _compare_ngrams(train: np.ndarray, text: np.ndarray) -> dict[str, float]:
-    per_byte = characters_per_byte(text)
+    per_byte, unit = (count_characters(text) / (len(text) - 1), "bpc") if is_utf8(text) else (1.0, "bpb")
     return {
-        f"{name}_bpc": ngram_bits_per_byte(train, text, order) / per_byte
+        f"{name}_{unit}": ngram_bits_per_byte(train, text, order) / per_byte
         for name, order in (("unigram", 1), ("trigram", 3))
     }
 
@@ -212,14 +234,13 @@ def _save_results(
 
 
 def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
-    lines = [
-        "",
-        f"Validation: {metrics['eval_bpc']:.3f} bits per character (first {metrics['eval_bytes']:,} bytes of the split)",
-    ]
+    unit, of = ("bpc", "character") if "eval_bpc" in metrics else ("bpb", "byte")
+    bits = metrics[f"eval_{unit}"]
+    lines = ["", f"Validation: {bits:.3f} bits per {of} (first {metrics['eval_bytes']:,} bytes of the split)"]
     lines += [
-        f"  counted {name:<8} {metrics[key]:.3f}" + ("" if metrics["eval_bpc"] < metrics[key] else "  (not beaten)")
+        f"  counted {name:<8} {metrics[key]:.3f}" + ("" if bits < metrics[key] else "  (not beaten)")
         for name in ("trigram", "unigram")
-        if (key := f"{name}_bpc") in metrics
+        if (key := f"{name}_{unit}") in metrics
     ]
     if text:
         lines += ["", "The model writes:", *(f"  | {line}" for line in printable(text).strip("\n").split("\n"))]
@@ -256,7 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (StrictDataclassError, FloatingPointError, OSError, ValueError) as error:
         logger.debug("traceback", exc_info=True)
-        print(f"\ncharformer-train: error: {printable(error)}", file=sys.stderr)  # a progress bar may hold the line
+        print(
+            f"\ncharformer-train: error: {error_message(error)}", file=sys.stderr
+        )  # a progress bar may hold the line
         return 1
     return 0
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
-from modeling_charformer.auxiliary_losses import IGNORE_INDEX, count_targets
+from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 from modeling_charformer.loss_settings import ScheduleContext, scheduled
 
 from .checkpoints import SafeTrainer
 from .models import is_causal_lm, unwrap_peft
 from .optimizer import muon_adamw
 from .running_means import EvaluationTerms, TrainingTerms, group_by_layer
+from .units import NATS_PER_BIT, begins_character
 
 
 class UserTerm(NamedTuple):
@@ -102,7 +103,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
             ValueError: If the name is taken, the weight not finite or the schedule unknown.
         """
         settings = getattr(self.model, "loss_settings", None)
-        taken = [*(term.name for term in settings.terms), "last_position"] if settings is not None else []
+        taken = [term.name for term in settings.terms] if settings is not None else []
         if name in (*taken, *self._user_terms):
             raise ValueError(
                 f"a loss term {name!r} exists already, beside {[*taken, *self._user_terms]}; choose another"
@@ -173,9 +174,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
                 num_items_in_batch = None
         if self._takes_target_counts and batch_samples and "labels" in batch_samples[0]:
             num_targets = self.accelerator.unwrap_model(self.model).loss_settings.num_targets
-            counts = (
-                torch.stack([count_targets(batch["labels"], num_targets) for batch in batch_samples]).sum(0).to(device)
-            )
+            counts = torch.stack([Targets(batch, num_targets).counts() for batch in batch_samples]).sum(0).to(device)
             if self.args.average_tokens_across_devices:
                 counts = self.accelerator.reduce(counts, "sum")
             self._target_counts = counts
@@ -281,7 +280,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
         if not isinstance(labels, Tensor):
             positions = rows = find_batch_size(inputs) or 1
         elif labels.dim() == 2 and self._loss_shifts_labels:
-            positions, rows = count_targets(labels, 1)[:, 0]
+            positions, rows = Targets(inputs, 1).counts()[:, 0]
         else:
             positions = rows = labels.ne(IGNORE_INDEX).sum()
         self._evaluation_terms.add("loss", loss, positions)
@@ -289,9 +288,8 @@ class AuxiliaryLossTrainer(SafeTrainer):
             self._evaluation_terms.add(_log_key(name), value, rows if name == "last_position" else positions)
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         if "next_char" in terms and isinstance(labels, Tensor) and getattr(config, "vocab_size", None) == 256:
-            # A character of UTF-8 is one byte that is not a continuation byte (10xxxxxx), and those that follow.
-            targets = labels[..., 1:]
-            characters = ((targets != IGNORE_INDEX) & (targets & 0xC0 != 0x80)).sum()
+            targets = Targets(inputs, 1).ahead(1)
+            characters = ((targets != IGNORE_INDEX) & begins_character(targets)).sum()
             self._evaluation_terms.add("characters", torch.zeros_like(terms["next_char"]), characters)
 
     def prediction_step(
@@ -323,8 +321,9 @@ class AuxiliaryLossTrainer(SafeTrainer):
         metrics = {name: total / count for name, (total, count) in totals.items() if count}
         if characters:
             nats, num_bytes = totals["loss_next_char"]
-            metrics["bpb"] = nats / math.log(2) / num_bytes
-            metrics["bpc"] = nats / math.log(2) / characters
+            metrics["bpb"] = nats / NATS_PER_BIT / num_bytes
+            if getattr(dataloader.dataset, "is_utf8", True):  # characters of other encodings cannot be counted
+                metrics["bpc"] = nats / NATS_PER_BIT / characters
         if self.is_in_train and (names := [name for name, value in metrics.items() if not math.isfinite(value)]):
             raise self._not_finite_error(self.state.global_step, [f"{metric_key_prefix}_{name}" for name in names])
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

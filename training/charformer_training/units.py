@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 
-BITS_PER_NAT = 1 / math.log(2)
+NATS_PER_BIT = math.log(2)
 _CHUNK = 1 << 22
 
 
@@ -24,14 +24,20 @@ def count_characters(data: np.ndarray) -> int:
 
 
 def is_utf8(data: np.ndarray) -> bool:
-    """Whether `data`, `(num_bytes,)` uint8, is a part of a text in UTF-8; either end may cut a character."""
+    """Whether `data`, `(num_bytes,)` uint8, is a part of a text in UTF-8; either end may cut a character.
+
+    Zero bytes do not occur in text, but do in UTF-16, which can pass for UTF-8 otherwise.
+    """
     begin = 0
     while begin < min(3, len(data)) and not begins_character(int(data[begin])):
         begin += 1
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for start in range(begin, len(data), _CHUNK):
-            decoder.decode(np.asarray(data[start : start + _CHUNK]).tobytes())
+            chunk = np.asarray(data[start : start + _CHUNK]).tobytes()
+            if b"\0" in chunk:
+                return False
+            decoder.decode(chunk)
     except UnicodeDecodeError:
         return False
     return True

@@ -1,0 +1,52 @@
+"""The terms of the loss arrive in the logger that a run reports to."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from charformer_training import Split
+from tests.helpers import tiny_trainer
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TERMS = {"loss_next_char", "loss_target_2", "loss_layer_1"}
+
+
+@pytest.fixture
+def splits() -> dict[str, Split]:
+    data = np.frombuffer(b"round and round the rugged rock " * 40, np.uint8)
+    return {name: Split(name, data) for name in ("train", "validation", "test")}
+
+
+def train(folder: Path, splits: dict[str, Split], logger: str) -> None:
+    tiny_trainer(str(folder), splits, report_to=logger, run_name="run").train()
+
+
+def test_tensorboard(splits, tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    train(tmp_path / "run", splits, "tensorboard")
+    found = events.EventAccumulator(str(tmp_path / "events")).Reload().Tags()["scalars"]
+    assert {f"train/{term}" for term in TERMS} <= set(found)
+
+
+def test_wandb_offline(splits, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(tmp_path / "run", splits, "wandb")
+    found = dict(wandb.run.summary)
+    wandb.finish()
+    assert {f"train/{term}" for term in TERMS} <= found.keys()
+
+
+def test_mlflow_in_a_file(splits, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path / 'mlruns'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    train(tmp_path / "run", splits, "mlflow")
+    client = mlflow.MlflowClient(f"file://{tmp_path / 'mlruns'}")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.data.metrics.keys() >= TERMS

@@ -1,0 +1,292 @@
+"""Files as people have them: plain text, compressed text, tables with a column of text, and folders of these."""
+
+import bz2
+import csv
+import gzip
+import importlib
+import io
+import json
+import lzma
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from .checks import shown
+from .terminal import one_line
+
+
+# Tables by their names' endings; the endings of compressed files may follow.
+TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zip")
+# How files begin that are neither text nor read here; they are refused by name.
+_REFUSED = {
+    b"%PDF-": "a PDF document",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"\x1f\x9d": "compressed with compress",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"GIF8": "a picture",
+    b"\x7fELF": "a program",
+    b"SQLite format 3\0": "a database",
+    b"\x93NUMPY": "an array of numpy",
+    b"ARROW1": "an Arrow file",
+}
+_DAMAGED = (EOFError, NotImplementedError, OSError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
+_PARQUET = b"PAR1"
+_CHUNK = 1 << 20
+_FIELD_LIMIT = 2**31 - 1  # of a cell in CSV; the default of 131,072 characters is short for a document
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file is read as it is: neither a table nor compressed.
+
+    Raises:
+        ValueError: If it is of a kind that is not text, like a picture.
+    """
+    start = _start(path)
+    if _opener(start) is None:
+        _refuse_other_kinds(path, start)
+    return not is_table(path) and _opener(start) is None
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table: one of parquet by how it begins, others by how their names end."""
+    return _ending(path) in TABLES or _start(path).startswith(_PARQUET)
+
+
+def documents(path: Path, text_column: str, table: bool | None = None) -> Iterator[Iterable[bytes]]:
+    """The documents of a file, each in pieces: a text file is one, a table has one for each row.
+
+    Args:
+        path: The file.
+        text_column: The column of a table that holds the text; rows without text are left out.
+        table: Whether it is read as a table; by default as its name says.
+
+    Raises:
+        ValueError: If the file is damaged, of a kind that is not read, or has no such column of text.
+    """
+    if is_table(path) if table is None else table:
+        yield from ([text] for text in _rows(path, text_column))
+    else:
+        yield _pieces(path)
+
+
+def _ending(path: Path) -> str:
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings and endings[-1] in _COMPRESSED_ENDINGS:
+        endings.pop()
+    return endings[-1] if endings else ""
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(512)
+
+
+def _refuse_other_kinds(path: Path, start: bytes) -> None:
+    kind = next((kind for beginning, kind in _REFUSED.items() if start.startswith(beginning)), None)
+    if start[257:262] == b"ustar":
+        kind = "a tar archive"
+    if kind is not None:
+        raise ValueError(f"{one_line(path.name)} is {kind}, not a text; give text, or a folder of texts")
+
+
+def _opener(start: bytes) -> Callable[[Path], IO[bytes]] | None:
+    """What reads a compressed file, told by how it begins."""
+    if start.startswith(b"\x1f\x8b"):
+        return lambda path: cast(IO[bytes], gzip.open(path))
+    if start.startswith(b"BZh") and start[4:10] == b"1AY&SY":
+        return lambda path: cast(IO[bytes], bz2.open(path))
+    if start.startswith(b"\xfd7zXZ\0"):
+        return lambda path: cast(IO[bytes], lzma.open(path))
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        return _open_zstd
+    if start.startswith(b"PK\x03\x04"):
+        return _open_zip
+    return None
+
+
+def _open_zstd(path: Path) -> IO[bytes]:
+    for name in ("compression.zstd", "zstandard"):  # Python 3.14, or a package
+        try:
+            module: Any = importlib.import_module(name)
+        except ImportError:
+            continue
+        return cast(IO[bytes], module.open(path, "rb"))
+    name = one_line(path.name)
+    raise ValueError(f"{name} is compressed with zstd, which this Python cannot read; unpack it first: zstd -d {name}")
+
+
+def _open_zip(path: Path) -> IO[bytes]:
+    archive = zipfile.ZipFile(path)
+    members = [member for member in archive.infolist() if not member.is_dir()]
+    if len(members) != 1:
+        raise ValueError(
+            f"{one_line(path.name)} is a zip archive of {len(members)} files (as documents of office programs are); unpack"
+            " it, and give a text or a folder of texts"
+        )
+    return archive.open(members[0])
+
+
+def _open(path: Path) -> IO[bytes]:
+    opener = _opener(_start(path))
+    return path.open("rb") if opener is None else opener(path)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    try:
+        with _open(path) as file:
+            first = file.read(_CHUNK)
+            _refuse_other_kinds(path, first)
+            yield first
+            while piece := file.read(_CHUNK):
+                yield piece
+    except _DAMAGED as error:
+        raise ValueError(f"{one_line(path.name)} cannot be read: {one_line(error)}") from error
+
+
+def _rows(path: Path, column: str) -> Iterator[bytes]:
+    """The texts of a table; a row without text is left out."""
+    ending, name = _ending(path), one_line(path.name)
+    read = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".tsv": _tsv}.get(ending, _parquet)
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, row in enumerate(read(file, column), 1):
+                yield from text_of_row(row, column, f"row {number} of {name}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 after row {number}: {error.reason}") from error
+    except (csv.Error, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: row {number + 1} cannot be read: {one_line(error)}") from error
+    except _DAMAGED as error:
+        raise ValueError(f"{name} cannot be read: {one_line(error)}") from error
+
+
+def text_of_row(row: Any, column: str, place: str) -> Iterator[bytes]:
+    """The text of a row in UTF-8, if there is any.
+
+    Raises:
+        ValueError: If the row has no such column, or the column holds something else; `place` says where.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is {shown('', row)}; it must be a mapping of columns")
+    if column not in row:
+        columns = [key for key in row if key is not None]
+        raise ValueError(f"text_column is {shown('', column)}; {place} has the columns {shown('', columns)}")
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"text_column {shown('', column)} holds {shown('', text)} in {place}; it must hold text")
+    if text:
+        try:
+            yield text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text in {place} cannot be written in UTF-8: {error.reason}") from None
+
+
+def _json_lines(file: IO[bytes], column: str) -> Iterator[Any]:
+    with io.TextIOWrapper(file, "utf-8-sig", newline="\n") as lines:
+        yield from (json.loads(line) for line in lines if line.strip())
+
+
+def _csv(file: IO[bytes], column: str, delimiter: str = ",") -> Iterator[Any]:
+    csv.field_size_limit(_FIELD_LIMIT)
+    with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
+        yield from csv.DictReader(lines, delimiter=delimiter)
+
+
+def _tsv(file: IO[bytes], column: str) -> Iterator[Any]:
+    return _csv(file, column, "\t")
+
+
+def _parquet(file: IO[bytes], column: str) -> Iterator[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if column not in names:
+            yield dict.fromkeys(names)
+        for batch in table.iter_batches(columns=[column], batch_size=256):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error).split("\n")[0]) from error
+
+
+def files_of_folder(folder: Path, left_out: Path | None = None) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The files of a folder that are text, in the order of their paths, and the others by the reason.
+
+    Hidden files are left out without a word, and so is what a training run left, in `left_out` or any other folder: a
+    corpus must not grow by the runs that it is for.
+    """
+    found: list[Path] = []
+    others: dict[str, list[Path]] = {}
+    own = None if left_out is None else left_out.expanduser().resolve()
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        kept = []
+        for name in folders:
+            path = here / name
+            if name.startswith("."):
+                continue
+            if path.is_symlink():
+                others.setdefault("links to folders", []).append(path)
+            elif path.resolve() == own or _is_of_a_run(path):
+                others.setdefault("folders of training runs", []).append(path)
+            else:
+                kept.append(name)
+        folders[:] = kept
+        for name in names:
+            path = here / name
+            if not name.startswith("."):
+                reason = _why_not(path)
+                (found if reason is None else others.setdefault(reason, [])).append(path)
+    if not all(map(is_table, found)):
+        tables = [path for path in found if _start(path).startswith(_PARQUET)]
+        found = [path for path in found if path not in tables]
+        if tables:
+            others["tables among texts"] = tables
+    return sorted(found), {reason: sorted(paths) for reason, paths in others.items()}
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    def has(name: str) -> bool:
+        return (folder / name).is_file()
+
+    if has("trainer_state.json") or (has("config.json") and (has("model.safetensors") or has("metrics.json"))):
+        return True
+    return any((path / "trainer_state.json").is_file() for path in folder.glob("checkpoint-*"))
+
+
+def _why_not(path: Path) -> str | None:
+    """Why a file is not read; `None` for one that is."""
+    if not path.is_file():
+        return "links to nothing" if path.is_symlink() else "no regular files"
+    try:
+        with path.open("rb") as file:
+            start = file.read(8192)
+    except OSError:
+        return "unreadable"
+    if not start:
+        return "empty"
+    if _opener(start) is not None or start.startswith(_PARQUET):
+        return None
+    try:
+        _refuse_other_kinds(path, start)
+    except ValueError:
+        return "binary"
+    return "binary" if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")) else None
+
+
+def described(others: dict[str, list[Path]]) -> str:
+    """What is left out of a folder, in words: each reason with its count and the first names."""
+    parts = []
+    for reason, paths in others.items():
+        names = ", ".join(one_line(path.name) for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
+        parts.append(f"{reason}: {len(paths):,} ({names})")
+    return "; ".join(parts)

@@ -1,0 +1,202 @@
+"""What a model of Transformers computes, found by running it on a few ids rather than by knowing its name."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .models import evaluating
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a model are that heads on its layers need."""
+
+    output_kind: type[ModelOutput]
+    width: int
+    """Of the last hidden state, which the model's own head reads."""
+    layers: Mapping[int, int]
+    """By a layer's number (1..n), the index in `hidden_states` at which its output is; only layers that were found."""
+    tail: tuple[str, ...] | None
+    """Names of the modules that make the last hidden state of the last layer's output; `None` if they are not all."""
+    reads_forward: bool
+    """Whether no position sees what comes after it."""
+
+
+def anatomy_of(model: PreTrainedModel) -> Anatomy:
+    """Run the model and compare what its layers return with the hidden states that it returns.
+
+    Raises:
+        ValueError: If it returns no hidden states.
+    """
+    ids = probe_ids(model)
+    with _looking_at(model), _watched(model) as (layer_lists, between):
+        outputs = model(input_ids=ids, output_hidden_states=True, return_dict=True)
+    states = getattr(outputs, "hidden_states", None)
+    if not states:
+        raise ValueError(f"{type(model).__name__} returns no hidden states, which the heads on its layers read")
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    with _looking_at(model):
+        changed = model(input_ids=other, output_hidden_states=True, return_dict=True).hidden_states[-1]
+    before, after = states[-1][:, :-1].float(), changed[:, :-1].float()
+    num_layers = model.config.get_text_config().num_hidden_layers
+    layers, tail = _layers_and_tail(layer_lists, between, states, num_layers)
+    return Anatomy(
+        output_kind=type(outputs),
+        width=states[-1].shape[-1],
+        layers=layers,
+        tail=tail,
+        # The same operations on the same numbers: what differs by more than rounding has seen the last token.
+        reads_forward=bool((before - after).abs().max() <= 1e-5 * before.abs().max()),
+    )
+
+
+def probe_ids(model: PreTrainedModel) -> Tensor:
+    """Ids `(1, 6)`; 0 is left out where it can be, since it may be padding, embedded as nothing."""
+    return (torch.arange(1, 7, device=model.device) % model.config.get_text_config().vocab_size)[None]
+
+
+@contextmanager
+def _looking_at(model: nn.Module) -> Iterator[None]:
+    # Whatever a model draws, the rest of the program has the random numbers that it had without this look.
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        yield
+
+
+Call = tuple[str, Tensor, Tensor]
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[tuple[dict[str, list[Tensor]], list[Call]]]:
+    """What the modules in each list of modules return, in order; and name, input and output of those in no list."""
+    layer_lists: dict[str, list[Tensor]] = {
+        name: [] for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    }
+    between: list[Call] = []
+
+    def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        returned = output if isinstance(output, Tensor) else next(iter(_tensors(output)), None)
+        if returned is None:
+            return
+        if name.rpartition(".")[0] in layer_lists:
+            layer_lists[name.rpartition(".")[0]].append(returned)
+        elif inputs and isinstance(output, Tensor):
+            between.append((name, inputs[0], output))
+
+    hooks = []
+    for name, module in model.named_modules():
+        inside = [one for one in layer_lists if name.startswith(f"{one}.")]
+        if not inside or name.rpartition(".")[0] in inside:
+            hook = lambda module, args, kwargs, output, name=name: watch(name, module, args, kwargs, output)  # noqa: E731
+            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield layer_lists, between
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return (value for value in values if isinstance(value, Tensor))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(one.equal(other))
+
+
+def _layers_and_tail(
+    layer_lists: Mapping[str, list[Tensor]], between: list[Call], states: tuple[Tensor, ...], num_layers: int
+) -> tuple[dict[int, int], tuple[str, ...] | None]:
+    best: dict[int, int] = {}
+    tail: tuple[str, ...] | None = None
+    for returned in layer_lists.values():
+        if len(returned) != num_layers:
+            continue
+        found: dict[int, int] = {}
+        for number, output in enumerate(returned, start=1):
+            after = max(found.values(), default=-1) + 1
+            index = next((i for i in range(after, len(states)) if _same(states[i], output)), None)
+            if index is not None:
+                found[number] = index
+        own_tail = _path(between, returned[-1], states[-1])
+        if (len(found), own_tail is not None) > (len(best), tail is not None):
+            best, tail = found, own_tail
+    return best, tail
+
+
+def _path(between: list[Call], start: Tensor, end: Tensor) -> tuple[str, ...] | None:
+    """Names of the modules through which `start` becomes `end`, one after the other."""
+    names: list[str] = []
+    for name, given, returned in between:
+        if _same(start, end):
+            break
+        if _same(given, start) and not _same(returned, start) and returned.shape[:-1] == start.shape[:-1]:
+            names.append(name)
+            start = returned
+    return tuple(names) if _same(start, end) else None
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """How a causal language model computes its own loss."""
+
+    is_shifted: bool
+    """Whether it is the mean cross-entropy of each position's logits for the next token."""
+    follows_shift_labels: bool
+    """Whether it takes targets that are shifted already as `shift_labels`."""
+
+
+def own_loss_of(model: PreTrainedModel) -> OwnLoss:
+    """Compare the model's loss with the cross-entropy of its own logits, on the label that these make least likely."""
+    ids = probe_ids(model)
+    labels = torch.full_like(ids, -100)
+    with _looking_at(model):
+        logits = cast(Any, model(input_ids=ids, return_dict=True)).logits.float()
+        labels[0, -1] = logits[0, -2].argmin()
+        is_shifted = _agrees(model, logits[0, -2], labels[0, -1], input_ids=ids, labels=labels)
+        aligned = torch.full_like(ids, -100)
+        aligned[0, 0] = logits[0, 0].argmin()
+        try:
+            follows = _agrees(model, logits[0, 0], aligned[0, 0], input_ids=ids, labels=labels, shift_labels=aligned)
+        except Exception:  # it does not take them
+            follows = False
+    return OwnLoss(is_shifted, follows)
+
+
+def _agrees(model: PreTrainedModel, logits: Tensor, label: Tensor, **inputs: Tensor) -> bool:
+    outputs = model(**inputs, return_dict=True)
+    loss, expected = outputs.loss.float(), F.cross_entropy(logits, label)
+    if (balance := getattr(outputs, "aux_loss", None)) is not None:  # a mixture of experts adds it to its loss
+        loss = loss - getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * balance
+    precision = 1e-4 if outputs.logits.dtype in (torch.float32, torch.float64) else 1e-2
+    return bool((loss - expected).abs() <= precision * expected.abs())
+
+
+def logit_scale(made: Tensor, logits: Tensor, cap: float | None) -> float | None:
+    """The factor on what the output embeddings make of the last hidden state, by which it becomes the model's logits.
+
+    Args:
+        made: What they make of it.
+        logits: The model's, squashed into `-cap..cap` by a tanh if there is a cap.
+
+    Returns:
+        `None` if no factor does.
+    """
+    made, logits = made.double(), logits.double()
+    wanted = logits if cap is None else torch.atanh((logits / cap).clamp(-1 + 1e-9, 1 - 1e-9)) * cap
+    square = float((made * made).sum())
+    scale = float((made * wanted).sum()) / square if square else 1.0
+    scale = 1.0 if abs(scale - 1.0) < 1e-4 else scale
+    found = made * scale
+    found = found if cap is None else torch.tanh(found / cap) * cap
+    # Half precision is no better than that.
+    return scale if bool((found - logits).abs().max() <= 0.02 * logits.abs().max()) else None
