@@ -167,7 +167,7 @@ def test_checkpoint_on_the_hub_resumes(hub, run, trained, text_file, tmp_path):
     for name, content in half.files.items():
         if name.startswith("last-checkpoint/"):
             (tmp_path / name).write_bytes(content)
-    resume = ("--resume_from_checkpoint", tmp_path / "last-checkpoint")
+    resume = ("--resume", tmp_path / "last-checkpoint")
     resumed = run("push_program.py", "train", "user/resumed", "end", text_file, tmp_path / "second", *resume)
     assert resumed["logits"] == trained["checkpoint"]["expected"]["logits"]
 

@@ -317,43 +317,11 @@ class TestCheckpoints:
         for name, weight in whole.model.state_dict().items():
             assert weight.equal(resumed.model.state_dict()[name])
 
-    def test_the_last_complete_checkpoint_is_taken(self, make_trainer):
-        trainer = make_trainer(save_strategy="steps", save_steps=2)
-        trainer.train()
-        expected, folder = loss_logs(trainer), Path(trainer.args.output_dir)
-        (folder / "checkpoint-8" / "trainer_state.json").unlink()
-        (folder / "checkpoint-6" / "trainer_state.json").write_text('{"global_step": 6, ')
-        (folder / "checkpoint-tmp").mkdir()
-        resumed = make_trainer()
-        resumed.train(resume_from_checkpoint=True)
-        assert loss_logs(resumed) == expected
-
     def test_no_checkpoint_raises(self, make_trainer, tmp_path):
         with pytest.raises(ValueError, match="holds no complete checkpoint"):
             make_trainer().train(resume_from_checkpoint=True)
         with pytest.raises(ValueError, match="there is no folder .*elsewhere"):
             make_trainer().train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
-
-    @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
-    def test_a_truncated_file_is_named(self, make_trainer, file):
-        checkpoint = interrupted_run(make_trainer, 4)
-        content = (checkpoint / file).read_bytes()
-        (checkpoint / file).write_bytes(content[: len(content) // 2])
-        with pytest.raises(ValueError, match=f"{file} is damaged or truncated"):
-            make_trainer().train(resume_from_checkpoint=str(checkpoint))
-
-    @pytest.mark.parametrize(
-        ("model", "message"),
-        [
-            ({"hidden_size": 32}, r"weights differ.*has the shape \(256, 16\), not \(256, 32\)"),
-            ({"num_hidden_layers": 2}, "is unknown to the model"),
-            ({"num_targets": 3}, "auxiliary_heads.*is missing"),
-        ],
-    )
-    def test_a_checkpoint_of_another_model_is_refused(self, make_trainer, model, message):
-        checkpoint = interrupted_run(make_trainer, 4)
-        with pytest.raises(ValueError, match=f"checkpoint of another model.*{message}"):
-            make_trainer(model=model).train(resume_from_checkpoint=str(checkpoint))
 
     def test_tied_weights_are_not_missed(self, make_trainer):
         settings = {"tie_word_embeddings": True}
