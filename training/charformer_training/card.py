@@ -94,7 +94,7 @@ def run_card(
         eval_results=[result] if metric else None,
     )
     known = {item.name: getattr(facts, item.name) for item in fields(facts)}
-    card = ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         **known

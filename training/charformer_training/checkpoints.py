@@ -130,7 +130,7 @@ class SafeTrainer(HubTrainer):
                 self.run_settings()  # now: model and configuration change when they are prepared for training
             folder = self._checked(resume_from_checkpoint, accept_changes)
             with changed(self.args, eval_on_start=self.args.eval_on_start and folder is None):
-                output = super().train(folder, *args, **kwargs)
+                output: TrainOutput = super().train(folder, *args, **kwargs)
         self._raise_if_not_finite()  # in the steps since the last log entry
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -157,8 +157,8 @@ class SafeTrainer(HubTrainer):
         return self._signum
 
     def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
-    ):
+        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
         control = self.control
         due = {"evaluate": control.should_evaluate, "save": control.should_save}
         if self._signum:
@@ -208,7 +208,8 @@ class SafeTrainer(HubTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._catch_up()
-        return super()._finalize_training(*args, **kwargs)
+        output: TrainOutput = super()._finalize_training(*args, **kwargs)
+        return output
 
     def _catch_up(self) -> None:
         """Do what the checkpoint's step would have done, if a signal had not come."""

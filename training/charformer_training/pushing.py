@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 
 import modeling_charformer
@@ -55,8 +55,8 @@ class HubTrainer(Trainer):
 
     hub_model_id: str | None = None  # type: ignore[assignment]  # None is all that Trainer declares
 
-    def __init__(self, *args, **kwargs):
-        self._pushes: list[Future] = []
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._pushes: list[Future[Any]] = []
         super().__init__(*args, **kwargs)
         name = getattr(getattr(self.accelerator.unwrap_model(self.model), "config", None), "_name_or_path", "")
         # Asked now: a folder may be gone by the time that the card is written.
@@ -82,7 +82,7 @@ class HubTrainer(Trainer):
         except Exception as error:  # each layer below has exceptions of its own
             raise OSError(push_failed_message(name, error)) from error
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
@@ -90,9 +90,10 @@ class HubTrainer(Trainer):
         if self.processing_class is None and config is not None and is_charformer(config):
             CharformerTokenizer.for_model(config).save_pretrained(folder)  # one that needs no training: ids are bytes
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         try:
-            return super().train(*args, **kwargs)
+            output: TrainOutput = super().train(*args, **kwargs)
+            return output
         except Exception:
             self._finish_current_push()
             raise
@@ -107,8 +108,8 @@ class HubTrainer(Trainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:  # a CommitInfo or its future, or None in other processes: Trainer declares the first alone
         """As `Trainer.push_to_hub`.
 
         Raises:
@@ -127,7 +128,7 @@ class HubTrainer(Trainer):
 
     def _push(
         self, message: str | None, blocking: bool, token: str | None, revision: str | None, card: dict[str, Any]
-    ) -> Any:
+    ) -> CommitInfo | Future[CommitInfo] | None:
         """As `Trainer.push_to_hub`, but for what a run keeps for itself, and links: these stay at home."""
         folder = Path(str(self.args.output_dir))
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -140,8 +141,8 @@ class HubTrainer(Trainer):
         self.create_model_card(**{"model_name": name, **card, "tags": [*dict.fromkeys(tags)]})
         self._finish_current_push()
         links = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()]
-        upload: Any = HfApi().upload_folder
-        return upload(
+        upload: Any = HfApi().upload_folder  # its overloads want run_as_future as a literal
+        commit: CommitInfo | Future[CommitInfo] = upload(
             repo_id=str(self.hub_model_id),
             folder_path=folder,
             commit_message=message,
@@ -150,6 +151,7 @@ class HubTrainer(Trainer):
             ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *PRIVATE, *links],
             revision=revision or self.args.hub_revision,
         )
+        return commit
 
     def _refuse_pickles(self) -> None:
         folder = Path(str(self.args.output_dir))
@@ -317,7 +319,7 @@ def _recipe(args: TrainingArguments, max_steps: int) -> dict[str, Any]:
 
 
 def push_folder(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     repo_id: str,
     inference_only: bool = False,
     commit_message: str = "Upload model",
@@ -397,12 +399,13 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _push_stage(stage: Path, repo_id: str, **upload: Any) -> Any:
+def _push_stage(stage: Path, repo_id: str, **upload: Any) -> CommitInfo:
     """Push a staged repository as one commit; runs in the background."""
     try:
         new = ModelCard.load(stage / CARD_FILE)
         merged_card(new, _card_on_hub(repo_id, upload["token"], upload["revision"])).save(stage / CARD_FILE)
-        return HfApi().upload_folder(repo_id=repo_id, folder_path=stage, **upload)
+        commit: CommitInfo = HfApi().upload_folder(repo_id=repo_id, folder_path=stage, **upload)
+        return commit
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -412,7 +415,8 @@ def _card_on_hub(repo_id: str, token: str | None, revision: str | None) -> Model
         path = HfApi().hf_hub_download(repo_id, CARD_FILE, token=token, revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
-    return ModelCard.load(path, ignore_metadata_errors=True)
+    card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
+    return card
 
 
 def push_failed_message(repo_id: str, error: BaseException) -> str:
