@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from charformer_training import evaluate_cli
+from charformer_training import train as train_module
 from charformer_training.data import load_corpus
 from charformer_training.recipes import parse_arguments
 from charformer_training.train import build_model, main
@@ -275,6 +279,38 @@ class TestWrongInput:
         assert "not valid YAML" in self.refused(capsys, [str(recipe)])
         recipe.write_text("just text\n")
         assert "'field: value' lines" in self.refused(capsys, [str(recipe)])
+
+    def test_a_former_name_of_a_field_is_told_its_new_one(self, command, tmp_path, capsys):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("loss_weights: {target_2: 0.4}\n")
+        assert "no field 'loss_weights'; its name is term_weights now" in self.refused(capsys, [str(recipe)])
+        words = [*command(), "--max_eval_characters", "9"]
+        assert "no option --max_eval_characters; its name is --max_eval_bytes now" in self.refused(capsys, words)
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [
+            (ImportError("this needs the package somewhere"), "this needs the package somewhere"),
+            (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory"),
+            (SafetensorError("header too large"), "header too large"),
+            (MemoryError(), "MemoryError"),
+        ],
+    )
+    def test_an_error_of_a_later_stage_is_one_line(self, command, tmp_path, monkeypatch, capsys, error, message):
+        def fail(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(train_module, "build_model", fail)
+        monkeypatch.setattr(evaluate_cli, "evaluate", fail)
+        assert message in self.refused(capsys, command())
+        assert evaluate_cli.main([str(tmp_path), str(tmp_path)]) == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"\ncharformer-evaluate: error: {message}") and "Traceback" not in shown
+
+    def test_damaged_results_of_a_complete_run(self, command, tmp_path, capsys):
+        assert main(command(resume="auto")) == 0
+        (tmp_path / "run" / "metrics.json").write_text("{")
+        assert "metrics.json is damaged" in self.refused(capsys, command(resume="auto"))
 
     def test_bits_per_character_of_text_that_is_not_utf8(self, command, tmp_path, capsys):
         (tmp_path / "koi8").write_bytes(("Щедрая осень, жёлтый лес. " * 400).encode("koi8-r"))
