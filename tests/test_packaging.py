@@ -41,6 +41,7 @@ def test_versions_agree():
     assert f"## {found[1]}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_importing_the_model_needs_no_training_dependency():
     program = (
         "import sys; import modeling_charformer;"

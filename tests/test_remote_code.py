@@ -1,16 +1,16 @@
 """What is saved loads in a process that has no charformer package."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from modeling_charformer import CharformerTokenizer
 from modeling_charformer.configuration_charformer import AUTO_MAP
+from tests.helpers import CODE_FILES, run_without_package
+
+
+pytestmark = pytest.mark.slow
 
 
 PROGRAM = """
@@ -37,22 +37,6 @@ print(json.dumps({
     "loss": sorted(model.train()(**inputs, labels=inputs["input_ids"]).loss_dict),
 }))
 """
-
-
-def run_without_package(program: str, folder: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs a program, with `folder` and `arguments` for its own, where the package cannot be imported."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    # -S leaves out site-packages' .pth files, through which an editable installation puts the package on the path.
-    packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
-    return subprocess.run(
-        [sys.executable, "-S", "-c", program, str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        env=environment | {"PYTHONPATH": packages},
-    )
 
 
 @pytest.fixture
@@ -86,21 +70,6 @@ def test_without_trust_it_is_refused_clearly(saved, tmp_path):
 
 def test_saved_folder_has_all_code_and_a_complete_auto_map(saved):
     _, folder = saved
-    names = {path.name for path in folder.glob("*.py")}
-    assert names == {
-        "auxiliary_heads.py",
-        "auxiliary_losses.py",
-        "compatibility.py",
-        "configuration_charformer.py",
-        "drafting_charformer.py",
-        "generation_charformer.py",
-        "hub.py",
-        "layers_charformer.py",
-        "loss_settings.py",
-        "modeling_charformer.py",
-        "pretrained_charformer.py",
-        "text_encoding.py",
-        "tokenization_charformer.py",
-    }
+    assert {path.name for path in folder.glob("*.py")} == CODE_FILES
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import ROOT
-from tests.test_remote_code import run_without_package
+from tests.helpers import run_without_package
 
 
-RELEASES = sorted(path.parent for path in (ROOT / "tests" / "fixtures").glob("*/expected.json"))
+VERSIONS = sorted(path.parent for path in (ROOT / "tests" / "fixtures").glob("*/expected.json"))
 
 PROGRAM = """
 import json, sys, torch
@@ -35,7 +35,7 @@ def check(found: dict, expected: dict) -> None:
     assert found["loss_weights"] == expected["loss_weights"]
 
 
-@pytest.mark.parametrize("folder", RELEASES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
 def test_with_this_package(folder):
     expected = json.loads((folder / "expected.json").read_text())
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -52,12 +52,9 @@ def test_with_this_package(folder):
     assert AutoTokenizer.from_pretrained(folder)("characters")["input_ids"] == expected["ids"][0]
 
 
-@pytest.mark.parametrize("folder", RELEASES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+@pytest.mark.slow
 def test_with_its_own_code(folder, tmp_path):
     result = run_without_package(PROGRAM, folder, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     check(json.loads(result.stdout.splitlines()[-1]), json.loads((folder / "expected.json").read_text()))
-
-
-def test_there_is_a_release_to_test():
-    assert [folder.name for folder in RELEASES][0] == "0.1.0"

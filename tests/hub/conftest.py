@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers import CODE_FILES
 from tests.hub.loopback import LoopbackHub
 
 
 PROGRAMS = Path(__file__).parent
 WRITE_TOKEN = "hf_write"
+AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 PUSH_EXAMPLE, LOAD_EXAMPLE = "../../examples/push_to_hub.py", "../../examples/load_from_hub.py"
 
 
@@ -77,3 +79,25 @@ def fail(start: Callable[..., subprocess.Popen]) -> Callable[..., str]:
         return errors
 
     return fail
+
+
+def check_repository(files: Mapping[str, bytes]) -> None:
+    """That a commit holds all that loading needs, and nothing that must not be there."""
+    assert (
+        CODE_FILES
+        | {"tokenizer_config.json", "config.json", "generation_config.json", "model.safetensors", "README.md"}
+        <= files.keys()
+    )
+    assert json.loads(files["config.json"])["auto_map"].keys() >= AUTO_CLASSES
+    assert not [name for name in files if "/" not in name and name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert not [name for name in files if "training_args" in name]
+    assert not [name for name, content in files.items() if WRITE_TOKEN.encode() in content]
+    card = files["README.md"].decode()
+    assert (
+        card.startswith("---\n") and "More Information Needed" not in card and "more information" not in card.lower()
+    )
+
+
+def with_weights(hub: LoopbackHub, repo: str) -> list[str]:
+    commits = [commit.oid for commit in hub.commits(repo)]
+    return [oid for oid in commits if "model.safetensors" in hub.files(repo, oid)]

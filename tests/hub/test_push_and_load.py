@@ -1,51 +1,23 @@
 """What is pushed loads: everywhere, at every commit that holds weights, and nothing secret is in it."""
 
-import json
-from collections.abc import Mapping
-
 import pytest
 
 from modeling_charformer import CharformerTokenizer
-from tests.hub.conftest import LOAD_EXAMPLE, PUSH_EXAMPLE, WRITE_TOKEN, result
-from tests.hub.loopback import LoopbackHub
+from tests.hub.conftest import (
+    AUTO_CLASSES,
+    LOAD_EXAMPLE,
+    PUSH_EXAMPLE,
+    WRITE_TOKEN,
+    check_repository,
+    result,
+    with_weights,
+)
 
 
-CODE = {
-    "auxiliary_heads.py",
-    "auxiliary_losses.py",
-    "compatibility.py",
-    "configuration_charformer.py",
-    "drafting_charformer.py",
-    "generation_charformer.py",
-    "hub.py",
-    "layers_charformer.py",
-    "loss_settings.py",
-    "modeling_charformer.py",
-    "pretrained_charformer.py",
-    "text_encoding.py",
-    "tokenization_charformer.py",
-    "tokenizer_config.json",
-}
-AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+pytestmark = pytest.mark.slow
+
+
 COMPARED = ("logits", "hidden", "ids", "text")
-
-
-def check_repository(files: Mapping[str, bytes]) -> None:
-    """That a commit holds all that loading needs, and nothing that must not be there."""
-    assert CODE | {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= files.keys()
-    assert json.loads(files["config.json"])["auto_map"].keys() >= AUTO_CLASSES
-    assert not [name for name in files if "/" not in name and name.endswith((".bin", ".pt", ".pth", ".pkl"))]
-    assert not [name for name in files if "training_args" in name]
-    assert not [name for name, content in files.items() if WRITE_TOKEN.encode() in content]
-    card = files["README.md"].decode()
-    assert (
-        card.startswith("---\n") and "More Information Needed" not in card and "more information" not in card.lower()
-    )
-
-
-def with_weights(hub: LoopbackHub, repo: str) -> list[str]:
-    commits = [commit.oid for commit in hub.commits(repo)]
-    return [oid for oid in commits if "model.safetensors" in hub.files(repo, oid)]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +167,7 @@ def test_checkpoint_on_the_hub_resumes(hub, run, trained, text_file, tmp_path):
     for name, content in half.files.items():
         if name.startswith("last-checkpoint/"):
             (tmp_path / name).write_bytes(content)
-    resume = ("--resume_from_checkpoint", tmp_path / "last-checkpoint")
+    resume = ("--resume", tmp_path / "last-checkpoint")
     resumed = run("push_program.py", "train", "user/resumed", "end", text_file, tmp_path / "second", *resume)
     assert resumed["logits"] == trained["checkpoint"]["expected"]["logits"]
 

@@ -135,6 +135,7 @@ def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("drafts", ["linear", "sequential", "looked up", "early exit"])
+@pytest.mark.slow
 def test_sampled_text_has_the_models_distribution(make_model, drafts, monkeypatch):
     """Of the third character, after one that was drafted; greedy drafts passed off as sampled ones would show."""
     torch.manual_seed(0)
@@ -167,6 +168,7 @@ def test_sampled_text_has_the_models_distribution(make_model, drafts, monkeypatc
         assert p_value(counts(**how, top_p=0.8), exact) < 0.001  # the test would notice
 
 
+@pytest.mark.slow
 def test_long_drafts_are_sampled_from_the_models_distribution(make_model, monkeypatch):
     """Of six characters out of two, most drafted in chains, some of which stop early."""
     torch.manual_seed(0)

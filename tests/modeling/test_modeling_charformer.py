@@ -73,6 +73,7 @@ def test_logits_match_the_reference(make_model, make_ids, placement, implementat
 # Transformers asks flex attention for its mask in a way that torch has deprecated.
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @torch.no_grad()
+@pytest.mark.slow
 def test_flex_attention_agrees(make_model, make_ids):
     # Power-of-two heads of 16 are the least that flex attention takes.
     model = make_model(hidden_size=32, max_position_embeddings=128).eval()
@@ -455,6 +456,7 @@ def test_ids_that_are_none_are_named(make_model, ids, message):
         model.generate(ids, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_compiled_training_step_is_the_eager_one(make_model, make_ids):
     """In one graph; `aot_eager` needs no compiler on the machine."""
     ids, results = make_ids(), []

@@ -1,6 +1,9 @@
 """`add_auxiliary_losses`: the losses on models of Transformers."""
 
+import copy
+import io
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForObjectDetection,
     AutoModelForSequenceClassification,
+    LlamaForCausalLM,
     set_seed,
 )
 
@@ -24,7 +28,7 @@ from charformer_training import (
 )
 from charformer_training.models import HEADS_FILE, OLD_HEADS_FILE
 from modeling_charformer import CharformerConfig, CharformerForSequenceClassification
-from tests.helpers import TINY, loss_logs
+from tests.helpers import TINY, assert_same_logs, loss_logs
 
 
 SIZES = {
@@ -165,6 +169,7 @@ def test_gradient_checkpointing_and_tied_embeddings_give_the_same_gradients(kind
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph():
     model, ids = add_auxiliary_losses(build("llama")), make_ids()
     expected = model(ids, labels=ids, use_cache=False, training_progress=0.2)
@@ -332,12 +337,129 @@ def test_vocabulary_mismatch_is_refused():
         add_auxiliary_losses(model)
 
 
-def test_a_model_that_changes_its_logits_in_its_own_way_is_refused():
-    model = build("granite", logits_scaling=4.0)
-    kind = type(model)
-    with pytest.raises(ValueError, match="does not know what else this model does"):
+class LlamaForCausalLMWithAPrior(LlamaForCausalLM):
+    """Whose logits are no multiple of what its output embeddings make."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids, **kwargs)
+        outputs.logits = outputs.logits - 0.1 * torch.arange(61)
+        if labels is not None:
+            outputs.loss = self.loss_function(outputs.logits, labels, 61)
+        return outputs
+
+
+def test_a_model_that_changes_its_logits_in_its_own_way_is_refused_or_has_its_own_heads():
+    config, ids = build("llama").config, make_ids()
+    model = LlamaForCausalLMWithAPrior(config).train()
+    with pytest.raises(ValueError, match="does not know what else this model does to them. Choose heads='own'"):
         add_auxiliary_losses(model)
-    assert type(model) is kind and not hasattr(model, "loss_settings")
+    assert type(model) is LlamaForCausalLMWithAPrior and not hasattr(model, "loss_settings")
+    output = add_auxiliary_losses(model, "own")(input_ids=ids, labels=ids)
+    assert output.loss_weights["layer_1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling"), [("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.25})]
+)
+@pytest.mark.parametrize("heads", ["shared", "own"])
+def test_logits_of_shared_heads_are_scaled_like_the_models(kind, scaling, heads):
+    model, ids = build(kind, **scaling), make_ids()
+    hidden = model(ids, output_hidden_states=True).hidden_states[2]
+    add_auxiliary_losses(model, heads, num_targets=1, intermediate_layers=[2])
+    loss = model(ids, labels=ids).loss_dict["layer_2"]
+    normed = norm_of(model)(hidden)
+    logits = model.lm_head(normed) * 0.25 if heads == "shared" else model.auxiliary_heads["layer_2"](normed)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_a_layers_loss_is_that_layers_where_hidden_states_begin_with_the_first_layer(kind):
+    set_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 4, "state_size": 4}
+    if kind == "mamba2":
+        sizes |= {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).train()
+    outputs: list[torch.Tensor] = []
+    model.backbone.layers[2].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    ids = make_ids()
+    model(ids)
+    add_auxiliary_losses(model, num_targets=1, intermediate_layers=[3])
+    loss = model(ids, labels=ids).loss_dict["layer_3"]
+    logits = model.lm_head(model.backbone.norm_f(outputs[0])).float()
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def test_models_whose_loss_is_of_another_kind_are_refused():
+    set_seed(0)
+    config = AutoConfig.for_model("xlnet", vocab_size=61, d_model=16, n_layer=2, n_head=2, d_inner=32)
+    with pytest.raises(ValueError, match="XLNetLMHeadModel reads in both directions"):
+        add_auxiliary_losses(AutoModelForCausalLM.from_config(config))
+
+    class UnshiftedForCausalLM(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            outputs = super().forward(input_ids, **kwargs)
+            if labels is not None:
+                outputs.loss = F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+            return outputs
+
+    with pytest.raises(ValueError, match="is not the mean cross-entropy of its logits for the next token"):
+        add_auxiliary_losses(UnshiftedForCausalLM(build("llama").config))
+
+
+def test_projected_word_embeddings_have_heads_of_their_width():
+    """Like OPT-350m's: layers of 16, embeddings of 8, and a projection between."""
+    set_seed(0)
+    config = AutoConfig.for_model(
+        "opt", vocab_size=61, hidden_size=16, ffn_dim=32, num_hidden_layers=3, num_attention_heads=2,
+        word_embed_proj_dim=8, do_layer_norm_before=False, dropout=0.0, max_position_embeddings=32,
+    )  # fmt: skip
+    for heads in ("shared", "own"):
+        model, ids = AutoModelForCausalLM.from_config(config).train(), make_ids()
+        hidden = model(ids, output_hidden_states=True).hidden_states[2]
+        output = add_auxiliary_losses(model, heads, num_targets=2)(ids, labels=ids)
+        output.loss.backward()
+        if heads == "shared":
+            logits = model.lm_head(model.model.decoder.project_out(hidden))
+            expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            torch.testing.assert_close(output.loss_dict["layer_2"], expected)
+
+
+def test_a_model_with_added_losses_can_be_pickled_and_copied():
+    model, ids = add_auxiliary_losses(build("llama"), "own", num_targets=2), make_ids()
+    expected = model(ids, labels=ids)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        output = again(ids, labels=ids)
+        assert type(again) is type(model) and output.loss == expected.loss
+        assert output.loss_dict == expected.loss_dict
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False)(ids, labels=ids).loss == expected.loss
+    assert pickle.loads(pickle.dumps(expected)).loss_weights == expected.loss_weights
+
+
+@pytest.mark.parametrize("heads", ["shared", "own"])
+def test_adding_losses_draws_no_global_random_numbers(heads):
+    model = build("llama")
+    before = torch.get_rng_state()
+    add_auxiliary_losses(model, heads)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_former_names_of_settings_still_load():
+    former = add_auxiliary_losses(build("llama"), classifiers="own", loss_weights={"target_2": 0.4})
+    assert former.config.auxiliary_losses == {"heads": "own", "term_weights": {"target_2": 0.4}}
+
+
+def test_shift_labels_are_followed_by_every_term():
+    model, ids = add_auxiliary_losses(build("llama"), num_targets=3), make_ids()
+    expected = model(ids, labels=ids).loss_dict
+    aligned = F.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()
+    torch.testing.assert_close(model(ids, labels=ids, shift_labels=aligned).loss_dict, expected)
+    other = aligned.clone()
+    other[:, 3] = 4
+    changed = model(ids, labels=ids, shift_labels=other).loss_dict
+    assert all(changed[name] != value for name, value in expected.items() if name != "last_position")
 
 
 class Rows(torch.utils.data.Dataset):
@@ -440,12 +562,6 @@ def train(
         prepare(trainer)
     trainer.train()
     return trainer
-
-
-def assert_same_logs(first, second):
-    assert [set(entry) for entry in first] == [set(entry) for entry in second]
-    for one, other in zip(first, second, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
 
 
 def mixtral(**changes):

@@ -16,6 +16,9 @@ from tests.helpers import TINY, loss_logs
 from tests.training.distributed_program import CASES, case_settings
 
 
+pytestmark = pytest.mark.slow
+
+
 CONFIGS = Path(__file__).parents[2] / "training" / "accelerate"
 PROGRAM = Path(__file__).with_name("distributed_program.py")
 

@@ -47,10 +47,10 @@ def test_many_layers_are_drawn_without_names(tmp_path, figures):
 @pytest.mark.parametrize(("unit", "label"), [(None, "loss (nats)"), ("token", "loss (nats per token)")])
 def test_a_model_without_terms_has_its_loss_drawn(tmp_path, figures, unit, label):
     log = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}, {"train_loss": 2.5}]
-    plot_loss_terms(log, {}, tmp_path / "terms.png", "a run", unit)
+    plot_loss_terms(log, {}, tmp_path / "terms.png", "a $run_{$\x1b", unit)  # no name is worth a picture
     (axis,) = figures[0].axes
     assert drawn(axis) == {"loss": ([1, 2], [3.0, 2.0]), "loss, validation": ([2], [2.5])}
-    assert axis.get_ylabel() == label
+    assert axis.get_ylabel() == label and axis.get_title() == "a $run_{$\\x1b\nfinal layer"
 
 
 def test_bits_by_position_draws_every_layer_and_their_means(tmp_path, figures):

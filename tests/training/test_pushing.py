@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments
-from charformer_training.card import merged_card, trainer_card
+from charformer_training.card import merged_card, run_card
 from charformer_training.pushing import _stage_checkpoint
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerForSequenceClassification
 from modeling_charformer.hub import is_unfilled_form
@@ -28,7 +28,7 @@ def trained(make_trainer):
 
 @pytest.fixture
 def card(trained):
-    return lambda: trainer_card(trained, "mine")
+    return lambda: run_card(trained.facts(), "mine")
 
 
 def without_holes(card: ModelCard) -> bool:
@@ -55,7 +55,7 @@ def test_card_says_what_the_run_knows(trained, card):
 
 
 def test_card_before_any_evaluation(make_trainer):
-    assert without_holes(trainer_card(make_trainer(), "untrained"))
+    assert without_holes(run_card(make_trainer().facts(), "untrained"))
 
 
 def test_card_of_another_model(tmp_path):
@@ -121,6 +121,13 @@ class TestStage:
         assert not names & {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
         assert (tmp_path / "stage" / "last-checkpoint" / "optimizer.pt").exists()
 
+    def test_the_heads_of_added_losses_go_along(self, tmp_path):
+        heads = tmp_path / "checkpoint" / "auxiliary_heads" / "model.safetensors"
+        heads.parent.mkdir(parents=True)
+        heads.write_bytes(b"heads")
+        _stage_checkpoint(tmp_path / "checkpoint", tmp_path / "stage", None)
+        assert (tmp_path / "stage" / "auxiliary_heads" / "model.safetensors").read_bytes() == b"heads"
+
     def test_no_pickle_of_the_arguments_is_written(self, trained, tmp_path):
         trained.save_model()
         assert not list(tmp_path.rglob("*.bin"))
@@ -140,8 +147,10 @@ class TestStage:
 def test_training_resumes_only_from_the_full_model(trained, make_trainer, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-2"
     trained.model.without_auxiliary_heads().save_pretrained(checkpoint)
+    for name in ("manifest.json", "running_sums.json"):  # as if another Trainer had written it
+        (checkpoint / name).unlink()
     with pytest.raises(ValueError, match="an inference-only model cannot be resumed"):
-        make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+        make_trainer(max_steps=2).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_card_of_a_classifier(tmp_path):
@@ -173,7 +182,7 @@ def test_a_folder_that_is_gone_is_no_base_model(make_trainer, tmp_path):
     make_trainer().model.save_pretrained(source)
     trainer = make_trainer(CharformerForCausalLM.from_pretrained(source))
     shutil.rmtree(source)
-    assert "base_model" not in trainer_card(trainer, "mine").data.to_dict()
+    assert "base_model" not in run_card(trainer.facts(), "mine").data.to_dict()
 
 
 @pytest.mark.parametrize("stop", [FloatingPointError, KeyboardInterrupt])

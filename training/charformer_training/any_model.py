@@ -74,8 +74,8 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any
     losses.weights_at(0.0)  # a schedule that returns nonsense does so here already, not after hours of training
     losses.weights_at(1.0)
     anatomy = anatomy_of(base)
-    _check_layers(base, anatomy, losses.layers)
     checked = mixin.check(base, anatomy, heads)
+    _check_layers(base, anatomy, losses.layers)
     base.__class__ = _class_with_losses(cast(Any, type(base)), mixin, anatomy.output_kind)
     cast(_WithAuxiliaryLosses, base)._add_heads(losses, anatomy, heads, checked)
     base.config.auxiliary_losses = {"heads": heads, **settings}
@@ -195,6 +195,12 @@ class _WithAuxiliaryLosses(PreTrainedModel):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made anew where the model is loaded: pickle looks classes up by name, and this one has none."""
+        for module in self.modules():
+            # Transformers' hooks that record hidden states cannot be pickled; the next call that asks for some makes new ones.
+            for key, hook in [*module._forward_hooks.items()]:
+                if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                    del module._forward_hooks[key]
+            module.__dict__.pop("_output_capturing_hooks_installed", None)
         state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
         return (_empty_model, self._made_of, *state)
 

@@ -211,8 +211,19 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the model and checkpoints that output_dir already holds."}
     )
-    resume_from_last: bool = field(
-        default=False, metadata={"help": "Go on from the last complete checkpoint of output_dir."}
+    resume: str = field(
+        default="never",
+        metadata={
+            "help": "'auto' goes on from the newest good checkpoint of output_dir, begins if there is none, and does"
+            " nothing if the run is complete: a command that can always be given again. Or a checkpoint's folder, or"
+            " 'never'."
+        },
+    )
+    accept_changes: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Settings that may differ from those of the run that is gone on with, such as learning_rate."
+        },
     )
     sample_prompt: str = field(default="\n", metadata={"help": "What sample texts begin with."})
     sample_length: int = field(default=200, metadata={"help": "Bytes of a sample text; 0 for no sample texts."})
@@ -223,6 +234,11 @@ class RunArguments:
     def __post_init__(self):
         check_ranges({"sample_length": self.sample_length})
         check_text("sample_prompt", self.sample_prompt)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether an evaluation's figure is a loss, a number of bits or a perplexity, by a part of its name."""
+    return re.search(r"(?:^|_)(?:loss|losses|bpc|bpb|bits|nats|perplexity|ppl)(?:_|$)", metric) is not None
 
 
 @dataclass
@@ -252,7 +268,17 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
         },
     )
 
+    enable_jit_checkpoint: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether SIGTERM, SIGHUP and Ctrl-C end the step, write a checkpoint and leave with the status 128 +"
+            " the signal's number; a second signal leaves at once."
+        },
+    )
+
     def __post_init__(self):
+        if self.greater_is_better is None and lower_is_better(self.metric_for_best_model or ""):
+            self.greater_is_better = False
         numbers = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "max_steps"}
         check_ranges(numbers)  # TrainingArguments takes most numbers as they come
         super().__post_init__()

@@ -96,8 +96,10 @@ class Speed(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not history.is_training(logs or {}):  # an evaluation may come without any training
+            return
         steps = state.global_step - self._logged_step
-        if not history.is_training(logs or {}) or not steps:
+        if not steps:
             return
         now = time.perf_counter()
         self.steps_per_second = steps / (now - self._logged_at - self._idle)

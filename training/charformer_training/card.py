@@ -3,26 +3,19 @@
 import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import TrainingArguments
 from transformers.modelcard import TASK_MAPPING
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
-from modeling_charformer.auxiliary_heads import TRAINING_ONLY
 from modeling_charformer.hub import KINDS, TAGS, TASKS, is_unfilled_form
 
-from .data import ConsecutiveWindows, RandomWindows
-from .history import final_terms, last_evaluation
+from .data import Split
 from .plots import PICTURE
 
-
-if TYPE_CHECKING:
-    from .pushing import HubTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -31,83 +24,89 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 OWN_BLOCK = re.compile(r"<!-- charformer: begin ([0-9a-f]{16}) .*?-->\r?\n(.*?)<!-- charformer: end -->", re.DOTALL)
 
 
-def trainer_card(
-    trainer: "HubTrainer",
+@dataclass(frozen=True)
+class RunFacts:
+    """What a card tells of a run, as far as it has got."""
+
+    config: Any
+    """The model's configuration, or `None`."""
+    class_name: str
+    """Of the model."""
+    auto_class: str | None = None
+    """The Auto class that loads it, where it has code of its own."""
+    is_transformers_class: bool = False
+    inference_parameters: int = 0
+    training_parameters: int = 0
+    repo_id: str | None = None
+    finetuned_from: str | None = None
+    """Id of the model that training began with."""
+    splits: Sequence[Split] = ()
+    num_rows: Mapping[str, int] = field(default_factory=dict)
+    """Of the datasets, by what they are for."""
+    evaluated_bytes: int | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the training, in words."""
+    step: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the last evaluation, `eval_...`."""
+    terms: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    """The last value of each term of the loss, as `(step, nats)`."""
+
+
+def run_card(
+    facts: RunFacts,
     name: str,
     license: str = "apache-2.0",
     tags: Sequence[str] = (),
-    finetuned_from: str | None = None,
     task: str | None = None,
     source: str | None = None,
 ) -> ModelCard:
-    """The card of the model that `trainer` trains, as far as the run has got.
+    """The card of a model.
 
     Args:
-        trainer: Its model, arguments, datasets and log history are what the card tells of.
+        facts: What is known of its run.
         name: What the model is called.
         license: Identifier of the model's licence, as the Hub spells it.
         tags: Further tags.
-        finetuned_from: Id of the model that training began with; by default where the model was loaded from, if that
-            is no local folder.
         task: The pipeline tag; by default what Transformers knows for the model's class.
         source: What the data is called, where the datasets do not know it themselves.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    config = getattr(model, "config", None)
-    finetuned_from = finetuned_from or trainer.finetuned_from
-    datasets = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
-    splits = [data.split for data in datasets.values() if isinstance(data, RandomWindows | ConsecutiveWindows)]
-    source = source or next((split.source for split in splits if split.source), None)
-    metrics = last_evaluation(trainer.state.log_history)
-    task = task or TASKS.get(getattr(model, "_auto_class", None) or "") or _task(type(model).__name__)
-    metric = _headline_metric(metrics)
+    source = source or next((split.source for split in facts.splits if split.source), None)
+    if source is not None:  # a file's name may hold bytes that are not UTF-8
+        source = source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    task = task or TASKS.get(facts.auto_class or "") or _task(facts.class_name)
+    metric = _headline_metric(facts.metrics)
+    charformer = is_charformer(facts.config)
+    result = EvalResult(
+        task_type=task or "other",
+        dataset_type="text" if facts.splits else "other",
+        dataset_name=source or "evaluation data",
+        dataset_split="validation",
+        **(metric or {"metric_type": "loss", "metric_value": None}),
+    )
     data = ModelCardData(
         library_name="transformers",
         license=license,
-        base_model=finetuned_from,
+        base_model=facts.finetuned_from,
         pipeline_tag=task,
-        tags=[*dict.fromkeys([*(TAGS if is_charformer(config) else TAGS[-1:]), *tags])],
+        tags=[*dict.fromkeys([*(TAGS if charformer else TAGS[-1:]), *tags])],
         model_name=name if metric else None,
-        eval_results=[
-            EvalResult(
-                task_type=task or "other",
-                dataset_type="text" if splits else "other",
-                dataset_name=source or "evaluation data",
-                dataset_split="validation",
-                **metric,
-            )
-        ]
-        if metric
-        else None,
+        eval_results=[result] if metric else None,
     )
-    heads = sum(weight.numel() for key, weight in model.named_parameters() if key.startswith(TRAINING_ONLY))
-    parameters = sum(weight.numel() for weight in model.parameters())
+    known = {item.name: getattr(facts, item.name) for item in fields(facts)}
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=name,
-        repo_id=trainer.hub_model_id,
-        config=config,
-        is_charformer=is_charformer(config),
-        is_language_model=task == "text-generation",
-        kind=KINDS.get(task or "", "model"),
-        auto_class=getattr(model, "_auto_class", None) or "AutoModel",
-        class_name=type(model).__name__,
-        is_transformers_class=type(model).__module__.startswith("transformers.models."),
-        finetuned_from=finetuned_from,
-        source=source,
-        splits=splits,
-        num_rows={role: len(data) for role, data in datasets.items() if isinstance(data, Sized)},
-        evaluated_bytes=len(trainer.eval_dataset.data)
-        if isinstance(trainer.eval_dataset, ConsecutiveWindows)
-        else None,
-        recipe=_recipe(trainer.args, trainer.state.max_steps),
-        step=trainer.state.global_step,
-        metrics=metrics,
-        terms=final_terms(trainer.state.log_history),
-        picture=PICTURE,
-        inference_parameters=parameters - heads,
-        training_parameters=parameters,
+        **known
+        | {
+            "name": name,
+            "is_charformer": charformer,
+            "is_language_model": task == "text-generation",
+            "kind": KINDS.get(task or "", "model"),
+            "auto_class": facts.auto_class or "AutoModel",
+            "source": source,
+            "picture": PICTURE,
+        },
     )
     card.text = _as_block(card.text)
     return card
@@ -135,22 +134,6 @@ def _task(class_name: str) -> str | None:
         if class_name in names:
             return task
     return None
-
-
-def _recipe(args: TrainingArguments, max_steps: int) -> dict[str, Any]:
-    processes = max(1, args.world_size)
-    return {
-        "Optimizer steps": f"{max_steps:,}",
-        "Rows per step": args.train_batch_size * args.gradient_accumulation_steps * processes,
-        "Optimizer": f"{'muon and ' if getattr(args, 'muon', False) else ''}"
-        f"{OptimizerNames(args.optim).value} {args.optim_args or ''}".strip(),
-        "Learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
-        "Warm-up steps": args.get_warmup_steps(max_steps),
-        "Weight decay": args.weight_decay,
-        "Gradient clipping": args.max_grad_norm,
-        "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "f32",
-        "Seed": args.seed,
-    }
 
 
 def merged_card(new: ModelCard, old: ModelCard | None) -> ModelCard:

@@ -1,84 +1,441 @@
-"""A Trainer whose checkpoints are whole and finite; which folders hold one, and whether it fits the model."""
+"""A Trainer whose checkpoints are whole and finite, that stops at signals and goes on as if it had never stopped."""
 
+import contextlib
 import json
+import logging
 import math
 import os
-import re
 import shutil
-import zipfile
+import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError, safe_open
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, rotate_checkpoints
 
-from .files import saving_failed_message
-from .models import saved_heads, unwrap_peft
+from .files import SCRATCH_PREFIX, give_default_permissions, remove, saving_failed_message
+from .manifest import RUNNING_SUMS, inspect, is_scheduled, newest_good, write_manifest
+from .models import unwrap_peft
 from .pushing import HubTrainer
+from .resuming import changed, check_same_weights, find_checkpoint, let_lower_be_better, only_run
+from .run_settings import OPTIMIZER_FIELDS, check_same_settings, run_settings
+from .stopping import StoppedBySignal, StopSignals, random_states
 
 
-class LogWhenSaving(TrainerCallback):
-    """Logs at every step that saves, so that no sum is under way in a checkpoint and a resumed run logs the same."""
+logger = logging.getLogger(__name__)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+STATE = "trainer_state.json"
+
+
+class EvaluationStopped(Exception):
+    """A signal came during an evaluation, which is begun anew when the run goes on."""
+
+
+class WatchSignals(TrainerCallback):
+    """Asks at the end of each step, and of each batch of an evaluation, whether a signal came to any process."""
+
+    def __init__(self, trainer: "SafeTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.take_up_sums()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.at_epoch_end = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.at_epoch_end = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.ask_for_signals()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        control.should_log |= control.should_save
-
-    on_epoch_end = on_step_end
+        # Where processes have different numbers of batches, they could wait for each other.
+        if self.trainer.accelerator.even_batches and self.trainer.ask_for_signals():
+            raise EvaluationStopped
 
 
 class SafeTrainer(HubTrainer):
     """`transformers.Trainer` whose checkpoints can be relied on.
 
-    - Checkpoints are whole: what fails while it is written is removed, and `resume_from_checkpoint` is checked first.
-    - They are finite: a loss or a weight that is not stops the run with a `FloatingPointError` before they are written;
-      the message names the step and what is not finite.
+    - A checkpoint appears whole or not at all, with the files of all processes and a checksum of each. Only one that is
+      whole to the byte is resumed, and what differs from the run that wrote it is named and refused.
+    - It is finite: a loss or a weight that is not stops the run with a `FloatingPointError` before it is written; the
+      message names the step and what is not finite.
+    - A resumed run is the uninterrupted one: sums under way are kept, so that each log entry and `train_loss` are the
+      same, and callbacks such as `EarlyStoppingCallback` go on with what they had counted.
+    - With `enable_jit_checkpoint`, SIGTERM, SIGHUP and Ctrl-C end the step on all processes, write a checkpoint and raise
+      `StoppedBySignal`, a `SystemExit`: what follows `train()`, such as saving the result, is not reached.
+    - One run writes to `output_dir` at a time, see `run_lock`.
+    - `metric_for_best_model`: of losses, bits and perplexities the lower is the better.
     - Auxiliary heads beside a PEFT adapter are saved and loaded with it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.add_callback(LogWhenSaving())
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any):
+        self._given_optimizer = (kwargs.get("optimizers") or (None, None))[0]
+        self._scratch: Path | None = None  # where a checkpoint is being written
+        # Transformers' own handler saves in the middle of a step, and lets a half-trained model pass for the result.
+        with changed(args, enable_jit_checkpoint=False):
+            super().__init__(model=model, args=args, **kwargs)
+        let_lower_be_better(self.args)
+        self._signals: StopSignals | None = None
+        self._forget()
+        self.add_callback(WatchSignals(self))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last *complete* checkpoint of `output_dir`.
+    def _forget(self) -> None:
+        """Set back what belongs to one call of `train`."""
+        self._settings: dict[str, Any] | None = None
+        self._accepted: set[str] = set()
+        self._resumed: dict[str, Any] | None = None  # the sums that the checkpoint holds, of all processes
+        self._resumed_step: int | None = None
+        self._to_catch_up: dict[str, bool] | None = None  # what a signal kept the checkpoint's step from doing
+        self._pending = {"evaluate": False, "save": False}  # what it keeps this step from doing
+        self._signum = 0
+        self.at_epoch_end = False
+
+    # ---- Training ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        accept_changes: Collection[str] = (),
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest good checkpoint of `output_dir`.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True.
+            args: As those of `Trainer.train`.
+            accept_changes: Settings that may differ from those of the run that wrote the checkpoint, such as
+                `["learning_rate", "max_steps"]`. They hold from the first step on.
+            kwargs: As those of `Trainer.train`.
 
         Raises:
-            ValueError: If the checkpoint is missing, incomplete, damaged or that of another model.
+            ValueError: If the checkpoint is missing, incomplete, damaged, that of another model or of a run with other
+                settings.
+            FileExistsError: If another run is at work in `output_dir`.
             FloatingPointError: If a loss turns nan or infinite.
+            StoppedBySignal: If a signal ended the run, see `SafeTrainer`.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self._get_output_dir(None))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint")
-        if resume_from_checkpoint and self.model is not None:
-            check_checkpoint(resume_from_checkpoint, self.model)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._forget()
+        with self._alone(), self._watching_signals():
+            if self.args.should_save:
+                self.run_settings()  # now: model and configuration change when they are prepared for training
+            folder = self._checked(resume_from_checkpoint, accept_changes)
+            with changed(self.args, eval_on_start=self.args.eval_on_start and folder is None):
+                output = super().train(folder, *args, **kwargs)
         self._raise_if_not_finite()  # in the steps since the last log entry
-        return output
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+        if self.args.save_strategy == SaveStrategy.NO:
+            return contextlib.nullcontext()
+        return only_run(self.args)
+
+    @contextlib.contextmanager
+    def _watching_signals(self) -> Iterator[None]:
+        if not self.args.enable_jit_checkpoint:
+            yield
+            return
+        try:
+            with StopSignals() as self._signals:
+                yield
+        finally:
+            self._signals = None
+
+    def ask_for_signals(self) -> int:
+        """The signal at which all processes stop, or 0; they ask together."""
+        if self._signals is not None and self.is_in_train and not self._signum:
+            self._signum = self._signals.agreed()
+        return self._signum
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ):
+        control = self.control
+        due = {"evaluate": control.should_evaluate, "save": control.should_save}
+        if self._signum:
+            control.should_evaluate = control.should_save = False
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationStopped:
+            logger.info("The evaluation is begun anew when the run goes on")
+        if not self._signum:
+            return
+        self._pending = {name: self._pending[name] or due[name] for name in due}
+        ends_epoch = float(self.state.epoch or 0).is_integer() or control.should_epoch_stop
+        if not self.at_epoch_end and (ends_epoch or control.should_training_stop):
+            return  # what is due at the epoch's end comes next
+        self._stop(model, trial)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with random_states(restored_by=EvaluationStopped):
+            return super()._evaluate(*args, **kwargs)
+
+    def _stop(self, model: nn.Module, trial: Any) -> None:
+        folder = None
+        if not self.args.save_only_model:
+            self._save_checkpoint(model, trial)
+            folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        for callback in self.callback_handler.callbacks:
+            if (writer := getattr(callback, "tb_writer", None)) is not None:
+                writer.flush()
+        raise StoppedBySignal(self._signum, self.state.global_step, folder)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step == self._resumed_step and self._is_over():
+            # Transformers looks for the end after a step only, and would train one too many.
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _is_over(self) -> bool:
+        control: Any = self.state.stateful_callbacks.get("TrainerControl", {})  # type: ignore[union-attr]
+        stopped_early = self._resumed is not None and control.get("args", {}).get("should_training_stop", False)
+        return self.state.global_step >= self.state.max_steps or bool(stopped_early and not self._accepted)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._catch_up()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._catch_up()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _catch_up(self) -> None:
+        """Do what the checkpoint's step would have done, if a signal had not come."""
+        due, self._to_catch_up = self._to_catch_up, None
+        if due is not None:
+            self.at_epoch_end = True  # as far as this step goes
+            self.control.should_evaluate, self.control.should_save = True, due["save"]
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, 0.0)
+            self.at_epoch_end = False
+
+    # ---- Saving ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._scratch or super()._get_output_dir(trial))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         base: Any = unwrap_peft(cast(nn.Module, self.model))
-        folder = output_dir or str(self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         if base is not self.model and hasattr(base, "save_auxiliary_heads"):  # PEFT saves its adapter alone
             base.save_auxiliary_heads(folder)
+        if self.args.should_save:
+            give_default_permissions(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._raise_if_not_finite()
+        weights = self.accelerator.unwrap_model(model).named_parameters()
+        broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
+        if broken:  # a step can break the weights while its own loss still was finite
+            raise self._not_finite_error(self.state.global_step, broken)
+        run_dir = Path(self._get_output_dir(trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        sums = gather_object([self._running_sums()])
+        scratch, writes = self._make_scratch(run_dir)
+        try:
+            # Nothing is pushed, and no other checkpoint deleted, before this one is whole.
+            with changed(self.args, save_total_limit=None, push_to_hub=False):
+                self._scratch = scratch
+                super()._save_checkpoint(model, trial)
+            self._complete(scratch / folder.name, folder, sums, writes)
+        except BaseException as error:
+            if writes:
+                shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, Exception):  # of many kinds: each library words a full disk in its own way
+                raise OSError(saving_failed_message(folder, error)) from error
+            raise
+        finally:
+            self._scratch = None
+        if self._signum:
+            return
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            self._delete_older(run_dir, folder)
+
+    def _make_scratch(self, run_dir: Path) -> tuple[Path, bool]:
+        """Where all processes write a checkpoint, and whether this one makes that folder and later moves it.
+
+        That is the first process, and the first of each machine with a disk of its own.
+        """
+        first = self.is_world_process_zero()
+        names = [""]
+        if first:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            names = [tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=run_dir)]
+        broadcast_object_list(names)
+        scratch = Path(names[0])
+        writes = first or (self.is_local_process_zero() and not scratch.exists())
+        if writes:
+            scratch.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        return scratch, writes
+
+    def _complete(self, written: Path, folder: Path, sums: list[dict[str, Any]], writes: bool) -> None:
+        """Turn what all processes have written into a checkpoint: the manifest comes last, then its place."""
+        if self.state.best_global_step is not None:
+            best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best == folder or best.is_dir() else None
+        self.accelerator.wait_for_everyone()
+        if writes:
+            written.mkdir(exist_ok=True)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / STATE))
+            common = {"total_loss": self._total_loss_scalar, "last_logged_step": self._globalstep_last_logged}
+            missed = self._pending if self._pending["evaluate"] else None
+            content = {**common, "pending": missed, "processes": sums}
+            (written / RUNNING_SUMS).write_text(json.dumps(content), encoding="utf-8")
+            give_default_permissions(written)
+            scheduled = not self._signum or self._pending["save"]
+            write_manifest(
+                written, self.run_settings(), scheduled=scheduled, save_only_model=self.args.save_only_model
+            )
+            if os.path.lexists(folder):  # an older one of that name
+                os.replace(folder, written.with_name("replaced"))
+            os.replace(written, folder)
+            shutil.rmtree(written.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _delete_older(self, run_dir: Path, newest: Path) -> None:
+        for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if path != newest and not is_scheduled(path):  # a signal's: this one takes its place
+                remove(path)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _running_sums(self) -> dict[str, Any]:
+        """What this process has summed up since the last log entry, as JSON can hold it."""
+        return {"loss": float(self._tr_loss)}
+
+    # ---- Resuming ----
+
+    def run_settings(self) -> dict[str, Any]:
+        """What the run is set to as far as it changes the result: kept with each checkpoint, compared on resuming."""
+        if self._settings is None:
+            self._settings = run_settings(self, self._given_optimizer)
+        return self._settings
+
+    def _checked(self, resume: str | bool | None, accepted: Collection[str]) -> str | None:
+        """The checkpoint to resume from, after a look at all of it; all processes call this together."""
+        if not resume:
+            return None
+        answer: list[Any] = [None, None, set()]
+        if self.is_world_process_zero():
+            try:
+                found = find_checkpoint(
+                    self._get_output_dir(None) if resume is True else resume, resume is True, self.args
+                )
+                if isinstance(self.model, nn.Module):
+                    answer[2] = check_same_settings(found.path, found.settings or {}, self.run_settings(), accepted)
+                    check_same_weights(found.path, self.model)
+                answer[0] = str(found.path)
+            except ValueError as error:
+                answer[1] = error
+        broadcast_object_list(answer)
+        folder, refusal, self._accepted = answer
+        if refusal is not None:
+            raise refusal
+        sums = Path(folder, RUNNING_SUMS)
+        if sums.exists():
+            self._resumed = json.loads(sums.read_text(encoding="utf-8"))
+            self._to_catch_up = cast(dict[str, Any], self._resumed)["pending"]
+        return str(folder)
+
+    def take_up_sums(self) -> None:
+        """Go on with the sums of the checkpoint, where a run is resumed."""
+        if self._resumed is None:
+            return
+        self._total_loss_scalar = self._resumed["total_loss"]
+        if len(self._resumed["processes"]) == max(1, self.args.world_size):
+            self._globalstep_last_logged = self._resumed["last_logged_step"]
+            self._take_up(self._resumed["processes"][self.args.process_index])
+
+    def _take_up(self, sums: dict[str, Any]) -> None:
+        """Go on with what `_running_sums` gave."""
+        self._tr_loss += sums["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs and self._resumed is not None:  # Transformers counts from where the run was resumed
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        if not self.state.global_step:
+            return trained
+        self._resumed_step = self.state.global_step
+        # Transformers would go on logging, evaluating and saving as often as the run that wrote the checkpoint.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if self.state.best_global_step is not None:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if (best := Path(self._get_output_dir(None), name)).is_dir():
+                self.state.best_model_checkpoint = str(best)  # the run's folder may have moved
+            elif self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+                raise ValueError(
+                    f"resume: {name} is missing, which holds the best model so far (load_best_model_at_end)"
+                )
+        states: Any = self.state.stateful_callbacks
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                saved = states.setdefault(type(callback).__name__, callback.state())
+                if isinstance(saved, dict):
+                    vars(callback).update(saved.get("attributes", {}))
+        return trained
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        renewed = checkpoint is not None and bool(self._accepted & OPTIMIZER_FIELDS)
+        fresh = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
+        rates = list(getattr(scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not renewed:
+            return
+        for group, values in zip(optimizer.param_groups, fresh, strict=True):
+            group.update(values)
+        if hasattr(scheduler, "lr_lambdas"):
+            scheduler.base_lrs = rates
+            scheduler._last_lr = [
+                rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_auxiliary_heads(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        folder = str(self.state.best_model_checkpoint)
+        if self.is_world_process_zero() and (faults := inspect(folder, max(1, self.args.world_size)).faults):
+            faults = tuple(fault for fault in faults if "save_only_model" not in fault)
+            if faults:
+                raise ValueError(f"the best model's checkpoint {folder} is not whole: {'; '.join(faults)}")
         super()._load_best_model()
-        self._load_auxiliary_heads(str(self.state.best_model_checkpoint))
+        self._load_auxiliary_heads(folder)
 
     def _load_auxiliary_heads(self, folder: str) -> None:
         base: Any = unwrap_peft(cast(nn.Module, self.model))
         if hasattr(base, "load_auxiliary_heads") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             base.load_auxiliary_heads(folder)  # those two load all weights together
+
+    # ---- Losses and weights that are not finite ----
 
     def _first_not_finite(self) -> tuple[int, list[str]] | None:
         """The step since the last log entry at which a loss was not finite, and the names of those that were not.
@@ -93,114 +450,9 @@ class SafeTrainer(HubTrainer):
             raise self._not_finite_error(*found)
 
     def _not_finite_error(self, step: int, names: list[str]) -> FloatingPointError:
-        last = last_complete_checkpoint(self._get_output_dir(None))
+        last, _ = newest_good(self._get_output_dir(None), max(1, self.args.world_size))
         return FloatingPointError(
             f"not finite at step {step}: {', '.join(names)}. "
-            + (f"The last good checkpoint is {last}. " if last else "No checkpoint had been written. ")
+            + (f"The last good checkpoint is {last.path}. " if last else "No checkpoint had been written. ")
             + "Lower the learning rate, warm it up for longer, or clip gradients (max_grad_norm)"
-        )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._raise_if_not_finite()
-        weights = self.accelerator.unwrap_model(model).named_parameters()
-        broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
-        if broken:  # a step can break the weights while its own loss still was finite
-            raise self._not_finite_error(self.state.global_step, broken)
-        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:  # an older one of that name is complete no more
-            Path(folder, "trainer_state.json").unlink(missing_ok=True)
-        try:
-            super()._save_checkpoint(model, trial)
-        except BaseException as error:
-            if is_complete(folder):
-                raise  # what failed came after it
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, Exception):  # of many kinds: each library words a full disk in its own way
-                raise OSError(saving_failed_message(folder, error)) from error
-            raise
-
-
-def _trainer_state(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def is_complete(folder: str | os.PathLike) -> bool:
-    """Whether the Trainer finished writing this checkpoint; `trainer_state.json` is what it writes last."""
-    return _trainer_state(Path(folder)) is not None
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The complete checkpoint with the highest step in a run's folder; `None` if there is none."""
-    steps = {
-        int(match[1]): path
-        for path in Path(output_dir).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and is_complete(path)
-    }
-    return str(steps[max(steps)]) if steps else None
-
-
-def check_checkpoint(folder: str | os.PathLike, model: nn.Module) -> None:
-    """Check that training of `model` can go on from `folder`, before anything is loaded.
-
-    Raises:
-        ValueError: If the folder is missing, holds no complete checkpoint or a damaged file, or if its weights are
-            those of another model.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"resume_from_checkpoint: there is no folder {folder}")
-    if not (folder / "trainer_state.json").exists() and (folder / "config.json").exists():
-        raise ValueError(
-            f"resume_from_checkpoint: {folder} holds a model, but not the state of a training (trainer_state.json). Training"
-            " is resumed from the checkpoint-* folders of a run, with the full model; one for inference only cannot be"
-            " resumed. To begin a new training with its weights, give it as model_name_or_path"
-        )
-    if not is_complete(folder):
-        raise ValueError(
-            f"resume_from_checkpoint: {folder} is not a complete checkpoint (its trainer_state.json is missing or"
-            " damaged); resume from an earlier one"
-        )
-    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
-        if not zipfile.is_zipfile(path):
-            raise ValueError(
-                f"resume_from_checkpoint: {path} is damaged or truncated; resume from an earlier checkpoint"
-            )
-    saved: dict[str, tuple[int, ...]] = {}
-    weights_files = sorted(folder.glob("model*.safetensors"))
-    heads = saved_heads(folder)
-    if weights_files and heads:  # beside a PEFT adapter alone there is no whole model to compare
-        weights_files.append(heads)
-    for path in weights_files:
-        try:
-            with safe_open(path, framework="pt") as weights:
-                saved |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"resume_from_checkpoint: {path} is damaged or truncated ({error}); resume from an earlier checkpoint"
-            ) from error
-    if saved:
-        _check_same_weights(folder, saved, model)
-
-
-def _check_same_weights(folder: Path, saved: dict[str, tuple[int, ...]], model: nn.Module) -> None:
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = sorted(expected.keys() - saved.keys() - tied)
-    unexpected = sorted(saved.keys() - expected.keys())
-    reshaped = sorted(name for name in saved.keys() & expected.keys() if saved[name] != expected[name])
-    differences = [
-        *(f"{name} is missing" for name in missing[:3]),
-        *(f"{name} is unknown to the model" for name in unexpected[:3]),
-        *(f"{name} has the shape {saved[name]}, not {expected[name]}" for name in reshaped[:3]),
-    ]
-    if differences:
-        total = len(missing) + len(unexpected) + len(reshaped)
-        raise ValueError(
-            f"resume_from_checkpoint: {folder} is the checkpoint of another model ({total} weights differ):"
-            f" {'; '.join(differences)}. Training goes on only with the settings it began with; an inference-only"
-            " model cannot be resumed"
         )

@@ -15,7 +15,7 @@ Train a Charformer from a recipe. Fields on the command line override the recipe
 
   charformer-train training/configs/quickstart.yaml
   charformer-train training/configs/quickstart.yaml --data_path my_text.txt --output_dir runs/mine --max_steps 2000
-  charformer-train training/configs/quickstart.yaml --resume_from_last
+  charformer-train training/configs/quickstart.yaml --resume auto
 
 A GPU is used when there is one; --use_cpu does without it."""
 _EVALUATION = """\

@@ -71,7 +71,8 @@ def bits_per_character(
 
     The first window counts all its predictions, each from the bytes before it; every later one its last `stride`, each
     from `window - stride + 1` bytes or more (all of `window` with stride 1). The last window ends with the text. So each
-    byte but the text's first counts once. Under torchrun or accelerate launch the windows are shared out among the
+    byte but the text's first counts once. A vocabulary with added tokens codes bytes all the same: what the model gives to
+    those tokens is lost to it. Under torchrun or accelerate launch the windows are shared out among the
     processes, and each returns the whole result.
 
     Args:

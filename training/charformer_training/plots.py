@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .history import Curve, Entry, curve, term_curves
+from .terminal import one_line
 
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def plot_loss_terms(
         layout="constrained",
     )
     _draw_final_layer(axes[0, 0], of_final, curve(log_history, "eval_loss"))
-    axes[0, 0].set_title(f"{title}\nfinal layer")
+    axes[0, 0].set_title(f"{one_line(title)}\nfinal layer", parse_math=False)
     if of_layers:
         _draw_intermediate_layers(axes[1, 0], of_layers, drops)
         axes[1, 0].set_title("intermediate layers (dashed: further targets; dotted: a layer's losses drop out)")

@@ -4,23 +4,28 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent import futures
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 import modeling_charformer
 from modeling_charformer import CharformerConfig, CharformerTokenizer
+from modeling_charformer.auxiliary_heads import TRAINING_ONLY
 
-from .card import is_charformer, merged_card, trainer_card
-from .history import drop_steps
+from .card import RunFacts, is_charformer, merged_card, run_card
+from .data import ConsecutiveWindows, RandomWindows
+from .files import remove
+from .history import drop_steps, final_terms, last_evaluation
 from .models import HEADS_FILE, loss_unit
 from .plots import PICTURE, plot_loss_terms
 
@@ -31,7 +36,10 @@ CARD_FILE = "README.md"
 STAGE_PREFIX = "_push-"  # the Trainer's own pushes leave out what begins with an underscore
 # What a checkpoint holds beside the model. Pickles are of no use to those who load it, and they can run code.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-RESUME_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py")
+RESUME_FILES = ("trainer_state.json", "running_sums.json", "manifest.json", "latest", "zero_to_fp32.py")
+# What a run keeps in its folder for itself: with the paths of a machine, and of no use to others.
+RECIPE, COMMAND, RESULT = "recipe.yaml", "command.txt", "_result.json"
+PRIVATE = (RECIPE, COMMAND)
 
 
 class HubTrainer(Trainer):
@@ -66,7 +74,7 @@ class HubTrainer(Trainer):
         self._refuse_pickles()
         output_dir = Path(str(self.args.output_dir))
         for left in output_dir.glob(f"{STAGE_PREFIX}*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
         name = self.args.hub_model_id or output_dir.absolute().name
         try:
             super().init_hf_repo(token, **_given(private=private))
@@ -111,11 +119,37 @@ class HubTrainer(Trainer):
             self.init_hf_repo(token, private)
         self._refuse_pickles()
         try:
-            return super().push_to_hub(commit_message, blocking, token, revision, **_given(private=private), **kwargs)
+            return self._push(commit_message, blocking, token, revision, kwargs)
         except Exception as error:  # as above
             raise OSError(
                 f"{push_failed_message(str(self.hub_model_id), error)}. The model is in {self.args.output_dir}"
             ) from error
+
+    def _push(
+        self, message: str | None, blocking: bool, token: str | None, revision: str | None, card: dict[str, Any]
+    ) -> Any:
+        """As `Trainer.push_to_hub`, but for what a run keeps for itself, and links: these stay at home."""
+        folder = Path(str(self.args.output_dir))
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = card.pop("tags", None) or []
+        tags = [*([tags] if isinstance(tags, str) else tags), *(getattr(self.model, "model_tags", None) or [])]
+        name = str(self.hub_model_id).split("/")[-1]
+        self.create_model_card(**{"model_name": name, **card, "tags": [*dict.fromkeys(tags)]})
+        self._finish_current_push()
+        links = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()]
+        upload: Any = HfApi().upload_folder
+        return upload(
+            repo_id=str(self.hub_model_id),
+            folder_path=folder,
+            commit_message=message,
+            token=token or self.args.hub_token,
+            run_as_future=not blocking,
+            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *PRIVATE, *links],
+            revision=revision or self.args.hub_revision,
+        )
 
     def _refuse_pickles(self) -> None:
         folder = Path(str(self.args.output_dir))
@@ -141,10 +175,10 @@ class HubTrainer(Trainer):
             HubStrategy.CHECKPOINT: "last-checkpoint",
             HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
         }.get(HubStrategy(self.args.hub_strategy))
-        stage = Path(str(self.args.output_dir), f"{STAGE_PREFIX}{self.state.global_step}")
+        stage = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=str(self.args.output_dir)))
         try:
             _stage_checkpoint(Path(checkpoint_folder), stage, subfolder)
-            trainer_card(self, str(self.hub_model_id).split("/")[-1]).save(stage / CARD_FILE)
+            run_card(self.facts(), str(self.hub_model_id).split("/")[-1]).save(stage / CARD_FILE)
             self._draw_loss_terms(stage)
         except OSError as error:  # such as a full disk: the checkpoint itself is whole
             shutil.rmtree(stage, ignore_errors=True)
@@ -202,12 +236,12 @@ class HubTrainer(Trainer):
             return
         folder = Path(str(self.args.output_dir))
         source = ", ".join(part for part in (_joined(dataset or dataset_tags), _joined(dataset_args)) if part)
-        card = trainer_card(
-            self,
+        facts = self.facts()
+        card = run_card(
+            replace(facts, finetuned_from=finetuned_from or facts.finetuned_from),
             model_name or folder.absolute().name,
             license=license or "apache-2.0",
             tags=[tags] if isinstance(tags, str) else tags or [],
-            finetuned_from=finetuned_from,
             task=tasks if isinstance(tasks, str) or tasks is None else tasks[0],
             source=source or None,
         )
@@ -216,6 +250,35 @@ class HubTrainer(Trainer):
                 card.data[key] = value
         self.write_card(folder, card)
 
+    def facts(self) -> RunFacts:
+        """What a card tells of the run so far."""
+        model = self.accelerator.unwrap_model(self.model)
+        datasets = {"training": self.train_dataset, "evaluation": self.eval_dataset}
+        evaluated = self.eval_dataset
+        heads = sum(weight.numel() for key, weight in model.named_parameters() if key.startswith(TRAINING_ONLY))
+        parameters = sum(weight.numel() for weight in model.parameters())
+        settings = getattr(model, "loss_settings", None)
+        order = [term.name for term in settings.terms] if settings is not None else []
+        terms = final_terms(self.state.log_history)
+        names = sorted(terms, key=lambda name: (order.index(name) if name in order else len(order), name))
+        return RunFacts(
+            config=getattr(model, "config", None),
+            class_name=type(model).__name__,
+            auto_class=getattr(model, "_auto_class", None),
+            is_transformers_class=type(model).__module__.startswith("transformers.models."),
+            inference_parameters=parameters - heads,
+            training_parameters=parameters,
+            repo_id=self.hub_model_id,
+            finetuned_from=self.finetuned_from,
+            splits=[data.split for data in datasets.values() if isinstance(data, RandomWindows | ConsecutiveWindows)],
+            num_rows={role: len(data) for role, data in datasets.items() if isinstance(data, Sized)},
+            evaluated_bytes=len(evaluated.data) if isinstance(evaluated, ConsecutiveWindows) else None,
+            recipe=_recipe(self.args, self.state.max_steps),
+            step=self.state.global_step,
+            metrics=last_evaluation(self.state.log_history),
+            terms={name: terms[name] for name in names},
+        )
+
     def write_card(self, folder: Path, card: ModelCard | None = None) -> None:
         """Write the card of the run so far (or `card`), merged into the one that is there, and its picture into `folder`."""
         output_dir = Path(str(self.args.output_dir))
@@ -223,9 +286,10 @@ class HubTrainer(Trainer):
         old = None
         if self.hub_model_id is not None:
             old = _card_on_hub(self.hub_model_id, self.args.hub_token, self.args.hub_revision)
-        if old is None and (output_dir / CARD_FILE).exists():
-            old = ModelCard.load(output_dir / CARD_FILE, ignore_metadata_errors=True)
-        merged_card(card or trainer_card(self, name), old).save(folder / CARD_FILE)
+        path = output_dir / CARD_FILE
+        if old is None and path.is_file() and not path.is_symlink():
+            old = ModelCard.load(path, ignore_metadata_errors=True)
+        merged_card(card or run_card(self.facts(), name), old).save(folder / CARD_FILE)
         self._draw_loss_terms(folder)
 
     def _draw_loss_terms(self, folder: Path) -> None:
@@ -234,6 +298,22 @@ class HubTrainer(Trainer):
         drops = drop_steps(settings, self.state.max_steps) if settings is not None else {}
         title = Path(str(self.args.output_dir)).absolute().name
         plot_loss_terms(self.state.log_history, drops, folder / PICTURE, title, loss_unit(model))
+
+
+def _recipe(args: TrainingArguments, max_steps: int) -> dict[str, Any]:
+    processes = max(1, args.world_size)
+    return {
+        "Optimizer steps": f"{max_steps:,}",
+        "Rows per step": args.train_batch_size * args.gradient_accumulation_steps * processes,
+        "Optimizer": f"{'muon and ' if getattr(args, 'muon', False) else ''}"
+        f"{OptimizerNames(args.optim).value} {args.optim_args or ''}".strip(),
+        "Learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
+        "Warm-up steps": args.get_warmup_steps(max_steps),
+        "Weight decay": args.weight_decay,
+        "Gradient clipping": args.max_grad_norm,
+        "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "f32",
+        "Seed": args.seed,
+    }
 
 
 def push_folder(
@@ -298,16 +378,14 @@ def _stage_checkpoint(checkpoint: Path, stage: Path, subfolder: str | None) -> N
 
     Files are linked, not copied, where the file system can: what is being pushed outlives the checkpoint's deletion.
     """
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
     for path in checkpoint.iterdir():
-        if path.is_file() and path.suffix not in PICKLES and path.name not in RESUME_FILES:
+        if path.is_file() and not path.is_symlink() and path.suffix not in PICKLES and path.name not in RESUME_FILES:
             _link(path, stage / path.name)
     if (heads := checkpoint / HEADS_FILE).is_file():
         _link(heads, stage / HEADS_FILE)
     if subfolder is not None:
         for path in checkpoint.rglob("*"):
-            if path.is_file():
+            if path.is_file() and not path.is_symlink():
                 _link(path, stage / subfolder / path.relative_to(checkpoint))
 
 

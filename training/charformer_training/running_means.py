@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -16,13 +16,28 @@ class TrainingTerms:
     """Sums of the loss terms over the optimizer steps since the last log entry.
 
     A term that is present in some steps only, because its head has dropped out, is averaged over those steps.
+
+    Args:
+        state: What `state` gave of a process, to go on from there.
+        device: Where the terms are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: Mapping[str, Any] | None = None, device: torch.device | None = None) -> None:
+        # By the names of the terms that came together, whose values are one tensor; the last two by each name.
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._first_bad_step: dict[tuple[str, ...], Tensor] = {}
         self._num_steps: dict[str, int] = {}
         self._last_step: dict[str, int] = {}
+        if state is not None:
+            self._num_steps, self._last_step = dict(state["num_steps"]), dict(state["last_step"])
+            for names, values in state["sums"]:
+                self._sums[tuple(names)] = torch.tensor(values, device=device)
+                self._first_bad_step[tuple(names)] = torch.full((len(values),), float("inf"), device=device)
+
+    def state(self) -> dict[str, Any]:
+        """All of it as JSON can hold it, to the last digit; of terms that are finite."""
+        sums = [[list(names), values.tolist()] for names, values in self._sums.items()]
+        return {"sums": sums, "num_steps": self._num_steps, "last_step": self._last_step}
 
     def add(self, step: int, terms: Mapping[str, Tensor], scale: float) -> None:
         """Add one micro-batch's share of the terms of optimizer step `step`; the shares of a step add up to its value."""

@@ -1,32 +1,38 @@
 """`charformer-train RECIPE.yaml [--field value ...]`: train a Charformer from a recipe, end to end."""
 
+import contextlib
 import json
 import math
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.state import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import default_data_collator, set_seed
+from safetensors.torch import load_file
+from transformers import TrainerState, default_data_collator, set_seed
 from transformers.utils import logging
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 
-from .arguments import Arguments, AuxiliaryLossTrainingArguments, ModelArguments, RunArguments
+from .arguments import Arguments, ModelArguments, RunArguments
 from .callbacks import SampleText, sample_text, show_in_use
-from .checkpoints import last_complete_checkpoint
 from .command_help import how_to_begin
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
-from .files import whole_files
+from .files import whole_file, whole_files
 from .history import is_evaluation
+from .manifest import newest_good, write_result
 from .ngrams import ngram_bits_per_byte
 from .plots import PICTURE
 from .pretrained import load_language_model, read_config
+from .pushing import RESULT
 from .recipes import USAGE, parse_arguments
+from .resuming import only_run
+from .run_folder import SAMPLES, Start, plan_start, record_run
+from .run_settings import check_same_settings
+from .stopping import StoppedBySignal
 from .terminal import error_message, printable, use_safe_streams
 from .trainer import AuxiliaryLossTrainer
 from .units import count_characters, is_utf8
@@ -34,6 +40,7 @@ from .units import count_characters, is_utf8
 
 logger = logging.get_logger(__name__)
 
+METRICS = "metrics.json"
 
 # What fine-tuning cannot change: the weights' shapes and what they were trained to do.
 SHAPE_FIELDS = {
@@ -45,35 +52,6 @@ SHAPE_FIELDS = {
     "hidden_act",
     "norm_placement",
 }
-# What a run leaves in its folder, apart from checkpoint-* folders.
-MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
-
-
-def check_output_dir(run: RunArguments, training: AuxiliaryLossTrainingArguments) -> list[Path]:
-    """Refuse to write over another model, unless the run goes on from there or was asked to.
-
-    Sets `resume_from_checkpoint` when `resume_from_last` is asked for. Returns what a run that was asked to overwrite
-    is to delete, once nothing else can be wrong.
-
-    Raises:
-        FileExistsError: If the folder holds a model or checkpoints.
-        ValueError: If it holds no complete checkpoint to resume from.
-    """
-    folder = Path(str(training.output_dir))
-    if run.resume_from_last:
-        training.resume_from_checkpoint = last_complete_checkpoint(folder)
-        if training.resume_from_checkpoint is None:
-            raise ValueError(f"resume_from_last: {folder} holds no complete checkpoint")
-    held = [path for name in MODEL_FILES if (path := folder / name).exists()] + sorted(folder.glob("checkpoint-*"))
-    resumed = training.resume_from_checkpoint
-    if not held or (resumed and Path(resumed).resolve().parent == folder.resolve()):
-        return []
-    if not run.overwrite_output_dir:
-        raise FileExistsError(
-            f"output_dir {folder} already holds a model ({held[0].name}). Give another output_dir, go on from its last"
-            " checkpoint with --resume_from_last, or replace it with --overwrite_output_dir"
-        )
-    return [*held, folder / "samples.jsonl"]
 
 
 def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
@@ -130,7 +108,7 @@ def build_trainer(
             raise ValueError(
                 f"sample_prompt has {length} bytes; it needs 1 to {window - 1}, fewer than max_position_embeddings={window}"
             )
-        samples = Path(str(training.output_dir)) / "samples.jsonl"
+        samples = Path(str(training.output_dir)) / SAMPLES
         trainer.add_callback(SampleText(tokenizer, samples, run.sample_prompt, run.sample_length, training.seed))
     return trainer
 
@@ -141,12 +119,29 @@ def _holds_special_symbols(corpus: np.ndarray) -> bool:
     return any(bool((corpus[start : start + step] >= 0xFD).any()) for start in range(0, len(corpus), step))
 
 
-def train(arguments: Arguments) -> dict[str, Any]:
-    """Run a recipe: data, model, training, evaluation, and the folder with all results. Returns the metrics."""
+def train(arguments: Arguments, command: Sequence[str] = ()) -> dict[str, Any]:
+    """Run a recipe: data, model, training, evaluation, and the folder with all results. Returns the metrics.
+
+    Args:
+        arguments: The settings.
+        command: The command line that they come from, for the record.
+
+    Raises:
+        RuntimeError: If something failed after the trained model was saved; says what.
+        StoppedBySignal: If a signal ended training; the checkpoint that it goes on from is written.
+    """
+    with only_run(arguments.training) as was_killed:
+        if was_killed:
+            logger.warning("An earlier run in %s was ended from outside", arguments.training.output_dir)
+        return _train_alone(arguments, command)
+
+
+def _train_alone(arguments: Arguments, command: Sequence[str]) -> dict[str, Any]:
     model_arguments, data, run, training = arguments
+    folder = Path(str(training.output_dir))
     set_seed(training.seed)
     model = build_model(model_arguments)  # wrong settings raise before the text is read
-    replaced = check_output_dir(run, training)
+    start = plan_start(arguments)
     with training.main_process_first(desc="reading the corpus"):
         corpus = load_corpus(data, training.local_process_index == 0, training.output_dir)
     splits = split_corpus(corpus, data.train_share, data.validation_share, data.source)
@@ -160,32 +155,140 @@ def train(arguments: Arguments) -> dict[str, Any]:
     if name is not None:
         tokenizer = CharformerTokenizer.from_pretrained(name, model_max_length=tokenizer.model_max_length)
     trainer = build_trainer(arguments, model, tokenizer, splits)
-    Path(str(training.output_dir)).mkdir(parents=True, exist_ok=True)
-
+    start = _same_run(start, trainer, run)
+    if start.complete:
+        print(f"The run in {folder} is complete; nothing is left to do")
+        metrics: dict[str, Any] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        return metrics
     if trainer.is_world_process_zero():
-        print(f"Corpus: {data.source}, {len(corpus):,} bytes, split by position")
-        for name, split in splits.items():
-            print(f"  {name:<10} {len(split.data):>13,} bytes  sha256 {split.sha256}")
-        heads = model.num_parameters() - model.without_auxiliary_heads().num_parameters()
+        record_run(arguments, command, start)
+        _print_beginning(arguments, corpus, splits, model, start)
+    if start.trained:
+        _take_up_result(trainer, folder)
+    else:
+        trainer.train(start.resume_from, accept_changes=run.accept_changes)
+        _save_model(trainer, folder)
+    return _finish(arguments, trainer, tokenizer, splits)
+
+
+def _same_run(start: Start, trainer: AuxiliaryLossTrainer, run: RunArguments) -> Start:
+    """Whether a trained model in the folder is of this run; if settings may differ, training goes on."""
+    if not start.trained:
+        return start
+    folder = Path(str(trainer.args.output_dir))
+    if not check_same_settings(folder, start.settings or {}, trainer.run_settings(), run.accept_changes):
+        return start
+    good, _ = newest_good(folder, max(1, trainer.args.world_size))
+    if good is None:
+        raise ValueError(f"accept_changes: {folder} holds a trained model, but no checkpoint to go on from")
+    return Start(resume_from=str(good.path))
+
+
+def _print_beginning(
+    arguments: Arguments,
+    corpus: np.ndarray,
+    splits: dict[str, Split],
+    model: CharformerForCausalLM,
+    start: Start,
+) -> None:
+    print(f"Corpus: {arguments.data.source}, {len(corpus):,} bytes, split by position")
+    for name, split in splits.items():
+        print(f"  {name:<10} {len(split.data):>13,} bytes  sha256 {split.sha256}")
+    heads = model.num_parameters() - model.without_auxiliary_heads().num_parameters()
+    device = arguments.training.device
+    print(f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only, on {device}")
+    if arguments.model.model_name_or_path is not None:
         print(
-            f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only, on {training.device}",
-            flush=True,
+            f"Fine-tuning {arguments.model.model_name_or_path}: learning rate and losses follow their schedules from the"
+            " beginning"
         )
-        for path in replaced:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    metrics = _final_evaluation(trainer)
-    if not math.isfinite(metrics["eval_loss"]):
-        raise FloatingPointError("the trained model's validation loss is not finite; the model is not saved")
-    evaluated = splits["validation"].data[: data.max_eval_bytes]
-    metrics["eval_bytes"] = len(evaluated)
-    if run.compare_ngrams:
-        metrics |= _compare_ngrams(splits["train"].data, evaluated)
-    _save_results(arguments, trainer, tokenizer, splits, metrics)
+    if start.trained:
+        print(f"The trained model is in {arguments.training.output_dir}; its evaluation and card are still to be made")
+    elif start.resume_from is not None:
+        print(f"Training goes on from {start.resume_from}")
+    sys.stdout.flush()
+
+
+def _take_up_result(trainer: AuxiliaryLossTrainer, folder: Path) -> None:
+    """Load what an earlier run had trained, whose results were not all written."""
+    trainer.accelerator.unwrap_model(trainer.model).load_state_dict(
+        load_file(folder / "model.safetensors"), strict=False
+    )
+    trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    trainer.state.init_training_references(trainer, trainer.state.max_steps, trainer.state.num_train_epochs, None)
+
+
+def _save_model(trainer: AuxiliaryLossTrainer, folder: Path) -> None:
+    """Save the trained model, before anything else can fail; its files appear only when all of them are written."""
+    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # which the Trainer switches off
+    if not trainer.args.should_save:
+        trainer.save_model(str(folder), _internal_call=True)  # joins in where weights are gathered from all processes
+        return
+    with whole_files(folder) as scratch:
+        trainer.save_model(str(scratch), _internal_call=True)
+        trainer.state.save_to_json(str(scratch / "trainer_state.json"))
+    write_result(folder / RESULT, trainer.run_settings(), complete=False)
+
+
+def _finish(
+    arguments: Arguments, trainer: AuxiliaryLossTrainer, tokenizer: CharformerTokenizer, splits: dict[str, Split]
+) -> dict[str, Any]:
+    """Evaluate, write the card and all else that follows training. What fails is told, and does not keep the rest back."""
+    _, data, run, training = arguments
+    folder, failed = Path(str(training.output_dir)), Failures()
+    metrics: dict[str, Any] = {}
+    with failed.told("the evaluation"):
+        metrics = _evaluate(arguments, trainer, splits)
+        if not math.isfinite(metrics["eval_loss"]):
+            raise FloatingPointError("the trained model's validation loss is not finite")
+    if training.should_save and metrics:
+        with failed.told(METRICS), whole_file(folder / METRICS) as file:
+            described = {name: (len(split.data), split.sha256) for name, split in splits.items()}
+            results = {**metrics, "data": data.source, "splits": described}
+            file.write((json.dumps(results, indent=2) + "\n").encode())
+    if training.should_save:
+        with failed.told("the card and its picture"), whole_files(folder) as scratch:
+            trainer.state.save_to_json(str(scratch / "trainer_state.json"))
+            trainer.write_card(scratch)
     if training.push_to_hub:
-        commit = trainer.push_to_hub()
-        if commit is not None:
-            print(f"\nOn the Hub: {commit.commit_url}", flush=True)
+        with failed.told("the push"):
+            commit = trainer.push_to_hub()
+            if commit is not None:
+                print(f"\nOn the Hub: {commit.commit_url}", flush=True)
+    if training.should_save and metrics:
+        with failed.told("the summary"):
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            length = run.sample_length
+            text = sample_text(model, tokenizer, run.sample_prompt, length, training.seed) if length else ""
+            print(_summary(folder, metrics, text), flush=True)
+    if training.should_save and not failed.messages:
+        write_result(folder / RESULT, trainer.run_settings(), complete=True)
+    if failed.messages:
+        raise RuntimeError(f"the trained model is whole in {folder}, but " + "; ".join(failed.messages))
+    return metrics
+
+
+class Failures:
+    """What failed after training, by the name of what was to be done."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    @contextlib.contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is: the weights are saved, and the rest shall be
+            logger.debug("traceback", exc_info=True)
+            self.messages.append(f"{what} failed: {str(error) or type(error).__name__}")
+
+
+def _evaluate(arguments: Arguments, trainer: AuxiliaryLossTrainer, splits: dict[str, Split]) -> dict[str, Any]:
+    metrics = _final_evaluation(trainer)
+    evaluated = splits["validation"].data[: arguments.data.max_eval_bytes]
+    metrics["eval_bytes"] = len(evaluated)
+    if arguments.run.compare_ngrams:
+        metrics |= _compare_ngrams(splits["train"].data, evaluated)
     return metrics
 
 
@@ -203,34 +306,6 @@ def _compare_ngrams(train: np.ndarray, text: np.ndarray) -> dict[str, float]:
         f"{name}_{unit}": ngram_bits_per_byte(train, text, order) / per_byte
         for name, order in (("unigram", 1), ("trigram", 3))
     }
-
-
-def _save_results(
-    arguments: Arguments,
-    trainer: AuxiliaryLossTrainer,
-    tokenizer: CharformerTokenizer,
-    splits: dict[str, Split],
-    metrics: dict[str, Any],
-) -> None:
-    """Everything a run leaves in its folder; the files appear only when all of them are written."""
-    _, data, run, training = arguments
-    folder = Path(str(training.output_dir))
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = True  # the Trainer switches it off, also for those who load the model
-    if not training.should_save:
-        trainer.save_model(str(folder), _internal_call=True)  # joins in where weights are gathered from all processes
-        return
-    with whole_files(folder) as scratch:
-        trainer.save_model(str(scratch), _internal_call=True)
-        trainer.state.save_to_json(str(scratch / "trainer_state.json"))
-        described = {name: (len(split.data), split.sha256) for name, split in splits.items()}
-        results = {**metrics, "data": data.source, "splits": described}
-        (scratch / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        trainer.write_card(scratch)
-    text = (
-        sample_text(model, tokenizer, run.sample_prompt, run.sample_length, training.seed) if run.sample_length else ""
-    )
-    print(_summary(folder, metrics, text), flush=True)
 
 
 def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
@@ -259,27 +334,29 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console program; returns its exit status."""
-    arguments = None
-    words = sys.argv[1:] if argv is None else argv
+    arguments, words = None, list(sys.argv[1:] if argv is None else argv)
     use_safe_streams()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # a log file holds lines
     if not words:
         print(how_to_begin(USAGE), file=sys.stderr)
         return 2
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # a log file holds lines
     try:
         arguments = parse_arguments(words)
-        train(arguments)
+        train(arguments, ["charformer-train", *words])
         # Left to the end of the interpreter, threads of gloo that still hold tensors now and then abort the process.
         PartialState().destroy_process_group()
+    except StoppedBySignal as stopped:
+        print(f"\ncharformer-train: {stopped}. {_how_to_resume(arguments)}", file=sys.stderr, flush=True)
+        PartialState().destroy_process_group()
+        return int(stopped.code or 1)
     except KeyboardInterrupt:
         print(f"\nInterrupted. {_how_to_resume(arguments)}", file=sys.stderr)
         return 130
-    except (StrictDataclassError, FloatingPointError, OSError, ValueError) as error:
+    except (StrictDataclassError, FloatingPointError, OSError, RuntimeError, ValueError) as error:
         logger.debug("traceback", exc_info=True)
-        print(
-            f"\ncharformer-train: error: {error_message(error)}", file=sys.stderr
-        )  # a progress bar may hold the line
+        # A progress bar may hold the line.
+        print(f"\ncharformer-train: error: {error_message(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -287,11 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _how_to_resume(arguments: Arguments | None) -> str:
     if arguments is None:
         return "Nothing had begun."
-    folder = str(arguments.training.output_dir)
-    last = last_complete_checkpoint(folder)
-    if last is None:
-        return f"No checkpoint had been written to {folder} yet (save_steps={arguments.training.save_steps})."
-    return f"The last checkpoint is {last}; give the same command with --resume_from_last to go on from there."
+    return f"The same command with --resume auto goes on from the last checkpoint in {arguments.training.output_dir}."
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
@@ -18,6 +18,18 @@ from .models import is_causal_lm, unwrap_peft
 from .optimizer import muon_adamw
 from .running_means import EvaluationTerms, TrainingTerms, group_by_layer
 from .units import NATS_PER_BIT, begins_character
+
+
+class ForgetTerms(TrainerCallback):
+    """Training that begins again, with a smaller batch because memory ran out, logs no part of its first try."""
+
+    def __init__(self, trainer: "AuxiliaryLossTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._training_terms = TrainingTerms()
 
 
 class UserTerm(NamedTuple):
@@ -62,8 +74,8 @@ class AuxiliaryLossTrainer(SafeTrainer):
         if is_causal_lm(type(unwrap_peft(cast(nn.Module, self.model)))):
             # The Trainer goes by a name that ends in ForCausalLM, and so counts a target too many in rows of GPT-2's.
             self._loss_shifts_labels = True
-        if _takes(self.model, "target_counts"):
-            self._check_own_losses()
+        if _takes(self.model, "training_progress"):
+            self._check_model_losses()
         settings = getattr(self.model, "loss_settings", None)
         if settings is not None:
             for percent in range(101):  # what a schedule gets wrong, it does so before anything is trained
@@ -73,13 +85,20 @@ class AuxiliaryLossTrainer(SafeTrainer):
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
         self._user_terms: dict[str, UserTerm] = {}
-        self._knows_how_losses_are_scaled = settings is not None
+        # Known for our own losses, and where a Trainer of one's own says it (`loss_is_scaled_for_ga`, Transformers 5.19).
+        self._knows_how_losses_are_scaled = (
+            settings is not None
+            or getattr(self, "loss_is_scaled_for_ga", None) is not None
+            or self.compute_loss_func is not None
+        )
         self._takes_training_progress = _takes(self.model, "training_progress")
         self._takes_training_step = _takes(self.model, "training_step")
         self._takes_target_counts = _takes(self.model, "target_counts")
         self._target_counts: Tensor | None = None
         self._training_terms = TrainingTerms()
+        self._terms_of_part: list[tuple[dict[str, Tensor], float]] | None = None
         self._evaluation_terms = EvaluationTerms()
+        self.add_callback(ForgetTerms(self))
 
     def add_loss_term(
         self,
@@ -121,11 +140,24 @@ class AuxiliaryLossTrainer(SafeTrainer):
         )
         return term.weight * scheduled(term.schedule, at)
 
-    def _check_own_losses(self) -> None:
+    def _check_model_losses(self) -> None:
         if self.args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.args.label_smoothing_factor}; it would replace the model's own losses,"
                 " auxiliary ones and all, by one of the Trainer's. It must be 0"
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func would replace the model's own losses, auxiliary ones and all; leave it out, and add a term"
+                " to the loss with add_loss_term"
+            )
+        if not _takes(self.model, "target_counts"):
+            return
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and (getattr(parallel, "cp_enabled", False) or getattr(parallel, "sp_enabled", False)):
+            raise ValueError(
+                "parallelism_config cuts rows into pieces (context or sequence parallelism); targets further ahead and last"
+                " positions would be those of the pieces. Leave both out"
             )
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -147,9 +179,9 @@ class AuxiliaryLossTrainer(SafeTrainer):
 
     # ---- Training ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def _forget(self) -> None:
+        super()._forget()
         self._training_terms = TrainingTerms()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and getattr(self.args, "muon", False):
@@ -181,7 +213,11 @@ class AuxiliaryLossTrainer(SafeTrainer):
         return batch_samples, num_items_in_batch
 
     def _is_scaled_by_items(self, batch: dict[str, Any]) -> bool:
-        """Whether the model divides its loss by `num_items_in_batch`: it is tried with one number and its double."""
+        """Whether the model divides its loss by `num_items_in_batch`: it is tried with one number and its double.
+
+        A loss that is divided by it halves; any other stays as it is. (Transformers' `loss_is_scaled_for_ga` is what a
+        Trainer is told, not found out by it: a model that takes the number and ignores it counts as scaled there.)
+        """
         model = cast(nn.Module, self.model)
         was_training = model.training
         model.eval()
@@ -219,7 +255,8 @@ class AuxiliaryLossTrainer(SafeTrainer):
 
     @property
     def _training_progress(self) -> float:
-        return min(1.0, self.state.global_step / self.state.max_steps)
+        # Before training has begun there are no steps yet.
+        return min(1.0, self.state.global_step / self.state.max_steps) if self.state.max_steps > 0 else 0.0
 
     def _progress_inputs(self) -> dict[str, Any]:
         inputs: dict[str, Any] = {}
@@ -237,7 +274,12 @@ class AuxiliaryLossTrainer(SafeTrainer):
         """Keep the terms of a part of a step for the log; returns the loss with the terms of the user's own."""
         terms, means = _loss_dict(outputs), _further_losses(outputs)
         part = 1 / self.current_gradient_accumulation_steps
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+        is_scaled = getattr(
+            self, "loss_is_scaled_for_ga", None
+        )  # a Trainer of one's own may say so, from Transformers 5.19
+        if is_scaled is None:
+            is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        if is_scaled:
             # The terms were divided by the counts of the whole step; the mean over processes is taken when they are
             # logged, as the Trainer does it with the loss.
             scale = float(self.accelerator.num_processes) if self.args.average_tokens_across_devices else 1.0
@@ -252,12 +294,22 @@ class AuxiliaryLossTrainer(SafeTrainer):
             if weight := self._user_weight(term, self._training_progress):
                 means[name] = _scalar(name, term.function(outputs, inputs))
                 loss = loss + weight * means[name] * (part / loss_scale)
-        step = self.state.global_step + 1
-        self._training_terms.add(step, {"loss": loss}, loss_scale)
-        if terms:
-            self._training_terms.add(step, terms, scale)
-        if means:
-            self._training_terms.add(step, means, part)
+        self._terms_of_part = [({"loss": loss}, loss_scale), (terms, scale), (means, part)]
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._terms_of_part = None
+        loss = super().training_step(*args, **kwargs)
+        if self._terms_of_part is None and (self._user_terms or self._takes_training_progress):
+            raise ValueError(
+                f"compute_loss of {type(self).__name__} does not call super().compute_loss(), which tells the model how far"
+                " training is, adds the terms of add_loss_term and keeps all terms for the log"
+            )
+        # Only now: a part whose backward pass ran out of memory is tried again, and counts once.
+        for terms, scale in self._terms_of_part or ():
+            if terms:
+                self._training_terms.add(self.state.global_step + 1, terms, scale)
+        self._terms_of_part = None
         return loss
 
     # ---- Evaluation ----
@@ -341,6 +393,13 @@ class AuxiliaryLossTrainer(SafeTrainer):
             logs.update({_log_key(name): value for name, value in means.items()})
             self._training_terms = TrainingTerms()
         super().log(logs, *args, **kwargs)
+
+    def _running_sums(self) -> dict[str, Any]:
+        return {**super()._running_sums(), "terms": self._training_terms.state()}
+
+    def _take_up(self, sums: dict[str, Any]) -> None:
+        super()._take_up(sums)
+        self._training_terms = TrainingTerms(sums["terms"], self.args.device)
 
     def _first_not_finite(self) -> tuple[int, list[str]] | None:
         return self._training_terms.first_not_finite()

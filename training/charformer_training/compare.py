@@ -1,0 +1,242 @@
+"""`charformer-compare RUN RUN ... [--output PICTURE.png]`: learning curves and a table of several training runs."""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .history import Curve, Entry, curve, is_training, term_curves, terms
+from .running_means import group_by_layer
+from .terminal import one_line, use_safe_streams
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STATE_FILE = "trainer_state.json"
+EVALUATIONS = ("eval_bpc", "eval_loss")
+MOST_TERMS = 9
+"""Above this many terms in common, those that differ in the layer alone are shown as their mean."""
+# What two configurations always may differ in without being another model or training.
+UNIMPORTANT = ("architectures", "auto_map", "dtype", "transformers_version", "use_cache")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run has left in its folder."""
+
+    name: str
+    log: list[Entry]
+    step: int
+    """Optimizer steps done."""
+    max_steps: int
+    settings: dict[str, Any]
+    """The model's configuration, and what is known of the training and the data, by name."""
+
+
+def read_run(folder: str | os.PathLike[str]) -> Run:
+    """The run in an output folder, as far as it or its newest checkpoint tells; or that of a checkpoint's folder.
+
+    Raises:
+        ValueError: If there is no such folder, it holds no run, or what it holds cannot be read.
+    """
+    name, path = one_line(folder), Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {name}")
+    states = [path / STATE_FILE] if (path / STATE_FILE).is_file() else sorted(path.glob(f"checkpoint-*/{STATE_FILE}"))
+    if not states:
+        raise ValueError(f"{name} holds no run: neither it nor a checkpoint in it has a {STATE_FILE}")
+    read = {state.parent: _read_json(state) for state in states}
+    newest = max(read, key=lambda folder: _whole(read[folder], "global_step"))
+    state = read[newest]
+    log = state.get("log_history")
+    if not isinstance(log, list) or not all(map(_is_entry, log)):
+        raise ValueError(f"{name}: the log_history of its {STATE_FILE} is not that of a Trainer")
+    if not any(map(is_training, log)):
+        raise ValueError(f"{name} has logged no loss yet (logging_steps={one_line(state.get('logging_steps'))})")
+    return Run(name, log, _whole(state, "global_step"), _whole(state, "max_steps"), _settings(newest, state, log))
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is a mapping with a step, and its losses are numbers."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return False
+    used = [value for name, value in entry.items() if "loss" in name or name in (*EVALUATIONS, "learning_rate")]
+    return all(isinstance(value, int | float) for value in used)
+
+
+def _whole(state: Mapping[str, Any], name: str) -> int:
+    value = state.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{one_line(path)} cannot be read: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{one_line(path)} holds no JSON object")
+    return content
+
+
+def _settings(folder: Path, state: Mapping[str, Any], log: Sequence[Entry]) -> dict[str, Any]:
+    path = folder / "config.json"
+    config = _read_json(path) if path.is_file() else {}
+    settings = {name: value for name, value in config.items() if name not in UNIMPORTANT}
+    rates = curve(log, "learning_rate")[1]
+    settings |= {
+        "highest learning rate logged": max(rates) if rates else None,
+        "rows in a batch": state.get("train_batch_size"),
+        "steps in all": state.get("max_steps"),
+    }
+    if (metrics := folder / "metrics.json").is_file():
+        results = _read_json(metrics)
+        settings["data"] = results.get("data")
+        for split, facts in (results.get("splits") or {}).items():
+            if isinstance(facts, list) and len(facts) == 2:
+                settings[f"{split} split"] = f"{facts[0]} bytes, sha256 {str(facts[1])[:12]}..."
+    return settings
+
+
+def figures(runs: Sequence[Run]) -> dict[str, list[Curve]]:
+    """What the runs have in common, each with a curve per run: the evaluation, the loss, and the terms of the loss."""
+    found = {key: [curve(run.log, key) for run in runs] for key in (*EVALUATIONS, "loss")}
+    found = {key: curves for key, curves in found.items() if all(steps for steps, _ in curves)}
+    if "eval_bpc" in found:
+        found.pop("eval_loss")  # the same in another unit
+    names = _common_terms([run.log for run in runs])
+    logs = [run.log for run in runs]
+    if len(names) > MOST_TERMS:
+        logs = [[_grouped(entry) for entry in log] for log in logs]
+        names = _common_terms(logs)
+    by_run = [term_curves(log) for log in logs]
+    return found | {name: [curves[name] for curves in by_run] for name in names}
+
+
+def _common_terms(logs: Sequence[Sequence[Entry]]) -> list[str]:
+    by_run = [term_curves(log) for log in logs]
+    return sorted((name for name in by_run[0] if all(name in curves for curves in by_run)), key=_place)
+
+
+def _place(name: str) -> tuple[int, list[int]]:
+    """The main term first, then the further targets, then layer by layer; `last_position` is only looked at."""
+    kinds = ("target", "layer", "last_position")
+    kind = next((number for number, kind in enumerate(kinds, 1) if name.startswith(kind)), 0)
+    return kind, [int(number) for number in re.findall(r"\d+", name)]
+
+
+def _grouped(entry: Entry) -> Entry:
+    if not is_training(entry):
+        return entry
+    means = {f"loss_{name}": value for name, value in group_by_layer(terms(entry)).items()}
+    return {**{name: value for name, value in entry.items() if not name.startswith("loss_")}, **means}
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The figures of each run, its steps, and the settings in which the runs differ; a column per run.
+
+    A figure is the last one logged, with the best in brackets. What a run does not tell of itself does not differ.
+    """
+    rows = [["last (best at step)", *(run.name for run in runs)]]
+    rows.append(["steps", *(f"{run.step:,} of {run.max_steps:,}" for run in runs)])
+    rows += [[name, *map(_last_and_best, curves)] for name, curves in figures(runs).items()]
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    known = {name: [run.settings.get(name) for run in runs] for name in names}
+    differing = [
+        [one_line(name), *map(_shown, values)]
+        for name, values in known.items()
+        if len({_shown(value) for value in values if value is not None}) > 1
+    ]
+    rows += [[], ["Settings that differ:" if differing else "Settings that differ: none that is known"], *differing]
+    widths = [max((len(row[column]) for row in rows if len(row) > 1), default=0) for column in range(len(runs) + 1)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _last_and_best(points: Curve) -> str:
+    step, best = min(zip(*points, strict=True), key=lambda point: (math.isnan(point[1]), point[1]))
+    return f"{points[1][-1]:.4f} ({best:.4f} at {step:,})"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return one_line(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def draw(runs: Sequence[Run]) -> "Figure":
+    """A panel for each of `figures`: the runs' curves against steps."""
+    from matplotlib.figure import Figure
+
+    panels = figures(runs)
+    unit = "nats per byte" if all(curve(run.log, "eval_bpb")[0] for run in runs) else "nats"
+    columns = min(3, len(panels))
+    height = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * height + 0.25 * len(runs)), layout="constrained")
+    axes = list(figure.subplots(height, columns, squeeze=False, sharex=True).flat)
+    for axis, (name, curves) in zip(axes, panels.items(), strict=False):
+        for number, points in enumerate(curves):
+            marker = "o" if name in EVALUATIONS else "."
+            axis.plot(*points, color=f"C{number % 10}", marker=marker, markersize=3, linewidth=1.2)
+        axis.set_title("loss (the weighted sum of its terms)" if name == "loss" else name, parse_math=False)
+        axis.set(xlabel="step", ylabel="bits per character" if name == "eval_bpc" else unit)
+        axis.tick_params(labelbottom=True)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    legend = figure.legend(figure.axes[0].lines, [run.name for run in runs], loc="outside lower center", frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a picture, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        figure.savefig(Path(folder) / "picture.png", dpi=120)
+        os.replace(Path(folder) / "picture.png", path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console program; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="charformer-compare",
+        description="Draws the learning curves of several training runs beside each other and prints a table of them.",
+        epilog="Example: charformer-compare runs/with-losses runs/without --output losses.png",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, finished or not; two or more")
+    parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="the picture (comparison.png)")
+    use_safe_streams()
+    arguments = parser.parse_args(argv)
+    try:
+        if len({os.path.realpath(run) for run in arguments.runs}) < max(2, len(arguments.runs)):
+            raise ValueError("give two runs or more, each once")
+        if arguments.output.suffix != ".png" or arguments.output.is_dir() or not arguments.output.parent.is_dir():
+            raise ValueError(f"--output is {one_line(arguments.output)}; give a PNG file in a folder that exists")
+        runs = [read_run(run) for run in arguments.runs]
+        print(table(runs))
+        save(draw(runs), arguments.output)
+    except (OSError, ValueError) as error:
+        print(f"charformer-compare: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    print(f"\nLearning curves: {one_line(arguments.output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What comes before a run is resumed: it is alone in its folder, the checkpoint is good and fits the model."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from torch import nn
+from transformers import TrainingArguments
+
+from .arguments import AuxiliaryLossTrainingArguments, lower_is_better
+from .locks import run_lock
+from .manifest import Checkpoint, inspect, newest_good
+from .models import saved_heads
+
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def changed(args: TrainingArguments | None, **values: Any) -> Iterator[None]:
+    """Other values of arguments for a while."""
+    fields = {} if args is None else vars(args)
+    old = {name: fields[name] for name in values if name in fields}
+    fields.update(values)
+    try:
+        yield
+    finally:
+        fields.update(old)
+
+
+def let_lower_be_better(args: TrainingArguments) -> None:
+    """Set `greater_is_better` right for losses, bits and perplexities, which Transformers knows by one name only."""
+    metric = args.metric_for_best_model
+    if isinstance(args, AuxiliaryLossTrainingArguments) or not metric or not args.greater_is_better:
+        return  # the former know whether the user has set it
+    if lower_is_better(metric):
+        args.greater_is_better = False
+        logger.warning(
+            "metric_for_best_model is %s, of which the lower is the better: greater_is_better is set to False (to have it"
+            " otherwise, give it in AuxiliaryLossTrainingArguments)",
+            metric,
+        )
+
+
+@contextlib.contextmanager
+def only_run(args: TrainingArguments) -> Iterator[bool]:
+    """Keep other runs out of `output_dir`, see `run_lock`; the processes of a run call this together.
+
+    Raises:
+        FileExistsError: If another run is at work there.
+    """
+    first = args.process_index == 0
+    with contextlib.ExitStack() as stack:
+        answer: list[Any] = [None, False]
+        for turn in (True, False):
+            if first == turn:
+                try:
+                    answer = [None, stack.enter_context(run_lock(str(args.output_dir), first))]
+                except OSError as error:
+                    answer = [error, False]
+            if turn and args.world_size > 1:
+                broadcast_object_list(answer)
+            if answer[0] is not None:
+                raise answer[0]
+        yield bool(answer[1])
+
+
+def find_checkpoint(folder: str | os.PathLike[str], newest: bool, args: TrainingArguments) -> Checkpoint:
+    """The checkpoint in `folder`, or with `newest` the newest good one of those in it.
+
+    Raises:
+        ValueError: If it is not good, or if there is none; says what is wrong, and which would be good.
+    """
+    processes = max(1, args.world_size)
+    if newest:
+        good, bad = newest_good(folder, processes)
+        told = [f"{found.path} is not good: {'; '.join(found.faults)}" for found in bad]
+        if good is None:
+            raise ValueError(". ".join([f"resume_from_checkpoint: {folder} holds no complete checkpoint", *told]))
+        found = good
+        for line in told:
+            logger.warning("%s. Training goes on from %s", line, good.path)
+    else:
+        found = inspect(folder, processes)
+        if found.faults:
+            other, _ = newest_good(Path(folder).parent, processes)
+            hint = (
+                f"the newest good checkpoint beside it is {other.path}" if other else "there is no good one beside it"
+            )
+            raise ValueError(f"resume_from_checkpoint: {folder} is not good: {'; '.join(found.faults)}; {hint}")
+    for warning in found.warnings:
+        logger.warning(warning)
+    return found
+
+
+def check_same_weights(folder: Path, model: nn.Module) -> None:
+    """Check that a checkpoint's weights are those of `model`, by name and shape.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    saved: dict[str, tuple[int, ...]] = {}
+    weights_files = sorted(folder.glob("model*.safetensors"))
+    heads = saved_heads(folder)
+    if weights_files and heads:  # beside a PEFT adapter alone there is no whole model to compare
+        weights_files.append(heads)
+    for path in weights_files:
+        with safe_open(path, framework="pt") as weights:
+            saved |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+    if not saved:
+        return
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = sorted(expected.keys() - saved.keys() - tied)
+    unexpected = sorted(saved.keys() - expected.keys())
+    reshaped = sorted(name for name in saved.keys() & expected.keys() if saved[name] != expected[name])
+    differences = [
+        *(f"{name} is missing" for name in missing[:3]),
+        *(f"{name} is unknown to the model" for name in unexpected[:3]),
+        *(f"{name} has the shape {saved[name]}, not {expected[name]}" for name in reshaped[:3]),
+    ]
+    if differences:
+        total = len(missing) + len(unexpected) + len(reshaped)
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} is the checkpoint of another model ({total} weights differ):"
+            f" {'; '.join(differences)}. Training goes on only with the settings it began with; an inference-only"
+            " model cannot be resumed"
+        )
