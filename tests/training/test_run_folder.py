@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 class TestOneCommandGivenAgain:
+    @pytest.mark.slow
     def test_it_begins_goes_on_and_says_that_the_run_is_complete(self, command, tmp_path, capsys):
         whole, interrupted = tmp_path / "run", tmp_path / "interrupted"
         assert main(command(resume="auto")) == 0
@@ -86,6 +87,7 @@ class TestOneCommandGivenAgain:
         results = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("run", "whole")]
         assert results[0]["eval_bpc"] == results[1]["eval_bpc"]
 
+    @pytest.mark.slow
     def test_a_second_run_is_refused_while_the_first_lives(self, command, tmp_path, capsys):
         hold = "import sys\nfrom charformer_training.locks import run_lock\nwith run_lock(sys.argv[1]):\n  print(flush=True); input()"
         words = [sys.executable, "-c", hold, str(tmp_path / "run")]

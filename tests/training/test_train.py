@@ -156,6 +156,7 @@ def test_fine_tuning_keeps_the_architecture(command, tmp_path, capsys):
     assert "hidden_size is 32, but the model to fine-tune" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fine_tuning_gives_linear_heads_blocks_but_changes_none(command, tmp_path, capsys):
     assert main(command(target_heads="sequential")) == 0
     tuned = {"model_name_or_path": tmp_path / "run", "output_dir": tmp_path / "tuned"}

@@ -355,7 +355,8 @@ class EvaluateArguments:
         metadata={"help": "A PNG file: bits by position in the window, and by layer, for its classifiers."},
     )
     state_file: str | None = field(
-        default=None, metadata={"help": "Where to keep what is done, so that the same command goes on from there."}
+        default=None,
+        metadata={"help": "File for the progress, so that the same command continues after an interruption."},
     )
 
     def __post_init__(self) -> None:

@@ -166,7 +166,7 @@ class SafeTrainer(HubTrainer):
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except EvaluationStopped:
-            logger.info("The evaluation is begun anew when the run goes on")
+            logger.info("The resumed run will repeat the evaluation")
         if not self._signum:
             return
         self._pending = {name: self._pending[name] or due[name] for name in due}

@@ -97,7 +97,7 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
 
 
 def _opener(start: bytes) -> Callable[[Path], IO[bytes]] | None:
-    """What reads a compressed file, told by how it begins."""
+    """The function that opens a compressed file, chosen by its first bytes."""
     if start.startswith(b"\x1f\x8b"):
         return lambda path: cast(IO[bytes], gzip.open(path))
     if start.startswith(b"BZh") and start[4:10] == b"1AY&SY":
