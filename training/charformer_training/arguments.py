@@ -225,7 +225,7 @@ class RunArguments:
         default="never",
         metadata={
             "help": "'auto' resumes from the newest good checkpoint of output_dir, or begins if there is none, or does"
-            " nothing if the run is complete; a checkpoint's folder resumes from that one; 'never' begins."
+            " nothing if the run is complete; a checkpoint's folder resumes from that one; 'never' begins anew."
         },
     )
     accept_changes: list[str] = field(

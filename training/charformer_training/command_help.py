@@ -123,7 +123,7 @@ def _group(title: str, items: dict[str, "Field[Any]"]) -> str:
 
 
 def _entry(item: "Field[Any]") -> str:
-    default = "" if item.default in (MISSING, None) else f" [{_plain(item.default)}]"
+    default = "" if item.default in (MISSING, None, -1) else f" [{_plain(item.default)}]"
     text = _HELP.get(item.name) or " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
     first = re.split(r"(?<! al)\.\s", text)[0].rstrip(".")
     return f"  --{item.name}{default}\n" + textwrap.fill(first, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
