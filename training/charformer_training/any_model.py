@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils.generic import ModelOutput
+from transformers.utils.hub import cached_file
 
 from modeling_charformer.auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, ResidualBlock, UncertaintyWeighting
 from modeling_charformer.auxiliary_losses import (
@@ -82,7 +83,7 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any
     return model
 
 
-def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike) -> Model:
+def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) -> Model:
     """Give a loaded plain model the auxiliary losses and heads that were saved beside it; the model is changed.
 
     Args:
@@ -184,7 +185,8 @@ class _WithAuxiliaryLosses(PreTrainedModel):
     def _head_input(self, term: LossTerm, outputs: Any) -> Tensor:
         """The output of a term's layer, `(B, S, hidden_size)`; that of the last layer is final already."""
         last = term.layer == self.loss_settings.num_layers
-        return outputs.hidden_states[-1 if last else self._anatomy.layers[term.layer]]
+        states: tuple[Tensor, ...] = outputs.hidden_states
+        return states[-1 if last else self._anatomy.layers[term.layer]]
 
     def _finished(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         """What the model makes of the output of its last layer, the final norm above all, made of that of the term's."""
@@ -204,7 +206,7 @@ class _WithAuxiliaryLosses(PreTrainedModel):
         state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
         return (_empty_model, self._made_of, *state)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As everywhere in Transformers, the plain model; and the auxiliary heads beside it."""
         weights = kwargs.pop("state_dict", None) or self.state_dict()
         plain = {name: weight for name, weight in weights.items() if not name.startswith(TRAINING_ONLY)}
@@ -212,12 +214,14 @@ class _WithAuxiliaryLosses(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             self.save_auxiliary_heads(save_directory, weights)
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """`save_pretrained(push_to_hub=True)` pushes before it returns, and the heads too."""
         self.save_auxiliary_heads(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def save_auxiliary_heads(self, folder: str | os.PathLike, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_auxiliary_heads(
+        self, folder: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Write the weights that only training needs into `folder`, as `auxiliary_heads/model.safetensors`."""
         weights = self.state_dict() if state_dict is None else state_dict
         heads = {name: weight.contiguous() for name, weight in weights.items() if name.startswith(TRAINING_ONLY)}
@@ -228,7 +232,7 @@ class _WithAuxiliaryLosses(PreTrainedModel):
         os.replace(unfinished, path)
         Path(folder, OLD_HEADS_FILE).unlink(missing_ok=True)  # of an earlier model: engines would load it
 
-    def load_auxiliary_heads(self, folder: str | os.PathLike) -> None:
+    def load_auxiliary_heads(self, folder: str | os.PathLike[str]) -> None:
         """Load what `save_auxiliary_heads` wrote.
 
         Raises:
@@ -313,9 +317,11 @@ class _CausalLM(_WithAuxiliaryLosses):
             raise ValueError(f"the loss of {type(self).__name__} does not follow shift_labels; give labels alone")
         targets = Targets(inputs, self.loss_settings.num_targets, inputs.get("num_items_in_batch"), target_counts)
 
+        own_loss: Tensor = outputs.loss
+
         def loss_of(term: LossTerm) -> Tensor:
             if term.name == self.main:
-                return outputs.loss
+                return own_loss
             logits_of = functools.partial(self._logits_of, term)
             # One term at a time: with a large vocabulary, several at once would run on smaller pieces.
             losses = causal_lm_losses(self._head_input(term, outputs), logits_of, [term], targets, self._vocab_size)

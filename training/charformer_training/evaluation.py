@@ -60,12 +60,12 @@ class Evaluation:
 
 def bits_per_character(
     model: CharformerForCausalLM,
-    text: str | bytes | np.ndarray | os.PathLike,
+    text: str | bytes | np.ndarray | os.PathLike[str],
     window: int | None = None,
     stride: int = 1,
     batch_size: int = 32,
     progress: bool = True,
-    state_file: str | os.PathLike | None = None,
+    state_file: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
     """The code length of a text under a model, in a window that slides by `stride` bytes.
 
@@ -289,7 +289,7 @@ def _evaluation(
     )
 
 
-def _bytes_of(text: str | bytes | np.ndarray | os.PathLike) -> np.ndarray:
+def _bytes_of(text: str | bytes | np.ndarray | os.PathLike[str]) -> np.ndarray:
     if isinstance(text, str):
         check_text("text", text)
         text = text.encode()

@@ -17,7 +17,7 @@ HEADS_FILE = "auxiliary_heads/model.safetensors"
 OLD_HEADS_FILE = "auxiliary_heads.safetensors"
 
 
-def saved_heads(folder: str | os.PathLike) -> Path | None:
+def saved_heads(folder: str | os.PathLike[str]) -> Path | None:
     """The file of the auxiliary heads in a folder, at its present or its old place; `None` if there is none."""
     paths = (Path(folder, name) for name in (HEADS_FILE, OLD_HEADS_FILE))
     return next((path for path in paths if path.is_file()), None)

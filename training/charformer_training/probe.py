@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .models import evaluating
 
@@ -44,7 +44,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     other = ids.clone()
     other[0, -1] = ids[0, 0]
     with _looking_at(model):
-        changed = model(input_ids=other, output_hidden_states=True, return_dict=True).hidden_states[-1]
+        changed: Tensor = model(input_ids=other, output_hidden_states=True, return_dict=True).hidden_states[-1]
     before, after = states[-1][:, :-1].float(), changed[:, :-1].float()
     num_layers = model.config.get_text_config().num_hidden_layers
     layers, tail = _layers_and_tail(layer_lists, between, states, num_layers)
@@ -60,7 +60,8 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
     """Ids `(1, 6)`; 0 is left out where it can be, since it may be padding, embedded as nothing."""
-    return (torch.arange(1, 7, device=model.device) % model.config.get_text_config().vocab_size)[None]
+    vocab_size: int = model.config.get_text_config().vocab_size
+    return (torch.arange(1, 7, device=model.device) % vocab_size)[None]
 
 
 @contextmanager

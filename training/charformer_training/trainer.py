@@ -2,13 +2,15 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 from modeling_charformer.loss_settings import ScheduleContext, scheduled
@@ -64,7 +66,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
     `args` may be plain `TrainingArguments` or `AuxiliaryLossTrainingArguments`.
     """
 
-    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs):
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any):
         if args is not None and args.ddp_find_unused_parameters is None and _takes(model, "training_progress"):
             # Heads that drop out in the middle of training leave parameters without a gradient.
             args.ddp_find_unused_parameters = True
@@ -197,7 +199,9 @@ class AuxiliaryLossTrainer(SafeTrainer):
             )
         return super().create_optimizer(model)
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if num_items_in_batch is not None and not self._knows_how_losses_are_scaled:
             self._knows_how_losses_are_scaled = True
@@ -239,7 +243,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor, Any]:
         if model.training:
             loss, outputs = super().compute_loss(
                 model, {**inputs, **self._progress_inputs()}, True, num_items_in_batch=num_items_in_batch
@@ -273,7 +277,8 @@ class AuxiliaryLossTrainer(SafeTrainer):
     ) -> Tensor:
         """Keep the terms of a part of a step for the log; returns the loss with the terms of the user's own."""
         terms, means = _loss_dict(outputs), _further_losses(outputs)
-        part = 1 / self.current_gradient_accumulation_steps
+        # Set by training; a loss that is asked for before it is that of a whole step.
+        part = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         is_scaled = getattr(
             self, "loss_is_scaled_for_ga", None
         )  # a Trainer of one's own may say so, from Transformers 5.19
@@ -306,7 +311,8 @@ class AuxiliaryLossTrainer(SafeTrainer):
                 " training is, adds the terms of add_loss_term and keeps all terms for the log"
             )
         # Only now: a part whose backward pass ran out of memory is tried again, and counts once.
-        for terms, scale in self._terms_of_part or ():
+        parts: list[tuple[dict[str, Tensor], float]] = self._terms_of_part or []
+        for terms, scale in parts:
             if terms:
                 self._training_terms.add(self.state.global_step + 1, terms, scale)
         self._terms_of_part = None
@@ -350,7 +356,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ):
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if ignore_keys is None:
             config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
             ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
@@ -360,12 +366,12 @@ class AuxiliaryLossTrainer(SafeTrainer):
 
     def evaluation_loop(
         self,
-        dataloader,
+        dataloader: DataLoader[Any],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
-    ):
+    ) -> EvalLoopOutput:
         self._evaluation_terms = EvaluationTerms()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         totals = self._evaluation_terms.totals()
@@ -383,7 +389,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
 
     # ---- Logs ----
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:  # an entry of the training loop
             self._raise_if_not_finite()
             means = self._training_terms.means()
