@@ -1,15 +1,15 @@
-"""Do the auxiliary losses help? A grid of them, with seeds and retuned learning rates; a report drawn from the runs.
+"""Do the auxiliary losses help? A grid of runs with seeds and tuned learning rates, and a report on them.
 
     python -m benchmarks.ablation run cpu --data tinyshakespeare.txt [--workers 2] [--output benchmarks/results/ablation.jsonl]
     python -m benchmarks.ablation report benchmarks/results/ablation.jsonl
 
-`run` goes through the grid cell by cell and appends one JSON line for each finished run; runs that are there already, of the
-same settings, text, threads and device, are not run again, so that the same command goes on where it was stopped. First each
-cell is run with one seed at each learning rate of the grid, since a comparison at one rate favours the cell it was tuned for;
-then, at the cell's best rate, with other seeds, which alone count. The data order of a seed is the same in every cell, and so
-are the initial weights of what cells share. Last, the time of a training step is measured for all cells by turns.
+`run` goes through the grid cell by cell and appends one JSON line per finished run. It skips runs that are in the file with
+the same settings, text, threads and device, so the same command continues a stopped grid. Each cell is first run with one
+seed at each learning rate of the grid, since a comparison at one rate favours the cell for which it was tuned. The cell's best
+rate is then run with other seeds, and only these runs count. A seed gives every cell the same data order, and the same
+initial weights where cells share them. Finally the training steps of all cells are timed, taking turns.
 
-`report` writes a Markdown page and a figure beside the JSON lines.
+`report` writes a Markdown page and a figure next to the JSON file.
 """
 
 import argparse

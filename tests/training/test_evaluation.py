@@ -214,7 +214,7 @@ class TestProgram:
         [
             (["--stride", "0"], "stride is 0; it must be 1 or more"),
             (["--stride", "8", "25"], "stride is 25; it must be 1 to the window, 24"),
-            (["--device", "no_such"], "device is 'no_such', which is not there or not known"),
+            (["--device", "no_such"], "device is 'no_such', which is not available or not known"),
             (["--device", "meta:x"], "device is 'meta:x'"),
             (["--strid", "8"], "there is no option --strid; meant --stride?"),
             (["--batch_size", "-1"], "batch_size is -1; it must be 1 or more"),
@@ -272,7 +272,7 @@ class TestProgram:
             ([], corpus[250:330], "text, the validation split: 80 bytes"),
             (["--split", "test"], corpus[330:], "text, the test split: 70 bytes"),
             (["--split", "test", "--train_share", "0.9"], corpus[380:], "text, the test split: 20 bytes"),
-            (["--split", "all"], corpus, "a part of this text is what the model was trained on"),
+            (["--split", "all"], corpus, "the model was trained on a part of this text"),
         ):
             assert main([model_folder, str(tmp_path / "text"), "--stride", "24", *words]) == 0
             out = capsys.readouterr().out
