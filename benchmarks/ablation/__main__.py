@@ -29,14 +29,14 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="run what is missing of a grid")
+    running = commands.add_parser("run", help="run the missing runs of a grid")
     running.add_argument("grid", choices=GRIDS)
     running.add_argument("--data", required=True, help="tiny Shakespeare, 1,115,394 bytes, or another text")
-    running.add_argument("--workers", type=int, default=1, help="runs at a time, which share the cores")
+    running.add_argument("--workers", type=int, default=1, help="number of runs at a time, which share the cores")
     running.add_argument("--output", type=Path)
-    reporting = commands.add_parser("report", help="a page and figures of the runs in a file")
+    reporting = commands.add_parser("report", help="write a page and figures of the runs in a file")
     reporting.add_argument("runs", type=Path)
-    one = commands.add_parser("one", help="one run, in JSON; what `run` calls")
+    one = commands.add_parser("one", help="one run, with its result in JSON; called by `run`")
     one.add_argument("settings", type=json.loads)
     arguments = parser.parse_args()
     if arguments.command == "one":

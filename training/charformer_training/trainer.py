@@ -45,14 +45,14 @@ class UserTerm(NamedTuple):
 class AuxiliaryLossTrainer(SafeTrainer):
     """A `transformers.Trainer` for models whose loss has several terms; it logs each of them.
 
-    It tells the model how far training is and how many targets the whole optimizer step has. The log and every
-    evaluation hold each term, unweighted, as `loss_<name>` and `eval_loss_<name>`. The values do not depend on how a
-    batch is split over accumulation steps and processes. An evaluation of a model of bytes also reports `eval_bpb`,
+    It tells the model how far training is and how many targets the whole optimizer step has. The log holds each
+    term, unweighted, as `loss_<name>`. An evaluation holds the terms of the model's output head as `eval_loss_<name>`,
+    means over targets. No value depends on how a batch is split over accumulation steps and processes. An evaluation of a model of bytes also reports `eval_bpb`,
     bits per byte, and `eval_bpc`, bits per character of UTF-8. A loss that is not finite ends training with a
     `FloatingPointError`.
 
     Two corrections of `transformers.Trainer` apply to any model. It counts one target too many in each row of causal
-    language models whose class name does not contain `ForCausalLM`, such as GPT-2's. It also adds up the micro-batch
+    language models whose class name does not end in `ForCausalLM`, such as GPT-2's. It also adds up the micro-batch
     losses of models that accept `num_items_in_batch` and ignore it; this Trainer averages them.
 
     Example:
@@ -83,7 +83,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
         if getattr(self.args, "muon", False):
             self._check_muon()
         if is_causal_lm(type(unwrap_peft(cast(nn.Module, self.model)))):
-            # Transformers looks for ForCausalLM in the class name, and counts one target too many in GPT-2's rows.
+            # Transformers looks for ForCausalLM at the end of the class name, and counts one target too many in GPT-2's rows.
             self._loss_shifts_labels = True
         if _takes(self.model, "training_progress"):
             self._check_model_losses()
