@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -20,18 +20,6 @@ from .models import is_causal_lm, unwrap_peft
 from .optimizer import muon_adamw
 from .running_means import EvaluationTerms, TrainingTerms, group_by_layer
 from .units import NATS_PER_BIT, begins_character
-
-
-class ForgetTerms(TrainerCallback):
-    """Clears the running sums when training begins again with a smaller batch because memory ran out."""
-
-    def __init__(self, trainer: "AuxiliaryLossTrainer"):
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._training_terms = TrainingTerms()
 
 
 class UserTerm(NamedTuple):
@@ -109,7 +97,6 @@ class AuxiliaryLossTrainer(SafeTrainer):
         self._training_terms = TrainingTerms()
         self._terms_of_part: list[tuple[dict[str, Tensor], float]] | None = None
         self._evaluation_terms = EvaluationTerms()
-        self.add_callback(ForgetTerms(self))
 
     def add_loss_term(
         self,
@@ -193,6 +180,11 @@ class AuxiliaryLossTrainer(SafeTrainer):
     def _forget(self) -> None:
         super()._forget()
         self._training_terms = TrainingTerms()
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        # Training that begins again, with a smaller batch because memory ran out, logs no part of its first try.
+        self._training_terms = TrainingTerms()
+        return super()._init_training_state(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and getattr(self.args, "muon", False):
