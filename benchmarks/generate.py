@@ -24,7 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.measure import in_own_process
-from charformer_training.data import DataArguments, load_corpus, split_corpus
+from charformer_training.arguments import DataArguments
+from charformer_training.data import load_corpus, split_corpus
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
 

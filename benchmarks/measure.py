@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import transformers
 from transformers import ByT5Tokenizer
 
-from charformer_training.data import DataArguments, load_corpus
+from charformer_training.arguments import DataArguments
+from charformer_training.data import load_corpus
 from modeling_charformer import CharformerTokenizer
 
 

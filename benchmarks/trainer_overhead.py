@@ -1,10 +1,10 @@
-"""The cost of logging every loss term: its share of the time of T12's training steps with all paper losses.
+"""What the logging of every loss term costs: its share of the time of T12's training steps with all paper losses.
 
     python benchmarks/trainer_overhead.py [--batch 4] [--steps 8] [--output benchmarks/results/trainer_overhead_cpu.json]
 
-Timed is the work that `AuxiliaryLossTrainer` adds to `transformers.Trainer`: counting targets, passing on the progress of
-training and adding up the terms. On an accelerator this is the time to launch operations, since only log entries wait for
-the device (a test checks this). The first step is left out.
+The clock runs in what `AuxiliaryLossTrainer` does beside `transformers.Trainer`: counting targets, telling the model how
+far training is, and adding up the terms. On an accelerator that is the time to give orders; nothing there waits for the
+device (a test sees to it), but at log entries. The first step is left out.
 """
 
 import argparse
@@ -21,12 +21,13 @@ import torch
 from transformers import default_data_collator, set_seed
 
 from benchmarks.measure import machine
-from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, RandomWindows, Split, trainer
+from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, RandomWindows, Split
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
+from modeling_charformer.auxiliary_losses import Targets
 
 
 class Clock:
-    """Collects the seconds of each call of the watched functions."""
+    """Seconds that each call of the watched functions takes."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -68,11 +69,11 @@ def main() -> None:
             data_collator=default_data_collator,
         )
         own, steps = Clock(), Clock()
-        calls = 3  # of watched functions in each step
-        trainer.Targets.counts = own.watch(trainer.Targets.counts)  # type: ignore[method-assign]  # replaced for timing
+        calls = 3  # of what is watched, in each step
+        Targets.counts = own.watch(Targets.counts)  # type: ignore[method-assign]
         for name in ("_progress_inputs", "_add_training_terms"):
             setattr(run, name, own.watch(getattr(run, name)))
-        run.training_step = steps.watch(run.training_step)  # type: ignore[method-assign]  # replaced for timing
+        run.training_step = steps.watch(run.training_step)  # type: ignore[method-assign]
         run.train()
     share = sum(own.seconds[calls:]) / sum(steps.seconds[1:])
     results = {

@@ -15,7 +15,7 @@ from charformer_training import (
     load_corpus,
     split_corpus,
 )
-from charformer_training.data import DataArguments
+from charformer_training.arguments import DataArguments
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 
 

@@ -1,5 +1,6 @@
 """What several tests, and the programs they start, build alike."""
 
+import json
 import os
 import subprocess
 import sys
@@ -133,3 +134,9 @@ def run_without_package(
         stdin=subprocess.DEVNULL,
         env=environment | {"PYTHONPATH": packages},
     )
+
+
+def training_entries(folder: Path) -> list[dict]:
+    """The log entries of training that a run has left in its folder."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]

@@ -14,8 +14,8 @@ import pytest
 import transformers
 from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizer, Trainer
-from transformers.generation import GenerationMixin
-from transformers.utils import PushToHubMixin
+from transformers.generation.utils import GenerationMixin
+from transformers.utils.hub import PushToHubMixin
 
 import charformer_training
 import modeling_charformer

@@ -57,7 +57,7 @@ def test_private_repository(run, existing):
 
 def test_hub_out_of_reach(fail, train):
     errors = fail(*train("user/failed"), HF_ENDPOINT="http://127.0.0.1:9")
-    assert "charformer-train: error: pushing to" in errors and "Is the Hub within reach?" in errors
+    assert "charformer-train: error: pushing to" in errors and "Can this machine reach the Hub?" in errors
 
 
 def test_server_error_at_the_last_commit(hub, run, fail, existing, train, tmp_path):

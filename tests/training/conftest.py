@@ -1,4 +1,4 @@
-"""Fixtures: small runs of the Trainer."""
+"""Fixtures: small runs of the Trainer and of charformer-train."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from charformer_training import AuxiliaryLossTrainer, Split
-from tests.helpers import tiny_trainer
+from charformer_training import data as data_module
+from tests.helpers import QUICKSTART, small_command, tiny_trainer
 
 
 @pytest.fixture
@@ -21,5 +22,21 @@ def corpus(text_file: Path) -> dict[str, Split]:
 def make_trainer(corpus: dict[str, Split], tmp_path: Path) -> Callable[..., AuxiliaryLossTrainer]:
     def make(model: dict | PreTrainedModel | None = None, **changes) -> AuxiliaryLossTrainer:
         return tiny_trainer(**({"output_dir": str(tmp_path / "run"), "splits": corpus, "model": model} | changes))
+
+    return make
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of corpora that is the test's alone."""
+    monkeypatch.setattr(data_module, "HF_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def command(text_file: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments of a small run of the quickstart recipe on the test's own text."""
+
+    def make(recipe: str = QUICKSTART, **changes) -> list[str]:
+        return small_command(recipe, **({"data_path": text_file, "output_dir": tmp_path / "run"} | changes))
 
     return make

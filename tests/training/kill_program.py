@@ -138,7 +138,7 @@ def _free_port() -> int:
 def training(text: Path, folder: Path, cache: Path | None = None, **settings: Any) -> int:
     """The command that is given again and again."""
     if cache is not None:
-        data.HF_HOME = str(cache)
+        data.HF_HOME = str(cache)  # type: ignore[attr-defined]  # a name that it imports
     chosen: dict[str, Any] = {
         "data_path": text,
         "output_dir": folder,

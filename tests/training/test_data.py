@@ -16,9 +16,9 @@ import pytest
 from datasets import Dataset
 
 from charformer_training import data as data_module
+from charformer_training.arguments import DataArguments
 from charformer_training.data import (
     ConsecutiveWindows,
-    DataArguments,
     RandomWindows,
     Split,
     load_corpus,

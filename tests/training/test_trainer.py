@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments
 from modeling_charformer import register_schedule

@@ -30,7 +30,7 @@ def _command_line_type(hint: Any) -> Any:
     if any(get_origin(member) is dict for member in members):
         return str
     if lists:
-        return list[str] if str in members else list[_command_line_type(lists[0])]  # type: ignore[misc]
+        return list[str] if str in members else list[_command_line_type(lists[0])]  # type: ignore[misc]  # made at run time
     return next(kind for kind in (bool, float, int, str) if kind in members)
 
 
@@ -46,7 +46,7 @@ def _described_fields(config: type) -> dict[str, str]:
 def _config_fields() -> list[tuple[str, Any, Any]]:
     """Each field of `CharformerConfig` as a field of the command line, left out by default."""
     help_texts = _described_fields(CharformerConfig)
-    # Training has no cache, and a saved model has it on: TrainingArguments' field of this name is the one.
+    # `use_cache` is left out: training has no cache, and `TrainingArguments` has a field of this name.
     known = {item.name for item in fields(TrainingArguments)}
     return [
         (
@@ -59,19 +59,19 @@ def _config_fields() -> list[tuple[str, Any, Any]]:
     ]
 
 
-# A field that the configuration gets is a field here: nothing is to be written twice.
+# Made from the configuration, so that a field added there is a field here too.
 _ConfigFields: Any = make_dataclass("_ConfigFields", _config_fields())
 
 
 @dataclass
 class ModelArguments(_ConfigFields):
-    """Fields of `CharformerConfig`; one that is not given keeps that class's default (the paper's T12)."""
+    """Fields of `CharformerConfig`. A field left out keeps its default, which is that of the paper's T12."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Begin with this trained model instead of a new one (fine-tuning)."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.model_name_or_path is not None and not self.model_name_or_path.strip():
             raise ValueError("model_name_or_path is empty; give a folder or a Hub id, or leave it out")
         if self.vocab_size is not None and self.vocab_size < 256:
@@ -87,7 +87,7 @@ class ModelArguments(_ConfigFields):
         return {name: _config_value(name, value) for name, value in given.items() if value is not None}
 
 
-# The types that the configuration itself takes: recipes are checked by these.
+# Recipes are checked against the types that the configuration declares.
 CONFIG_TYPES: dict[str, Any] = {
     item.name: item.type for item in fields(CharformerConfig) if item.name in {name for name, *_ in _config_fields()}
 }
@@ -124,35 +124,45 @@ class DataArguments:
     data_path: str | None = field(
         default=None,
         metadata={
-            "help": "A text file; JSON lines, CSV or parquet, by text_column; a folder of such files in the order of their"
-            f" paths; or '{STANDARD_LIBRARY}', the sources of the running Python's standard library."
+            "help": "The text: a text file, a table (JSON lines, CSV, parquet) with a text_column, a folder of such files,"
+            f" or '{STANDARD_LIBRARY}' for the sources of Python's standard library."
         },
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Instead of data_path: what datasets.load_dataset takes, such as a Hub id."}
+        default=None,
+        metadata={
+            "help": "The text, instead of data_path: a dataset's Hub id, or any other name that datasets.load_dataset takes."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
     dataset_split: str = field(default="train", metadata={"help": "The dataset's split to read."})
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read the dataset while it downloads: for one too large to store twice."}
+        default=False, metadata={"help": "Read the dataset while it downloads, without keeping a copy of it."}
     )
     text_column: str = field(
         default="text", metadata={"help": "The column of a dataset or a table that holds the text."}
     )
     document_separator: str = field(
         default="\n",
-        metadata={"help": "What stands between two files of a folder, or two rows of a dataset or table."},
+        metadata={"help": "Text put between two files of a folder, or between two rows of a dataset or table."},
     )
-    train_share: float = field(default=SHARES[0], metadata={"help": "The first part of the text, to train on."})
+    train_share: float = field(
+        default=SHARES[0], metadata={"help": "Share of the text to train on, taken from its beginning."}
+    )
     validation_share: float = field(
         default=SHARES[1],
-        metadata={"help": "The part after it, to evaluate on; the rest is the test split, never read."},
+        metadata={
+            "help": "Share of the text to evaluate on, taken after the train split; the rest is the test split, never read."
+        },
     )
     max_eval_bytes: int | None = field(
-        default=None, metadata={"help": "Evaluate on so many bytes from the start of the validation split only."}
+        default=None,
+        metadata={
+            "help": "Evaluate on this many bytes from the start of the validation split; by default on all of it."
+        },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("data_path", "dataset_name"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ValueError(f"{name} is empty; give the text to train on, or leave it out")
@@ -166,7 +176,7 @@ class DataArguments:
 
     @property
     def source(self) -> str:
-        """The corpus in words, for logs and cards; safe to print and to write in UTF-8."""
+        """A name of the corpus for logs and cards, safe to print and to write in UTF-8."""
         if self.data_path == STANDARD_LIBRARY:
             return f"Python {sysconfig.get_python_version()} standard library sources"
         if self.data_path is not None:
@@ -194,7 +204,7 @@ def check_shares(train: float, validation: float) -> None:
     """Refuse shares that do not split a corpus in three.
 
     Raises:
-        ValueError: If one is out of its range, or they come to more than 1.
+        ValueError: If one is out of its range, or their sum is above 1.
     """
     if not 0 < train < 1:
         raise ValueError(f"train_share is {train}; it must be above 0 and below 1")
@@ -206,7 +216,7 @@ def check_shares(train: float, validation: float) -> None:
 
 @dataclass
 class RunArguments:
-    """What a run does beside training."""
+    """What a run does in addition to training."""
 
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the model and checkpoints that output_dir already holds."}
@@ -214,30 +224,32 @@ class RunArguments:
     resume: str = field(
         default="never",
         metadata={
-            "help": "'auto' goes on from the newest good checkpoint of output_dir, begins if there is none, and does"
-            " nothing if the run is complete: a command that can always be given again. Or a checkpoint's folder, or"
-            " 'never'."
+            "help": "'auto' resumes from the newest good checkpoint of output_dir, or begins if there is none, or does"
+            " nothing if the run is complete; a checkpoint's folder resumes from that one; 'never' begins anew."
         },
     )
     accept_changes: list[str] = field(
         default_factory=list,
+        metadata={"help": "Settings, such as learning_rate, that may differ from those of the resumed run."},
+    )
+    sample_prompt: str = field(default="\n", metadata={"help": "Prompt of the sample texts."})
+    sample_length: int = field(
+        default=200, metadata={"help": "Length of a sample text in bytes; 0 for no sample texts."}
+    )
+    compare_ngrams: bool = field(
+        default=False,
         metadata={
-            "help": "Settings that may differ from those of the run that is gone on with, such as learning_rate."
+            "help": "Also report the bits per character of a unigram and a trigram model, counted on the train split."
         },
     )
-    sample_prompt: str = field(default="\n", metadata={"help": "What sample texts begin with."})
-    sample_length: int = field(default=200, metadata={"help": "Bytes of a sample text; 0 for no sample texts."})
-    compare_ngrams: bool = field(
-        default=False, metadata={"help": "Report a unigram and a trigram model, counted on the train split, too."}
-    )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_ranges({"sample_length": self.sample_length})
         check_text("sample_prompt", self.sample_prompt)
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether an evaluation's figure is a loss, a number of bits or a perplexity, by a part of its name."""
+    """Whether a metric is a loss, a number of bits or a perplexity, judged by its name."""
     return re.search(r"(?:^|_)(?:loss|losses|bpc|bpb|bits|nats|perplexity|ppl)(?:_|$)", metric) is not None
 
 
@@ -248,49 +260,49 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
     log_loss_terms: str = field(
         default="each",
         metadata={
-            "help": "'each' logs every term of the loss under its own name; 'groups' logs the mean over the layers of"
-            " terms that differ in the layer only (loss_layers, loss_layers_target_2): for deep models.",
+            "help": "'each' logs every term of the loss by name; 'groups', meant for deep models, logs means over the"
+            " intermediate layers (loss_layers, loss_layers_target_2).",
             "choices": ["each", "groups"],
         },
     )
     muon: bool = field(
         default=False,
         metadata={
-            "help": "Whether Muon trains the linear layers of the model's body, scaled so that learning_rate and"
-            " weight_decay mean what they do for AdamW, which trains the rest. Each step costs more, but fewer are needed."
+            "help": "Whether Muon trains the linear layers of the model's body, and AdamW the rest, with the same"
+            " learning_rate and weight_decay. Each step costs more, but fewer are needed."
         },
     )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Whether nan and inf losses are left out of the logged loss. Off here: AuxiliaryLossTrainer stops"
-            " at them, and looking at every loss would stall the device at every step."
+            "help": "Whether nan and inf losses are left out of the logged loss. Off by default: AuxiliaryLossTrainer"
+            " stops at such a loss, and looking for it at every step would stall the device."
         },
     )
 
     enable_jit_checkpoint: bool = field(
         default=True,
         metadata={
-            "help": "Whether SIGTERM, SIGHUP and Ctrl-C end the step, write a checkpoint and leave with the status 128 +"
-            " the signal's number; a second signal leaves at once."
+            "help": "Whether SIGTERM, SIGHUP and Ctrl-C end the step, write a checkpoint and exit with status 128 + the"
+            " signal's number; a second signal exits at once."
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.greater_is_better is None and lower_is_better(self.metric_for_best_model or ""):
             self.greater_is_better = False
         numbers = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "max_steps"}
-        check_ranges(numbers)  # TrainingArguments takes most numbers as they come
+        check_ranges(numbers)  # TrainingArguments checks few numbers itself
         super().__post_init__()
         if self.log_loss_terms not in ("each", "groups"):
             raise ValueError(f"log_loss_terms is {self.log_loss_terms!r}; it must be 'each' or 'groups'")
         if self.muon and self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(
-                f"optim is {OptimizerNames(self.optim).value!r} and muon is on: what Muon leaves is trained by AdamW, so"
-                " that optim must be 'adamw_torch' or 'adamw_torch_fused'"
+                f"optim is {OptimizerNames(self.optim).value!r} and muon is on: AdamW trains the weights that Muon does"
+                " not, so that optim must be 'adamw_torch' or 'adamw_torch_fused'"
             )
         if self.muon and self.optim_args:
-            raise ValueError(f"optim_args is {self.optim_args!r} and muon is on, which has none; leave it out")
+            raise ValueError(f"optim_args is {self.optim_args!r} and muon is on, which takes none; leave it out")
 
 
 @dataclass
@@ -300,43 +312,54 @@ class EvaluateArguments:
     stride: list[int] = field(
         default_factory=lambda: [1],
         metadata={
-            "help": "By how many bytes the window slides: 1 is the papers' protocol. Several give a table to choose from."
+            "help": "Number of bytes by which the window slides: 1 is the papers' protocol. Several strides give a table."
         },
     )
-    window: int | None = field(default=None, metadata={"help": "Bytes the model sees at once; by default all it can."})
+    window: int | None = field(
+        default=None, metadata={"help": "Length of the window in bytes; by default the longest that the model takes."}
+    )
     split: str | None = field(
         default=None,
         metadata={
-            "help": f"The part of the text: all, or {', '.join(SPLIT_NAMES)} as in training. By default validation for the"
-            " text that the model was trained on, and all of any other text.",
+            "help": f"Part of the text to evaluate on: all, {', '.join(SPLIT_NAMES)}; by default validation for the text that"
+            " the model was trained on, and all of any other text.",
             "choices": ["all", *SPLIT_NAMES],
         },
     )
     train_share: float | None = field(
-        default=None, metadata={"help": "The first part of the text; by default that of the run, or 0.9."}
+        default=None,
+        metadata={
+            "help": "Share of the train split, at the beginning of the text; by default as in training, or 0.9."
+        },
     )
     validation_share: float | None = field(
         default=None,
-        metadata={"help": "The part after it; by default that of the run, or 0.05. The rest is the test split."},
+        metadata={"help": "Share of the validation split, after the train split; by default as in training, or 0.05."},
     )
     text_column: str = field(default="text", metadata={"help": "The column of a table that holds the text."})
-    max_bytes: int | None = field(default=None, metadata={"help": "Only so many bytes from the start of the part."})
-    batch_size: int = field(default=32, metadata={"help": "Windows at a time."})
-    device: str | None = field(default=None, metadata={"help": "Like cpu or cuda; by default the fastest there is."})
+    max_bytes: int | None = field(
+        default=None,
+        metadata={"help": "Evaluate on this many bytes from the start of the part; by default on all of it."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Number of windows in a batch."})
+    device: str | None = field(
+        default=None, metadata={"help": "Device, such as cpu or cuda; by default the fastest that is available."}
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "Type of the model's weights.", "choices": ["float32", "bfloat16", "float16"]},
     )
-    output: str | None = field(default=None, metadata={"help": "A JSON file for the results."})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write the results to."})
     plots: str | None = field(
         default=None,
         metadata={"help": "A PNG file: bits by position in the window, and by layer, for its classifiers."},
     )
     state_file: str | None = field(
-        default=None, metadata={"help": "Where to keep what is done, so that the same command goes on from there."}
+        default=None,
+        metadata={"help": "File for the progress, so that the same command continues after an interruption."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.split not in (None, "all", *SPLIT_NAMES):
             raise ValueError(f"split is {self.split!r}; it must be 'all' or one of {list(SPLIT_NAMES)}")
         if self.dtype not in ("float32", "bfloat16", "float16"):

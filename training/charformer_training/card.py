@@ -1,4 +1,4 @@
-"""The model card of a run: what the Trainer knows, filled into the template, and merged into a card that is there."""
+"""The model card of a run: a template filled with the run's facts, and merged with an existing card."""
 
 import hashlib
 import logging
@@ -20,35 +20,35 @@ from .plots import PICTURE
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-# Around what the program writes into a card, with a checksum by which it knows its own text again.
+# Marks around the generated text of a card. The checksum shows whether a person has edited it.
 OWN_BLOCK = re.compile(r"<!-- charformer: begin ([0-9a-f]{16}) .*?-->\r?\n(.*?)<!-- charformer: end -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a card tells of a run, as far as it has got."""
+    """What a card shows of a run, which may still be going on."""
 
     config: Any
     """The model's configuration, or `None`."""
     class_name: str
-    """Of the model."""
+    """Of the model's class."""
     auto_class: str | None = None
-    """The Auto class that loads it, where it has code of its own."""
+    """The Auto class that loads a model whose code lies in its repository."""
     is_transformers_class: bool = False
     inference_parameters: int = 0
     training_parameters: int = 0
     repo_id: str | None = None
     finetuned_from: str | None = None
-    """Id of the model that training began with."""
+    """Hub id of the model that was fine-tuned."""
     splits: Sequence[Split] = ()
     num_rows: Mapping[str, int] = field(default_factory=dict)
-    """Of the datasets, by what they are for."""
+    """Of the datasets, by their role."""
     evaluated_bytes: int | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the training, in words."""
+    """Settings of the training, for people to read."""
     step: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of the last evaluation, `eval_...`."""
+    """The metrics of the last evaluation, `eval_...`."""
     terms: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     """The last value of each term of the loss, as `(step, nats)`."""
 
@@ -64,12 +64,12 @@ def run_card(
     """The card of a model.
 
     Args:
-        facts: What is known of its run.
-        name: What the model is called.
+        facts: The facts about its run.
+        name: The model's name.
         license: Identifier of the model's licence, as the Hub spells it.
         tags: Further tags.
-        task: The pipeline tag; by default what Transformers knows for the model's class.
-        source: What the data is called, where the datasets do not know it themselves.
+        task: The pipeline tag; by default that of the model's class in Transformers.
+        source: The data's name; by default that of the splits.
     """
     source = source or next((split.source for split in facts.splits if split.source), None)
     if source is not None:  # a file's name may hold bytes that are not UTF-8
@@ -94,7 +94,7 @@ def run_card(
         eval_results=[result] if metric else None,
     )
     known = {item.name: getattr(facts, item.name) for item in fields(facts)}
-    card = ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         **known
@@ -128,7 +128,7 @@ def _headline_metric(metrics: Mapping[str, float]) -> dict[str, Any] | None:
 
 
 def _task(class_name: str) -> str | None:
-    mappings: Mapping[str, Mapping[str, str | tuple[str, ...]]] = TASK_MAPPING  # type: ignore[assignment]
+    mappings: Mapping[str, Mapping[str, str | tuple[str, ...]]] = TASK_MAPPING  # type: ignore[assignment]  # declared as one kind of OrderedDict
     for task, mapping in mappings.items():
         names = (name for value in mapping.values() for name in ([value] if isinstance(value, str) else value))
         if class_name in names:
@@ -137,10 +137,10 @@ def _task(class_name: str) -> str | None:
 
 
 def merged_card(new: ModelCard, old: ModelCard | None) -> ModelCard:
-    """`new`, a `trainer_card`, with all that a person wrote into `old`.
+    """The card `new`, with everything that a person wrote into `old`.
 
-    Text outside the block that the program writes is kept, and so are metadata, but for the measured results. A block
-    that was edited is no longer the program's: then the whole text is kept, and its figures are not renewed.
+    Text outside the generated block is kept, and so are metadata except for the measured results. If a person has edited
+    the block, the whole text is kept, and its figures are not updated.
     """
     if old is None:
         return new

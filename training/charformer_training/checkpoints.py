@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints are whole and finite, that stops at signals and goes on as if it had never stopped."""
+"""A Trainer with complete and finite checkpoints that stops at signals and resumes without any difference in the result."""
 
 import contextlib
 import json
@@ -32,11 +32,11 @@ STATE = "trainer_state.json"
 
 
 class EvaluationStopped(Exception):
-    """A signal came during an evaluation, which is begun anew when the run goes on."""
+    """A signal came during an evaluation. The resumed run repeats that evaluation."""
 
 
 class WatchSignals(TrainerCallback):
-    """Asks at the end of each step, and of each batch of an evaluation, whether a signal came to any process."""
+    """Asks after each step, and each batch of an evaluation, whether any process has received a signal."""
 
     def __init__(self, trainer: "SafeTrainer"):
         self.trainer = trainer
@@ -56,31 +56,31 @@ class WatchSignals(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        # Where processes have different numbers of batches, they could wait for each other.
+        # With different numbers of batches, processes would wait for each other forever.
         if self.trainer.accelerator.even_batches and self.trainer.ask_for_signals():
             raise EvaluationStopped
 
 
 class SafeTrainer(HubTrainer):
-    """`transformers.Trainer` whose checkpoints can be relied on.
+    """`transformers.Trainer` with reliable checkpoints.
 
-    - A checkpoint appears whole or not at all, with the files of all processes and a checksum of each. Only one that is
-      whole to the byte is resumed, and what differs from the run that wrote it is named and refused.
-    - It is finite: a loss or a weight that is not stops the run with a `FloatingPointError` before it is written; the
+    - A checkpoint appears whole or not at all, with the files of all processes and a checksum of each. Only a checkpoint
+      without any changed byte is resumed, and only with the settings of its run; differences are listed.
+    - A loss or weight that is not finite stops the run with a `FloatingPointError` before a checkpoint is written. The
       message names the step and what is not finite.
-    - A resumed run is the uninterrupted one: sums under way are kept, so that each log entry and `train_loss` are the
-      same, and callbacks such as `EarlyStoppingCallback` go on with what they had counted.
-    - With `enable_jit_checkpoint`, SIGTERM, SIGHUP and Ctrl-C end the step on all processes, write a checkpoint and raise
-      `StoppedBySignal`, a `SystemExit`: what follows `train()`, such as saving the result, is not reached.
-    - One run writes to `output_dir` at a time, see `run_lock`.
-    - `metric_for_best_model`: of losses, bits and perplexities the lower is the better.
-    - Auxiliary heads beside a PEFT adapter are saved and loaded with it.
+    - A resumed run equals the uninterrupted one. Running sums are saved, so that each log entry and `train_loss` are the
+      same. Callbacks such as `EarlyStoppingCallback` keep their counts.
+    - With `enable_jit_checkpoint`, SIGTERM, SIGHUP and Ctrl-C end the step on all processes and write a checkpoint. Then
+      `StoppedBySignal`, a `SystemExit`, is raised, so that code after `train()` does not take the model for the result.
+    - Only one run writes to `output_dir` at a time, see `run_lock`.
+    - If `metric_for_best_model` is a loss, a number of bits or a perplexity, lower is better.
+    - Auxiliary heads are saved and loaded together with a PEFT adapter.
     """
 
     def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any):
         self._given_optimizer = (kwargs.get("optimizers") or (None, None))[0]
         self._scratch: Path | None = None  # where a checkpoint is being written
-        # Transformers' own handler saves in the middle of a step, and lets a half-trained model pass for the result.
+        # Transformers' handler saves in the middle of a step, and then `train` returns like after the last one.
         with changed(args, enable_jit_checkpoint=False):
             super().__init__(model=model, args=args, **kwargs)
         let_lower_be_better(self.args)
@@ -89,13 +89,13 @@ class SafeTrainer(HubTrainer):
         self.add_callback(WatchSignals(self))
 
     def _forget(self) -> None:
-        """Set back what belongs to one call of `train`."""
+        """Reset the state of one call of `train`."""
         self._settings: dict[str, Any] | None = None
         self._accepted: set[str] = set()
-        self._resumed: dict[str, Any] | None = None  # the sums that the checkpoint holds, of all processes
+        self._resumed: dict[str, Any] | None = None  # the running sums of all processes, from the checkpoint
         self._resumed_step: int | None = None
-        self._to_catch_up: dict[str, bool] | None = None  # what a signal kept the checkpoint's step from doing
-        self._pending = {"evaluate": False, "save": False}  # what it keeps this step from doing
+        self._to_catch_up: dict[str, bool] | None = None  # what a signal prevented at the checkpoint's step
+        self._pending = {"evaluate": False, "save": False}  # what a signal prevents at this step
         self._signum = 0
         self.at_epoch_end = False
 
@@ -108,18 +108,18 @@ class SafeTrainer(HubTrainer):
         accept_changes: Collection[str] = (),
         **kwargs: Any,
     ) -> TrainOutput:
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest good checkpoint of `output_dir`.
+        """Like `Trainer.train`; `resume_from_checkpoint=True` takes the newest good checkpoint of `output_dir`.
 
         Args:
             resume_from_checkpoint: A checkpoint's folder, or True.
-            args: As those of `Trainer.train`.
+            args: Like those of `Trainer.train`.
             accept_changes: Settings that may differ from those of the run that wrote the checkpoint, such as
-                `["learning_rate", "max_steps"]`. They hold from the first step on.
-            kwargs: As those of `Trainer.train`.
+                `["learning_rate", "max_steps"]`. The new values apply from the first step after resuming.
+            kwargs: Like those of `Trainer.train`.
 
         Raises:
-            ValueError: If the checkpoint is missing, incomplete, damaged, that of another model or of a run with other
-                settings.
+            ValueError: If the checkpoint is missing, incomplete or damaged, or belongs to another model or to a run
+                with other settings.
             FileExistsError: If another run is at work in `output_dir`.
             FloatingPointError: If a loss turns nan or infinite.
             StoppedBySignal: If a signal ended the run, see `SafeTrainer`.
@@ -127,10 +127,10 @@ class SafeTrainer(HubTrainer):
         self._forget()
         with self._alone(), self._watching_signals():
             if self.args.should_save:
-                self.run_settings()  # now: model and configuration change when they are prepared for training
+                self.run_settings()  # read now, before training changes model and configuration
             folder = self._checked(resume_from_checkpoint, accept_changes)
             with changed(self.args, eval_on_start=self.args.eval_on_start and folder is None):
-                output = super().train(folder, *args, **kwargs)
+                output: TrainOutput = super().train(folder, *args, **kwargs)
         self._raise_if_not_finite()  # in the steps since the last log entry
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -151,14 +151,14 @@ class SafeTrainer(HubTrainer):
             self._signals = None
 
     def ask_for_signals(self) -> int:
-        """The signal at which all processes stop, or 0; they ask together."""
+        """The signal at which all processes stop, or 0. All processes call this together."""
         if self._signals is not None and self.is_in_train and not self._signum:
             self._signum = self._signals.agreed()
         return self._signum
 
     def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
-    ):
+        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
         control = self.control
         due = {"evaluate": control.should_evaluate, "save": control.should_save}
         if self._signum:
@@ -166,13 +166,13 @@ class SafeTrainer(HubTrainer):
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except EvaluationStopped:
-            logger.info("The evaluation is begun anew when the run goes on")
+            logger.info("The resumed run will repeat the evaluation")
         if not self._signum:
             return
         self._pending = {name: self._pending[name] or due[name] for name in due}
         ends_epoch = float(self.state.epoch or 0).is_integer() or control.should_epoch_stop
         if not self.at_epoch_end and (ends_epoch or control.should_training_stop):
-            return  # what is due at the epoch's end comes next
+            return  # the end of the epoch comes next, and what is due there
         self._stop(model, trial)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -191,14 +191,14 @@ class SafeTrainer(HubTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step == self._resumed_step and self._is_over():
-            # Transformers looks for the end after a step only, and would train one too many.
+            # Transformers checks for the end only after a step, so it would train one step too many.
             self._load_rng_state(kwargs["resume_from_checkpoint"])
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def _is_over(self) -> bool:
-        control: Any = self.state.stateful_callbacks.get("TrainerControl", {})  # type: ignore[union-attr]
+        control: Any = self.state.stateful_callbacks.get("TrainerControl", {})  # type: ignore[union-attr]  # a dict by now
         stopped_early = self._resumed is not None and control.get("args", {}).get("should_training_stop", False)
         return self.state.global_step >= self.state.max_steps or bool(stopped_early and not self._accepted)
 
@@ -208,13 +208,14 @@ class SafeTrainer(HubTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._catch_up()
-        return super()._finalize_training(*args, **kwargs)
+        output: TrainOutput = super()._finalize_training(*args, **kwargs)
+        return output
 
     def _catch_up(self) -> None:
-        """Do what the checkpoint's step would have done, if a signal had not come."""
+        """Do the evaluation and saving that a signal prevented at the checkpoint's step."""
         due, self._to_catch_up = self._to_catch_up, None
         if due is not None:
-            self.at_epoch_end = True  # as far as this step goes
+            self.at_epoch_end = True  # otherwise a signal now would wait for the next step
             self.control.should_evaluate, self.control.should_save = True, due["save"]
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, 0.0)
             self.at_epoch_end = False
@@ -237,7 +238,7 @@ class SafeTrainer(HubTrainer):
         self._raise_if_not_finite()
         weights = self.accelerator.unwrap_model(model).named_parameters()
         broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
-        if broken:  # a step can break the weights while its own loss still was finite
+        if broken:  # a step can make weights infinite though its loss was finite
             raise self._not_finite_error(self.state.global_step, broken)
         run_dir = Path(self._get_output_dir(trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -252,7 +253,7 @@ class SafeTrainer(HubTrainer):
         except BaseException as error:
             if writes:
                 shutil.rmtree(scratch, ignore_errors=True)
-            if isinstance(error, Exception):  # of many kinds: each library words a full disk in its own way
+            if isinstance(error, Exception):  # each library raises another error when a disk is full
                 raise OSError(saving_failed_message(folder, error)) from error
             raise
         finally:
@@ -265,9 +266,9 @@ class SafeTrainer(HubTrainer):
             self._delete_older(run_dir, folder)
 
     def _make_scratch(self, run_dir: Path) -> tuple[Path, bool]:
-        """Where all processes write a checkpoint, and whether this one makes that folder and later moves it.
+        """The folder where all processes write a checkpoint, and whether this process makes and moves it.
 
-        That is the first process, and the first of each machine with a disk of its own.
+        It is made by the first process, and by the first process of each machine that does not share its disk.
         """
         first = self.is_world_process_zero()
         names = [""]
@@ -283,7 +284,7 @@ class SafeTrainer(HubTrainer):
         return scratch, writes
 
     def _complete(self, written: Path, folder: Path, sums: list[dict[str, Any]], writes: bool) -> None:
-        """Turn what all processes have written into a checkpoint: the manifest comes last, then its place."""
+        """Make a checkpoint of what all processes have written: add the manifest, then move it into place."""
         if self.state.best_global_step is not None:
             best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(best) if best == folder or best.is_dir() else None
@@ -309,7 +310,7 @@ class SafeTrainer(HubTrainer):
 
     def _delete_older(self, run_dir: Path, newest: Path) -> None:
         for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if path != newest and not is_scheduled(path):  # a signal's: this one takes its place
+            if path != newest and not is_scheduled(path):  # written at a signal; the new one replaces it
                 remove(path)
         rotate_checkpoints(
             output_dir=str(run_dir),
@@ -319,19 +320,19 @@ class SafeTrainer(HubTrainer):
         )
 
     def _running_sums(self) -> dict[str, Any]:
-        """What this process has summed up since the last log entry, as JSON can hold it."""
+        """The running sums of this process since the last log entry, as values for JSON."""
         return {"loss": float(self._tr_loss)}
 
     # ---- Resuming ----
 
     def run_settings(self) -> dict[str, Any]:
-        """What the run is set to as far as it changes the result: kept with each checkpoint, compared on resuming."""
+        """The settings that affect the result. They are saved with each checkpoint, and compared on resuming."""
         if self._settings is None:
             self._settings = run_settings(self, self._given_optimizer)
         return self._settings
 
     def _checked(self, resume: str | bool | None, accepted: Collection[str]) -> str | None:
-        """The checkpoint to resume from, after a look at all of it; all processes call this together."""
+        """The checkpoint to resume from, after checking every byte of it. All processes call this together."""
         if not resume:
             return None
         answer: list[Any] = [None, None, set()]
@@ -357,7 +358,7 @@ class SafeTrainer(HubTrainer):
         return str(folder)
 
     def take_up_sums(self) -> None:
-        """Go on with the sums of the checkpoint, where a run is resumed."""
+        """Continue the running sums of the checkpoint, if a run is resumed."""
         if self._resumed is None:
             return
         self._total_loss_scalar = self._resumed["total_loss"]
@@ -366,11 +367,11 @@ class SafeTrainer(HubTrainer):
             self._take_up(self._resumed["processes"][self.args.process_index])
 
     def _take_up(self, sums: dict[str, Any]) -> None:
-        """Go on with what `_running_sums` gave."""
+        """Continue the sums that `_running_sums` returned."""
         self._tr_loss += sums["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "train_loss" in logs and self._resumed is not None:  # Transformers counts from where the run was resumed
+        if "train_loss" in logs and self._resumed is not None:  # Transformers counts only the steps after resuming
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
 
@@ -379,7 +380,7 @@ class SafeTrainer(HubTrainer):
         if not self.state.global_step:
             return trained
         self._resumed_step = self.state.global_step
-        # Transformers would go on logging, evaluating and saving as often as the run that wrote the checkpoint.
+        # Otherwise Transformers keeps the logging, evaluation and saving intervals of the checkpoint's run.
         self.state.compute_steps(self.args, self.state.max_steps)
         if self.state.best_global_step is not None:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -387,7 +388,7 @@ class SafeTrainer(HubTrainer):
                 self.state.best_model_checkpoint = str(best)  # the run's folder may have moved
             elif self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
                 raise ValueError(
-                    f"resume: {name} is missing, which holds the best model so far (load_best_model_at_end)"
+                    f"resume: {name} is missing; load_best_model_at_end needs it, since it holds the best model so far"
                 )
         states: Any = self.state.stateful_callbacks
         for callback in self.callback_handler.callbacks:
@@ -433,12 +434,12 @@ class SafeTrainer(HubTrainer):
     def _load_auxiliary_heads(self, folder: str) -> None:
         base: Any = unwrap_peft(cast(nn.Module, self.model))
         if hasattr(base, "load_auxiliary_heads") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            base.load_auxiliary_heads(folder)  # those two load all weights together
+            base.load_auxiliary_heads(folder)  # FSDP and DeepSpeed load the heads with the other weights
 
     # ---- Losses and weights that are not finite ----
 
     def _first_not_finite(self) -> tuple[int, list[str]] | None:
-        """The step since the last log entry at which a loss was not finite, and the names of those that were not.
+        """The step since the last log entry whose loss was not finite, and the names of the terms concerned.
 
         All processes call this together.
         """

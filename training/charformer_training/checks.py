@@ -1,4 +1,4 @@
-"""Values of recipes and the command line, checked for type and range before anything is done with them."""
+"""Checks of the type and range of values from recipes and the command line."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from .terminal import one_line
 
 
-# A YAML 1.1 reader takes 1e-3 for text; it is a number to everyone else.
+# PyYAML, which reads YAML 1.1, takes 1e-3 for text; people mean a number.
 _NUMBER_IN_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _NAMES = {
     bool: "true or false",
@@ -33,7 +33,7 @@ def shown(name: str, value: Any) -> str:
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """Refuse a value from a recipe that is not of the field's type; nothing is converted.
+    """Refuse a recipe's value that is not of the field's type. Nothing is converted.
 
     Raises:
         ValueError: Names the field, the value and what is accepted.
@@ -50,7 +50,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, without text where only some words are accepted."""
+    """The alternatives of a union; without `str` where an enumeration says which words are accepted."""
     if get_origin(hint) not in (Union, types.UnionType):
         return (hint,)
     members = get_args(hint)
@@ -123,7 +123,7 @@ WARMUP: Range = (
     lambda value: 0 <= value < 1 or (value >= 1 and float(value).is_integer()),
     "a whole number of 0 or more, or a share of all steps below 1",
 )
-# Every number that is not here must be finite and 0 or more.
+# Any number that is not listed here must be finite and 0 or more.
 RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
@@ -146,14 +146,14 @@ RANGES: dict[str, Range] = {
     "warmup_steps": WARMUP,
     "max_steps": AT_LEAST_1,
 }
-# Launchers set it, and -1 means that none did.
+# Launchers set local_rank; -1 means that there is no launcher.
 _UNCHECKED = {"local_rank"}
-# Above this, steps and counts no longer fit where they are kept.
+# Larger steps and counts cannot be stored exactly: floats are exact up to here.
 _LARGEST = 2**53
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:
-    """Refuse numbers that mean nothing: nan and infinity, negative counts, sizes of 0.
+    """Refuse meaningless numbers: nan and infinity, negative counts, sizes of 0.
 
     Raises:
         ValueError: Names the field, the value and what is accepted.

@@ -1,4 +1,4 @@
-"""What `--help` and a call without arguments print: what people need first, then every field in its group."""
+"""The text of `--help` and of a call without arguments: examples first, then every field in its group."""
 
 import re
 import textwrap
@@ -17,17 +17,17 @@ Train a Charformer from a recipe. Fields on the command line override the recipe
   charformer-train training/configs/quickstart.yaml --data_path my_text.txt --output_dir runs/mine --max_steps 2000
   charformer-train training/configs/quickstart.yaml --resume auto
 
-A GPU is used when there is one; --use_cpu does without it."""
+A GPU is used if there is one; --use_cpu runs without it. TRANSFORMERS_VERBOSITY=debug shows tracebacks."""
 _EVALUATION = """\
-Bits per character and per byte of a text under a trained model. MODEL is a folder or a Hub id; TEXT is a file, a folder or
-python-stdlib.
+Measure a trained model on a text, in bits per character and per byte. MODEL is a folder or a Hub id. TEXT is a file, a folder,
+or python-stdlib for the sources of Python's standard library.
 
   charformer-evaluate runs/quickstart my_text.txt
   charformer-evaluate runs/quickstart python-stdlib --stride 64 16 4 --max_bytes 20000
 
-A stride of 1 is the papers' protocol, and the slowest. Several strides give a table to choose from."""
+A stride of 1 is the papers' protocol: the lowest figure, and the slowest. Several strides give a table to compare."""
 _LOSSES = ("target", "intermediate", "position_", "loss_", "term_", "num_targets", "classifier")
-# What most runs set; the Trainer has a hundred fields beside these.
+# What most runs set; the Trainer has a hundred more fields.
 _COMMON = (
     "output_dir",
     "max_steps",
@@ -58,6 +58,16 @@ _COMMON = (
     "push_to_hub",
     "hub_model_id",
 )
+
+
+# Where the Trainer's words do not fit this program, in which max_steps is required.
+_HELP = {
+    "output_dir": "Folder for the trained model, its checkpoints and results; required",
+    "max_steps": "Number of optimizer steps to train for; required",
+    "resume_from_checkpoint": "Not accepted: give --resume",
+    "num_train_epochs": "Has no effect: windows are drawn at random for max_steps",
+    "gradient_accumulation_steps": "Number of batches whose gradients are added up for one optimizer step",
+}
 
 
 def training_help(usage: str, parts: Iterable[type]) -> str:
@@ -113,9 +123,9 @@ def _group(title: str, items: dict[str, "Field[Any]"]) -> str:
 
 
 def _entry(item: "Field[Any]") -> str:
-    default = "" if item.default in (MISSING, None) else f" [{_plain(item.default)}]"
-    text = " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
-    first = text.split(". ")[0].rstrip(".")
+    default = "" if item.default in (MISSING, None, -1) else f" [{_plain(item.default)}]"
+    text = _HELP.get(item.name) or " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
+    first = re.split(r"(?<! al)\.\s", text)[0].rstrip(".")
     return f"  --{item.name}{default}\n" + textwrap.fill(first, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
 
 

@@ -21,7 +21,7 @@ from .terminal import one_line
 # Tables by their names' endings; the endings of compressed files may follow.
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zip")
-# How files begin that are neither text nor read here; they are refused by name.
+# The first bytes of files that cannot be read here, and what an error calls them.
 _REFUSED = {
     b"%PDF-": "a PDF document",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
@@ -39,14 +39,14 @@ _REFUSED = {
 _DAMAGED = (EOFError, NotImplementedError, OSError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
 _PARQUET = b"PAR1"
 _CHUNK = 1 << 20
-_FIELD_LIMIT = 2**31 - 1  # of a cell in CSV; the default of 131,072 characters is short for a document
+_FIELD_LIMIT = 2**31 - 1  # characters in a cell of CSV; Python's default, 131,072, is too few for a document
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file is read as it is: neither a table nor compressed.
+    """Whether a file is plain text: neither a table nor compressed.
 
     Raises:
-        ValueError: If it is of a kind that is not text, like a picture.
+        ValueError: If it is not text at all, like a picture.
     """
     start = _start(path)
     if _opener(start) is None:
@@ -55,20 +55,20 @@ def is_plain(path: Path) -> bool:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is a table: one of parquet by how it begins, others by how their names end."""
+    """Whether a file is a table: parquet is known by its first bytes, other tables by the ending of the name."""
     return _ending(path) in TABLES or _start(path).startswith(_PARQUET)
 
 
 def documents(path: Path, text_column: str, table: bool | None = None) -> Iterator[Iterable[bytes]]:
-    """The documents of a file, each in pieces: a text file is one, a table has one for each row.
+    """The documents of a file, each in pieces: a text file is one document, a table has one in each row.
 
     Args:
         path: The file.
         text_column: The column of a table that holds the text; rows without text are left out.
-        table: Whether it is read as a table; by default as its name says.
+        table: Whether it is read as a table; by default `is_table` decides.
 
     Raises:
-        ValueError: If the file is damaged, of a kind that is not read, or has no such column of text.
+        ValueError: If the file is damaged, cannot be read here, or has no such column of text.
     """
     if is_table(path) if table is None else table:
         yield from ([text] for text in _rows(path, text_column))
@@ -97,7 +97,7 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
 
 
 def _opener(start: bytes) -> Callable[[Path], IO[bytes]] | None:
-    """What reads a compressed file, told by how it begins."""
+    """The function that opens a compressed file, chosen by its first bytes."""
     if start.startswith(b"\x1f\x8b"):
         return lambda path: cast(IO[bytes], gzip.open(path))
     if start.startswith(b"BZh") and start[4:10] == b"1AY&SY":
@@ -151,7 +151,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def _rows(path: Path, column: str) -> Iterator[bytes]:
-    """The texts of a table; a row without text is left out."""
+    """The texts of a table. Rows without text are left out."""
     ending, name = _ending(path), one_line(path.name)
     read = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".tsv": _tsv}.get(ending, _parquet)
     number = 0
@@ -171,7 +171,7 @@ def text_of_row(row: Any, column: str, place: str) -> Iterator[bytes]:
     """The text of a row in UTF-8, if there is any.
 
     Raises:
-        ValueError: If the row has no such column, or the column holds something else; `place` says where.
+        ValueError: If the row has no such column, or the column does not hold text. `place` names the row.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{place} is {shown('', row)}; it must be a mapping of columns")
@@ -219,10 +219,10 @@ def _parquet(file: IO[bytes], column: str) -> Iterator[Any]:
 
 
 def files_of_folder(folder: Path, left_out: Path | None = None) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The files of a folder that are text, in the order of their paths, and the others by the reason.
+    """The text files of a folder, ordered by path, and the files left out, by the reason.
 
-    Hidden files are left out without a word, and so is what a training run left, in `left_out` or any other folder: a
-    corpus must not grow by the runs that it is for.
+    Hidden files are left out silently. What a training run wrote is left out too, whether into `left_out` or another
+    folder: otherwise a run's output would become part of the next run's corpus.
     """
     found: list[Path] = []
     others: dict[str, list[Path]] = {}
@@ -264,7 +264,7 @@ def _is_of_a_run(folder: Path) -> bool:
 
 
 def _why_not(path: Path) -> str | None:
-    """Why a file is not read; `None` for one that is."""
+    """Why a file is not read, or `None` if it is."""
     if not path.is_file():
         return "links to nothing" if path.is_symlink() else "no regular files"
     try:
@@ -284,7 +284,7 @@ def _why_not(path: Path) -> str | None:
 
 
 def described(others: dict[str, list[Path]]) -> str:
-    """What is left out of a folder, in words: each reason with its count and the first names."""
+    """What is left out of a folder, for a message: each reason with the count and the first names."""
     parts = []
     for reason, paths in others.items():
         names = ", ".join(one_line(path.name) for path in paths[:5]) + (", ..." if len(paths) > 5 else "")

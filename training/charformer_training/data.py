@@ -1,7 +1,7 @@
 """From text to windows of bytes: reading a corpus, splitting it by position, drawing windows.
 
-A corpus is one memory-mapped array of bytes. Windows are cut out of it when they are asked for, so its size costs no
-memory, and each process reads its own windows only. A file that changes meanwhile is noticed: no window is read from it.
+A corpus is one memory-mapped array of bytes, so it can be larger than memory. A window is cut out of it only when it is
+needed, and each process reads only its own windows. If the file changes during a run, reading a window raises an error.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from .units import is_utf8
 
 logger = logging.get_logger(__name__)
 
-# Where the texts of the recipes come from; no program here downloads them.
+# Where the recipes' texts come from: shown if one is missing, since nothing here downloads them.
 _KNOWN = {
     "tinyshakespeare.txt": "data/tinyshakespeare/input.txt of Andrej Karpathy's char-rnn: 1,115,394 bytes, SHA-256"
     " 86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
@@ -44,11 +44,11 @@ _UTF8_SAMPLE = 1 << 24
 
 
 class CorpusChangedError(ValueError):
-    """The file of a corpus is not what it was when it was opened."""
+    """The file of a corpus was changed after it was opened."""
 
 
 class CorpusFile(np.memmap):
-    """The bytes of a file, `(num_bytes,)` uint8, memory-mapped, and how the file was when it was opened."""
+    """The bytes of a file, `(num_bytes,)` uint8, memory-mapped. `stamp` is the file's inode, size and time when it was opened."""
 
     stamp: tuple[int, int, int] | None = None
 
@@ -57,12 +57,12 @@ class CorpusFile(np.memmap):
         self.stamp = getattr(source, "stamp", None)
 
     def check(self, when: str = "") -> None:
-        """Refuse to go on if the file was rewritten or cut: bytes would change under their checksum.
+        """Raise if the file was rewritten or truncated, since its bytes no longer match their checksum.
 
-        A file that was deleted or replaced as a whole does no harm: the old one stays mapped.
+        Deleting the file, or replacing it with another, is harmless: the old one stays mapped.
 
         Raises:
-            CorpusChangedError: Names the file, and says `when`.
+            CorpusChangedError: Names the file and, by `when`, the moment.
         """
         if self.stamp is None or self.filename is None:
             return
@@ -81,7 +81,7 @@ class CorpusFile(np.memmap):
 class Split:
     """A part of a corpus: its bytes, `(num_bytes,)` uint8, usually memory-mapped.
 
-    `start` is the place of its first byte in the corpus, `source` says in words what that is.
+    `start` is the place of its first byte in the corpus, and `source` is the corpus' name.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Split:
 
 
 def check_unchanged(data: np.ndarray, when: str = "") -> None:
-    """Raise `CorpusChangedError` if `data` is of a file that was changed since it was opened."""
+    """Raise `CorpusChangedError` if `data` comes from a file that was changed since it was opened."""
     if isinstance(data, CorpusFile):
         data.check(when)
 
@@ -108,14 +108,14 @@ def check_unchanged(data: np.ndarray, when: str = "") -> None:
 def load_corpus(arguments: DataArguments, write: bool = True, output_dir: str | None = None) -> np.ndarray:
     """The bytes of the corpus, `(num_bytes,)` uint8, memory-mapped.
 
-    A text file is mapped as it is. Other files, those of a folder and rows of a dataset are first written one after the
-    other into one file of the cache (in the folder that HF_HOME names), files once as long as they stay as they are. Of
-    several processes only one does so, first: the others call this with `write=False`.
+    A text file is mapped directly. Anything else is first written into one file of the cache, which lies in HF_HOME and is
+    used again while the source files stay unchanged. Of several processes one writes that file first, and the others call
+    this with `write=False` after it.
 
     Args:
         arguments: Where the text is.
-        write: Whether this process writes the cache, and says what is left out and what is not UTF-8.
-        output_dir: The folder that the run writes to; left out where it is in the corpus' folder.
+        write: Whether this process writes the cache, and warns of files that are left out or are not UTF-8.
+        output_dir: The folder that the run writes to. It is not read if it lies in the corpus' folder.
 
     Raises:
         FileNotFoundError: If `data_path` does not exist.
@@ -124,8 +124,8 @@ def load_corpus(arguments: DataArguments, write: bool = True, output_dir: str | 
     corpus = _map(_corpus_path(arguments, write, output_dir))
     if write and not is_utf8(corpus[:_UTF8_SAMPLE]):
         logger.warning(
-            f"{arguments.source} is not UTF-8: its characters cannot be counted, so bits per character mean nothing; read"
-            " bits per byte. (iconv -f ENCODING -t UTF-8 converts it.)"
+            f"{arguments.source} is not UTF-8, so its characters cannot be counted: bits per character mean nothing, bits per"
+            " byte do. (iconv -f ENCODING -t UTF-8 converts it.)"
         )
     return corpus
 
@@ -161,7 +161,7 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None) 
 
 
 def split_corpus(data: np.ndarray, train_share: float, validation_share: float, source: str = "") -> dict[str, Split]:
-    """The train, validation and test splits: parts of the corpus one after the other, as those of enwik8 and text8."""
+    """Split by position, like enwik8 and text8: the train split, then the validation split, then the test split."""
     ends = [0, int(len(data) * train_share), round(len(data) * (train_share + validation_share)), len(data)]
     return {
         name: Split(name, data[start:end], source, start)
@@ -169,10 +169,10 @@ def split_corpus(data: np.ndarray, train_share: float, validation_share: float, 
     }
 
 
-class RandomWindows(Dataset):
-    """`num_windows` windows of `window` bytes from random offsets; which, follows from the seed and the index alone.
+class RandomWindows(Dataset[dict[str, np.ndarray]]):
+    """`num_windows` windows of `window` bytes at random offsets, which depend on the seed and the index alone.
 
-    Items are `{"input_ids", "labels"}`, both `(window,)` int64. `windows_per_step` lets an error name the step.
+    Items are `{"input_ids", "labels"}`, both `(window,)` int64. With `windows_per_step`, an error names the step.
 
     Raises:
         ValueError: If the split is shorter than a window.
@@ -195,10 +195,10 @@ class RandomWindows(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-class ConsecutiveWindows(Dataset):
-    """The windows that cover a split from its start, so that each byte but the first is a target exactly once.
+class ConsecutiveWindows(Dataset[dict[str, np.ndarray]]):
+    """Windows that cover a split from its start: each byte but the first is a target exactly once.
 
-    Each window begins with the last byte of the one before. The last is filled up with targets of -100.
+    Each window begins with the last byte of the one before. The last window is padded with targets of -100.
     """
 
     def __init__(self, split: Split, window: int, max_bytes: int | None = None):
@@ -210,7 +210,7 @@ class ConsecutiveWindows(Dataset):
 
     @cached_property
     def is_utf8(self) -> bool:
-        """Whether the text is UTF-8; of any other the Trainer reports no bits per character."""
+        """Whether the text is UTF-8. For any other text the Trainer reports no bits per character."""
         return is_utf8(self.data)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -247,7 +247,7 @@ def _not_found(path: Path) -> str:
     known = f". It is {_KNOWN[path.name]}" if path.name in _KNOWN else ""
     return (
         f"data_path: there is no file or folder {one_line(path)!r} (from {one_line(os.getcwd())}); give a text file, a"
-        f" folder of text files or '{STANDARD_LIBRARY}', or a dataset by --dataset_name{known}"
+        f" folder of text files or '{STANDARD_LIBRARY}', or a dataset with --dataset_name{known}"
     )
 
 
@@ -258,7 +258,7 @@ def _standard_library_files() -> list[Path]:
 
 
 def _cached(files: list[Path], arguments: DataArguments, separator: bytes) -> Path:
-    """The cache's file of these, written if it is not there yet."""
+    """The file of the cache that holds the text of `files`; written if it does not exist yet."""
     tables = all(map(is_table, files))
     stamps = [f"{file} {(found := file.stat()).st_size} {found.st_mtime_ns}" for file in files]
     key = _cache_key("files", separator.hex(), arguments.text_column if tables else "", *stamps)
@@ -323,7 +323,7 @@ def _write_corpus(documents: Iterable[Iterable[bytes]], separator: bytes, key: s
 
 
 def _unfinished(folder: Path) -> Any:
-    """A new file that is locked, so that no other process takes it for one that was left."""
+    """A new file. It is locked, so that no other process deletes it like one that a killed process left."""
     while True:
         file = tempfile.NamedTemporaryFile(dir=folder, suffix=".incomplete", delete=False)  # noqa: SIM115
         _lock(file.fileno())
@@ -333,7 +333,7 @@ def _unfinished(folder: Path) -> Any:
 
 
 def _lock(descriptor: int) -> bool:
-    """Mark a file as being written, for as long as this process lives. False if another process writes it."""
+    """Lock a file for as long as this process lives. False if another process has locked it, or locks do not work."""
     try:
         import fcntl
 
@@ -344,7 +344,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Delete what processes that were killed left in the cache."""
+    """Delete unfinished files that killed processes left in the cache."""
     for path in folder.glob("tmp*.incomplete"):
         with contextlib.suppress(OSError), path.open("r+b") as file:
             if _lock(file.fileno()):

@@ -22,7 +22,7 @@ from .files import whole_file
 from .plots import plot_bits_by_position
 from .pretrained import load_language_model, read_config
 from .recipes import Parser
-from .terminal import error_message, one_line, use_safe_streams
+from .terminal import USER_ERRORS, one_line, report_error, use_safe_streams
 
 
 USAGE = "charformer-evaluate MODEL TEXT [--stride s ...] [--field value ...]"
@@ -230,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:
-        print(f"\ncharformer-evaluate: error: {error_message(error)}", file=sys.stderr)
+    except USER_ERRORS as error:
+        report_error("charformer-evaluate", error)
         return 1
     return 0
 

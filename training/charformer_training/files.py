@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, with the permissions that any new file gets; links are not followed."""
+"""Write files that appear whole or not at all, with the usual permissions of new files. Links are not followed."""
 
 import contextlib
 import os
@@ -20,14 +20,14 @@ def saving_failed_message(folder: str | os.PathLike[str], error: Exception) -> s
     """What to tell the user when `folder` could not be written."""
     free = shutil.disk_usage(Path(folder).parent).free / 1e6
     return (
-        f"saving {folder} failed: {error} ({free:,.0f} MB are free there now). What was written of it is removed;"
-        " earlier checkpoints stay as they are"
+        f"saving {folder} failed: {error} ({free:,.0f} MB are free there now). The incomplete files are removed;"
+        " earlier checkpoints stay unchanged"
     )
 
 
 @contextmanager
 def whole_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A scratch folder whose files move into `folder` when the block is through, and disappear if it fails.
+    """A scratch folder. Its files move into `folder` when the block ends, and are deleted if it fails.
 
     Raises:
         OSError: If the files cannot be written, such as on a full disk.
@@ -49,14 +49,14 @@ def whole_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` when the block is through, and disappears if it fails.
+    """A file to write to. It replaces `path` when the block ends, and is deleted if it fails.
 
     Raises:
         OSError: If the file cannot be written, or `path` is a folder or a device.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file, and is not replaced")
+        raise OSError(f"{path} is not a regular file, so it is not replaced")
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=path.parent))
     try:
         with open(scratch / "file", "wb") as file:
@@ -67,7 +67,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:
-    """Add a line to a file of text, UTF-8.
+    """Append a line to a text file, in UTF-8.
 
     Raises:
         OSError: If it cannot be written, or `path` is a link.
@@ -78,7 +78,7 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link (not what it points to) or a folder, if it is there."""
+    """Delete a file, a link (not its target) or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -86,17 +86,17 @@ def remove(path: Path) -> None:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Delete what a process that was killed left of unfinished files. Only where no other process writes."""
+    """Delete unfinished files that a killed process left. No other process may be writing to `folder`."""
     for left in folder.glob(f"{SCRATCH_PREFIX}*"):
         with contextlib.suppress(OSError):
             remove(left)
 
 
 def give_default_permissions(folder: Path) -> None:
-    """Let the files below `folder` that only their owner may read (as safetensors writes them) follow the umask."""
+    """Apply the umask to files below `folder` that only their owner may read, like those of safetensors."""
     probe = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=folder))
     try:
-        # Asking for the umask by os.umask() would change it for other threads for a moment.
+        # os.umask() can only be read by setting it, which would affect other threads for a moment.
         (probe / "file").touch()
         mode = stat.S_IMODE((probe / "file").stat().st_mode)
     finally:

@@ -1,4 +1,4 @@
-"""One run in a folder at a time, for as long as any of its processes lives."""
+"""A lock that keeps a folder to one run, for as long as any process of the run lives."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from typing import Any
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module on other systems
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +26,17 @@ _held: dict[Path, int] = {}
 
 @contextmanager
 def run_lock(folder: str | os.PathLike[str], first: bool = True) -> Iterator[bool]:
-    """Keep other runs out of `folder` while the block runs; yields whether an earlier run ended without a word.
+    """Keep other runs out of `folder` while the block runs. Yields whether an earlier run was killed.
 
-    Each process of a run holds a lock of its own, which the system releases with the process, however that ends: so a
-    run whose launcher died is still seen, and one that was killed is not. Of several processes one calls this with
-    `first`, before the others. Locks are not handed on to forked processes, and a process that holds one gets it again.
+    Each process of a run holds a lock, which the system releases however the process ends. So a run counts until its last
+    process is gone, even if its launcher has died. Of several processes, one calls this with `first` before the others.
+    Forked processes do not inherit the lock. A process that already holds it may call this again.
 
-    On network file systems the server must support POSIX locks (NFS does, if its lock daemon runs). Where a file system
-    has no locks, or clients cache them by themselves, two runs cannot be told apart; the former is said.
+    On network file systems the server must support POSIX locks; NFS does if its lock daemon runs. If the file system has
+    no locks, a warning says that a second run would not be noticed. If clients cache locks locally, nothing can warn.
 
     Raises:
-        FileExistsError: If another run holds the lock; says which.
+        FileExistsError: If another run holds the lock. The message says which.
         OSError: If the lock file cannot be written, or is a link.
     """
     folder = Path(folder).resolve()
@@ -51,16 +51,16 @@ def run_lock(folder: str | os.PathLike[str], first: bool = True) -> Iterator[boo
         _held[path] = descriptor
         yield earlier is not None
         if first:
-            os.ftruncate(descriptor, 0)  # ended by itself
+            os.ftruncate(descriptor, 0)  # this run was not killed
     finally:
         _held.pop(path, None)
         os.close(descriptor)
 
 
 def _lock(descriptor: int, path: Path, first: bool) -> dict[str, Any] | None:
-    """Take the lock; returns what an earlier run wrote that did not get to its end."""
+    """Take the lock. Returns what an earlier run wrote into it, if that run was killed."""
     try:
-        # Exclusive at first: the others of this run share it. (This changes from one to the other in one step.)
+        # Exclusive at first, to keep out other runs; then shared with the other processes of this one, in one step.
         fcntl.lockf(descriptor, (fcntl.LOCK_EX if first else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):

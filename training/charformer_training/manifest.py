@@ -1,7 +1,7 @@
-"""Which checkpoints are good: a manifest with a checksum for each file, and what a checkpoint must hold.
+"""Check that checkpoints are complete and undamaged, by a manifest with a checksum of each file.
 
-`SafeTrainer` writes a manifest last. A checkpoint of `transformers.Trainer` has none: of it, only what can be seen without
-one is checked.
+`SafeTrainer` writes the manifest last. A checkpoint of `transformers.Trainer` has none: there, only missing files and visible
+damage are found.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ from .files import whole_file
 
 
 MANIFEST = "manifest.json"
-# What is summed up between two log entries: a file that only `SafeTrainer` writes.
+# Sums since the last log entry. Only `SafeTrainer` writes this file.
 RUNNING_SUMS = "running_sums.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-# Names that are read when training is resumed: a file of such a name that is not the run's own would change it.
+# Names of files that are read on resuming. A foreign file with such a name would change the run.
 READ_ON_RESUME = re.compile(
     r"(model[-.]|pytorch_model|adapter|optimizer|scheduler|scaler|rng_state|auxiliary_heads|trainer_state|running_sums|global_step)"
 )
@@ -32,7 +32,7 @@ READ_ON_RESUME = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was found: what is wrong with it, what could not be checked, and what its run was set to."""
+    """A checkpoint: its faults, warnings about what could not be checked, and the settings of its run."""
 
     path: Path
     faults: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def write_manifest(folder: Path, settings: Mapping[str, Any], **more: Any) -> None:
-    """Write checksums of all files in `folder`, and what the run was set to; the last file of a checkpoint.
+    """Write the last file of a checkpoint: the checksums of all files in `folder`, and the run's settings.
 
     Raises:
         OSError: If a file cannot be read or written.
@@ -51,7 +51,7 @@ def write_manifest(folder: Path, settings: Mapping[str, Any], **more: Any) -> No
 
 
 def write_result(path: Path, settings: Mapping[str, Any], complete: bool) -> None:
-    """Write what `inspect_result` reads: checksums of the trained weights beside `path`, and whether that was all.
+    """Write a file for `inspect_result`: checksums of the weights in the same folder, and if the run is complete.
 
     Raises:
         OSError: If a file cannot be read or written.
@@ -68,7 +68,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def inspect(folder: str | os.PathLike[str], processes: int = 1) -> Checkpoint:
-    """Look at all that a checkpoint holds, every byte of it, for a run on so many processes."""
+    """Check every byte of a checkpoint, for a run on this number of processes."""
     folder = Path(folder)
     if not folder.is_dir():
         return Checkpoint(folder, (f"there is no folder {folder}",))
@@ -85,12 +85,12 @@ def inspect(folder: str | os.PathLike[str], processes: int = 1) -> Checkpoint:
 
 
 def is_scheduled(folder: Path) -> bool:
-    """Whether a checkpoint is any other than one that was written because of a signal."""
+    """Whether a checkpoint was due at its step. One that was written only because of a signal was not."""
     return bool((_read(folder / MANIFEST) or {}).get("scheduled", True))
 
 
 def newest_good(output_dir: str | os.PathLike[str], processes: int = 1) -> tuple[Checkpoint | None, list[Checkpoint]]:
-    """The good checkpoint with the highest step in a run's folder, if there is one, and the bad ones above it."""
+    """The good checkpoint with the highest step in a run's folder, if any, and the bad ones with higher steps."""
     steps = {
         int(match[1]): path for path in Path(output_dir).glob("*") if (match := CHECKPOINT_NAME.fullmatch(path.name))
     }
@@ -104,7 +104,7 @@ def newest_good(output_dir: str | os.PathLike[str], processes: int = 1) -> tuple
 
 
 def inspect_result(folder: Path, name: str) -> Checkpoint | None:
-    """The trained model in a run's folder, as `write_result` left it in the file `name`; `None` if it did not."""
+    """The trained model in a run's folder, as described by `write_result` in the file `name`. `None` without that file."""
     if not (folder / name).exists():
         return None
     if (content := _read(folder / name)) is None:
@@ -115,7 +115,7 @@ def inspect_result(folder: Path, name: str) -> Checkpoint | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a manifest holds, or `None` if any byte of it is not what was written."""
+    """The content of a manifest, or `None` if any byte of it has changed."""
     try:
         text = path.read_text(encoding="utf-8")
         content: dict[str, Any] = json.loads(text)
@@ -149,12 +149,14 @@ def _inspect_manifest(folder: Path) -> Checkpoint:
         f"{folder / name} is not of this run, and is not read" for name in foreign if not READ_ON_RESUME.match(name)
     ]
     if content.get("save_only_model"):
-        faults.append("it holds the model alone (save_only_model), without what training goes on from")
+        faults.append(
+            "it holds the model alone (save_only_model), without the optimizer and other state that resuming needs"
+        )
     return Checkpoint(folder, tuple(faults), tuple(warnings), content["settings"])
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """All files of a checkpoint by name, but for the manifest and hidden ones, which file systems and viewers leave."""
+    """All files of a checkpoint by name, except the manifest and hidden files, which file systems add."""
     return {
         path.relative_to(folder).as_posix(): path
         for path in folder.rglob("*")
@@ -168,7 +170,7 @@ def _checksums(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
             digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _file_digest(file)
         return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         return dict(zip(files, pool.map(checksum, files.values()), strict=True))
 
 
@@ -189,7 +191,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _missing_files(folder: Path, processes: int) -> list[str]:
-    """What a checkpoint of `transformers.Trainer` lacks that training would go on without, and so otherwise."""
+    """What a checkpoint of `transformers.Trainer` lacks. Training would resume without it, but differently."""
     if not (folder / "trainer_state.json").exists():
         if (folder / "config.json").exists():
             return [
@@ -213,7 +215,10 @@ def _missing_files(folder: Path, processes: int) -> list[str]:
     needed += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     missing = [name for name in needed if not any(there.startswith(name) for there in names)]
     if len(missing) == len(needed):
-        return [*faults, "it holds the model alone (save_only_model), without what training goes on from"]
+        return [
+            *faults,
+            "it holds the model alone (save_only_model), without the optimizer and other state that resuming needs",
+        ]
     return [*faults, *(f"{name if '.' in name else name + '.pt'} is missing" for name in missing)]
 
 

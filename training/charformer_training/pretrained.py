@@ -1,4 +1,4 @@
-"""Trained models from a folder or the Hub, checked before their weights take memory."""
+"""Load trained models from a folder or the Hub, after a check that they fit into memory."""
 
 import os
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _SIZES = (
     "max_position_embeddings",
     "num_targets",
 )
-# The paper's largest has 64. Building each takes time and memory of its own, whatever its size.
+# The paper's largest model has 64. Building a layer takes time and memory even if it is tiny.
 _MAX_LAYERS = 2_000
 
 
@@ -32,7 +32,7 @@ def check_size(fields: Mapping[str, Any]) -> None:
     """Refuse an architecture whose weights this machine cannot hold, before anything is built.
 
     Args:
-        fields: Those of a `CharformerConfig`, given or read from `config.json`; its defaults stand for the rest.
+        fields: Fields of a `CharformerConfig`. Those that are missing have its defaults.
 
     Raises:
         ValueError: Names the fields, their values and what is accepted.
@@ -69,11 +69,11 @@ def read_config(name: str, field: str = "model") -> CharformerConfig:
 
     Args:
         name: A folder or a Hub id.
-        field: What the user calls it, for errors.
+        field: The name of the option that gives it, for errors.
 
     Raises:
-        FileNotFoundError: If there is no such folder, and no such model on the Hub or no way to it.
-        ValueError: If it is another model, or its `config.json` is damaged or asks for more than this machine has.
+        FileNotFoundError: If there is no such folder, and the Hub has no such model or cannot be reached.
+        ValueError: If it is another model, its `config.json` is damaged, or the model is too large for this machine.
     """
     if not name.strip():
         raise ValueError(f"{field} is empty; give a folder or a Hub id")
@@ -112,8 +112,8 @@ def load_language_model(name: str, field: str = "model", **settings: Any) -> Cha
 
     Args:
         name: A folder or a Hub id.
-        field: What the user calls it, for errors.
-        settings: As `from_pretrained` takes them: `dtype`, or fields of the configuration.
+        field: The name of the option that gives it, for errors.
+        settings: Keyword arguments of `from_pretrained`, such as `dtype` or fields of the configuration.
 
     Raises:
         FileNotFoundError: Like `read_config`.
@@ -135,6 +135,7 @@ def load_language_model(name: str, field: str = "model", **settings: Any) -> Cha
         raise ValueError(
             f"{field}: the weights of {label} are not those of its config.json: {_first_line(error)}"
         ) from error
+    model: CharformerForCausalLM
     model, info = loaded
     missing = [key for key in info["missing_keys"] if key.startswith(("model.", "lm_head."))]
     if missing:
@@ -146,5 +147,5 @@ def load_language_model(name: str, field: str = "model", **settings: Any) -> Cha
 
 def _first_line(error: BaseException) -> str:
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        error = error.__cause__  # its own message begins with the name of the check
+        error = error.__cause__  # this error's message begins with the name of a check
     return one_line(str(error).strip().split("\n")[0])[:500] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Pushing a run to the Hub: whole repositories at every commit, no secrets, and failures that are told."""
+"""Push runs to the Hub: complete repositories at every commit, no secrets, and reported failures."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 
 import modeling_charformer
@@ -34,69 +34,70 @@ logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 STAGE_PREFIX = "_push-"  # the Trainer's own pushes leave out what begins with an underscore
-# What a checkpoint holds beside the model. Pickles are of no use to those who load it, and they can run code.
+# Files of a checkpoint that are not part of the model. Pickles can run code when they are loaded.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 RESUME_FILES = ("trainer_state.json", "running_sums.json", "manifest.json", "latest", "zero_to_fp32.py")
-# What a run keeps in its folder for itself: with the paths of a machine, and of no use to others.
+# Files that a run does not push: they hold paths of the machine.
 RECIPE, COMMAND, RESULT = "recipe.yaml", "command.txt", "_result.json"
 PRIVATE = (RECIPE, COMMAND)
 
 
 class HubTrainer(Trainer):
-    """`transformers.Trainer` whose pushes to the Hub can be relied on.
+    """`transformers.Trainer` with reliable pushes to the Hub.
 
-    - Every commit with weights has the code, configuration and tokenizer that load them. A checkpoint is pushed as one
-      commit, from links to its files, so that training can delete it meanwhile.
-    - `training_args.bin`, a pickle of the arguments with token and paths, is neither written nor pushed.
-    - A repository that cannot be written to is reported when the Trainer is built, a failed background push at the next
-      save and when training ends; a later push makes up for it.
-    - The card says what is known of the run, and keeps what a person wrote into it.
+    - Every commit with weights also has the code, configuration and tokenizer that load them. A checkpoint is pushed as one
+      commit. It is pushed from links to its files, so that training can delete it meanwhile.
+    - `training_args.bin` is neither written nor pushed: it is a pickle of the arguments, with token and paths.
+    - A repository without write access is reported when the Trainer is built. A failed background push is reported at the
+      next save and when training ends, and the next push uploads what is missing.
+    - The model card describes the run. What a person wrote into it is kept.
     """
 
-    hub_model_id: str | None = None  # type: ignore[assignment]  # None is all that Trainer declares
+    hub_model_id: str | None = None  # type: ignore[assignment]  # Trainer declares None
 
-    def __init__(self, *args, **kwargs):
-        self._pushes: list[Future] = []
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._pushes: list[Future[Any]] = []
         super().__init__(*args, **kwargs)
         name = getattr(getattr(self.accelerator.unwrap_model(self.model), "config", None), "_name_or_path", "")
-        # Asked now: a folder may be gone by the time that the card is written.
+        # Checked now, because the folder may be gone when the card is written.
         self.finetuned_from: str | None = name if name and not Path(name).exists() else None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository if need be, and make sure that it can be written to.
+        """Create the repository if it does not exist, and check that it can be written to.
 
         Raises:
-            OSError: If it cannot, with the reason.
+            OSError: If it cannot be written to, with the reason.
             ValueError: If the output folder holds pickles, which would be pushed.
         """
         if not self.is_world_process_zero():
             return
         self._refuse_pickles()
         output_dir = Path(str(self.args.output_dir))
-        for left in output_dir.glob(f"{STAGE_PREFIX}*"):  # by a process that was killed
+        for left in output_dir.glob(f"{STAGE_PREFIX}*"):  # of a killed process
             remove(left)
         name = self.args.hub_model_id or output_dir.absolute().name
         try:
             super().init_hf_repo(token, **_given(private=private))
             HfApi().auth_check(str(self.hub_model_id), token=token or self.args.hub_token, write=True)
-        except Exception as error:  # each layer below has exceptions of its own
+        except Exception as error:  # the layers below raise many kinds
             raise OSError(push_failed_message(name, error)) from error
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         if self.processing_class is None and config is not None and is_charformer(config):
-            CharformerTokenizer.for_model(config).save_pretrained(folder)  # one that needs no training: ids are bytes
+            CharformerTokenizer.for_model(config).save_pretrained(folder)  # it needs no training: ids are bytes
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         try:
-            return super().train(*args, **kwargs)
+            output: TrainOutput = super().train(*args, **kwargs)
+            return output
         except Exception:
             self._finish_current_push()
             raise
-        except BaseException:  # whoever interrupts a run does not want to wait
+        except BaseException:  # an interrupted run does not wait for its uploads
             self._report_failed_pushes()
             raise
 
@@ -107,13 +108,13 @@ class HubTrainer(Trainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **kwargs,
-    ):
-        """As `Trainer.push_to_hub`.
+        **kwargs: Any,
+    ) -> Any:  # a CommitInfo or its future, or None in other processes: Trainer declares the first alone
+        """Like `Trainer.push_to_hub`.
 
         Raises:
             ValueError: If the output folder holds pickled weights.
-            OSError: If the push fails, with the reason; what is in the output folder stays as it is.
+            OSError: If the push fails, with the reason. The output folder stays unchanged.
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
@@ -127,8 +128,8 @@ class HubTrainer(Trainer):
 
     def _push(
         self, message: str | None, blocking: bool, token: str | None, revision: str | None, card: dict[str, Any]
-    ) -> Any:
-        """As `Trainer.push_to_hub`, but for what a run keeps for itself, and links: these stay at home."""
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Like `Trainer.push_to_hub`, but links and the files in `PRIVATE` are not pushed."""
         folder = Path(str(self.args.output_dir))
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -140,8 +141,8 @@ class HubTrainer(Trainer):
         self.create_model_card(**{"model_name": name, **card, "tags": [*dict.fromkeys(tags)]})
         self._finish_current_push()
         links = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()]
-        upload: Any = HfApi().upload_folder
-        return upload(
+        upload: Any = HfApi().upload_folder  # its overloads want run_as_future as a literal
+        commit: CommitInfo | Future[CommitInfo] = upload(
             repo_id=str(self.hub_model_id),
             folder_path=folder,
             commit_message=message,
@@ -150,6 +151,7 @@ class HubTrainer(Trainer):
             ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *PRIVATE, *links],
             revision=revision or self.args.hub_revision,
         )
+        return commit
 
     def _refuse_pickles(self) -> None:
         folder = Path(str(self.args.output_dir))
@@ -169,7 +171,7 @@ class HubTrainer(Trainer):
             return
         self._report_failed_pushes()
         if self._pushes and not self.args.hub_always_push:
-            return  # the next push has it all
+            return  # the next push uploads everything
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         subfolder = {
             HubStrategy.CHECKPOINT: "last-checkpoint",
@@ -180,7 +182,7 @@ class HubTrainer(Trainer):
             _stage_checkpoint(Path(checkpoint_folder), stage, subfolder)
             run_card(self.facts(), str(self.hub_model_id).split("/")[-1]).save(stage / CARD_FILE)
             self._draw_loss_terms(stage)
-        except OSError as error:  # such as a full disk: the checkpoint itself is whole
+        except OSError as error:  # such as a full disk; the checkpoint itself is complete
             shutil.rmtree(stage, ignore_errors=True)
             self._report(error)
             return
@@ -202,7 +204,7 @@ class HubTrainer(Trainer):
         self._report_failed_pushes()
 
     def _report_failed_pushes(self) -> None:
-        """Say which background pushes have failed since this was last called; those under way are left alone."""
+        """Report the background pushes that have failed since the last call, without waiting for running ones."""
         done = [job for job in self._pushes if job.done()]
         self._pushes = [job for job in self._pushes if job not in done]
         for job in done:
@@ -211,7 +213,7 @@ class HubTrainer(Trainer):
 
     def _report(self, error: BaseException) -> None:
         logger.error(
-            "%s. Training and its checkpoints are not affected; the next push brings all that is missing",
+            "%s. Training and its checkpoints are not affected; the next push uploads what is missing",
             push_failed_message(str(self.hub_model_id), error),
         )
 
@@ -227,10 +229,10 @@ class HubTrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write `README.md`, and the picture of the loss terms that it shows, into the output folder.
+        """Write `README.md` and its picture of the loss terms into the output folder.
 
-        The arguments are those of `Trainer.create_model_card`; what they say goes into the card. The card that the
-        repository has already, or else the output folder, keeps what a person wrote into it.
+        The arguments are those of `Trainer.create_model_card`. What a person wrote into the card of the repository, or else
+        of the output folder, is kept.
         """
         if not self.is_world_process_zero():
             return
@@ -251,7 +253,7 @@ class HubTrainer(Trainer):
         self.write_card(folder, card)
 
     def facts(self) -> RunFacts:
-        """What a card tells of the run so far."""
+        """The facts about the run so far that a card shows."""
         model = self.accelerator.unwrap_model(self.model)
         datasets = {"training": self.train_dataset, "evaluation": self.eval_dataset}
         evaluated = self.eval_dataset
@@ -280,7 +282,7 @@ class HubTrainer(Trainer):
         )
 
     def write_card(self, folder: Path, card: ModelCard | None = None) -> None:
-        """Write the card of the run so far (or `card`), merged into the one that is there, and its picture into `folder`."""
+        """Write `card`, by default that of the run so far, merged with an existing card, and its picture into `folder`."""
         output_dir = Path(str(self.args.output_dir))
         name = (self.hub_model_id or output_dir.absolute().name).split("/")[-1]
         old = None
@@ -317,7 +319,7 @@ def _recipe(args: TrainingArguments, max_steps: int) -> dict[str, Any]:
 
 
 def push_folder(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     repo_id: str,
     inference_only: bool = False,
     commit_message: str = "Upload model",
@@ -325,21 +327,22 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
 ) -> CommitInfo:
-    """Push the Charformer in `folder`, such as a run has left there, as one commit: model, tokenizer, code, card, picture.
+    """Push a saved Charformer, like a run's folder, as one commit of model, tokenizer, code, card and picture.
 
-    The card that the repository has already keeps what a person wrote into it.
+    What a person wrote into the repository's card is kept.
 
     Args:
-        folder: What holds the model; other files in it, checkpoints and pickles among them, stay at home.
-        repo_id: `"user/name"`; made if need be.
-        inference_only: Push the model without what only training needs. Training can be resumed from the full one only.
-        commit_message: What the commit is called.
-        token: By default the one of HF_TOKEN or of `hf auth login`.
+        folder: The folder of the model. Other files in it, such as checkpoints and pickles, are not pushed.
+        repo_id: `"user/name"`; created if it does not exist.
+        inference_only: Push the model without the parts that only training needs. Training can only be resumed from the
+            full one.
+        commit_message: The title of the commit.
+        token: By default that of HF_TOKEN or of `hf auth login`.
         private: Whether a new repository is private.
         revision: The branch; by default `"main"`.
 
     Raises:
-        OSError: If the folder holds no model, or the push fails; the message tells why.
+        OSError: If the folder holds no model, or the push fails. The message says why.
     """
     architectures = CharformerConfig.from_pretrained(folder).architectures or []
     kind: Any = getattr(modeling_charformer, architectures[0] if architectures else "CharformerModel")
@@ -360,12 +363,12 @@ def push_folder(
             return HfApi().upload_folder(
                 repo_id=repo_id, folder_path=stage, commit_message=commit_message, token=token, revision=revision
             )
-        except Exception as error:  # each layer below has exceptions of its own
+        except Exception as error:  # the layers below raise many kinds
             raise OSError(push_failed_message(repo_id, error)) from error
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """The options that are given: older versions of Transformers do not know them all."""
+    """The options that are not `None`. Older versions of Transformers do not know all of them."""
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -374,9 +377,9 @@ def _joined(names: str | Sequence[str] | None) -> str:
 
 
 def _stage_checkpoint(checkpoint: Path, stage: Path, subfolder: str | None) -> None:
-    """Make `stage` a repository: the checkpoint's model, and if asked for, all of it in a subfolder to resume from.
+    """Fill `stage` with the checkpoint's model and, if `subfolder` is given, with the whole checkpoint in it.
 
-    Files are linked, not copied, where the file system can: what is being pushed outlives the checkpoint's deletion.
+    Files are linked if the file system has links, and copied otherwise, so that the checkpoint can be deleted meanwhile.
     """
     for path in checkpoint.iterdir():
         if path.is_file() and not path.is_symlink() and path.suffix not in PICKLES and path.name not in RESUME_FILES:
@@ -397,12 +400,13 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _push_stage(stage: Path, repo_id: str, **upload: Any) -> Any:
-    """Push a staged repository as one commit; runs in the background."""
+def _push_stage(stage: Path, repo_id: str, **upload: Any) -> CommitInfo:
+    """Push a staged repository as one commit. Runs in the background."""
     try:
         new = ModelCard.load(stage / CARD_FILE)
         merged_card(new, _card_on_hub(repo_id, upload["token"], upload["revision"])).save(stage / CARD_FILE)
-        return HfApi().upload_folder(repo_id=repo_id, folder_path=stage, **upload)
+        commit: CommitInfo = HfApi().upload_folder(repo_id=repo_id, folder_path=stage, **upload)
+        return commit
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -412,11 +416,12 @@ def _card_on_hub(repo_id: str, token: str | None, revision: str | None) -> Model
         path = HfApi().hf_hub_download(repo_id, CARD_FILE, token=token, revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
-    return ModelCard.load(path, ignore_metadata_errors=True)
+    card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
+    return card
 
 
 def push_failed_message(repo_id: str, error: BaseException) -> str:
-    """What to tell the user of a push that failed: the reason in the client's words, and what helps."""
+    """The message about a failed push: the reason in the client's words, and advice."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     hints = {
         401: "Log in with `hf auth login`, or set HF_TOKEN to a valid token",
@@ -425,7 +430,7 @@ def push_failed_message(repo_id: str, error: BaseException) -> str:
     }
     if status is None:
         from_network = isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore"))
-        hint = "Is the Hub within reach?" if from_network else ""
+        hint = "Can this machine reach the Hub?" if from_network else ""
     else:
         hint = hints.get(status, "Push again later" if status >= 500 else "")
     reason = " ".join(str(error).split()) or type(error).__name__

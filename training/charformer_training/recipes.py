@@ -11,7 +11,10 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, Trainer, get_scheduler
-from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -35,14 +38,16 @@ from .terminal import one_line
 
 USAGE = "charformer-train RECIPE.yaml [--field value ...]"
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# Fields that recipes of earlier versions may hold.
+_FORMER_NAMES = {"loss_weights": "term_weights", "max_eval_characters": "max_eval_bytes"}
 _PARTS = (ModelArguments, DataArguments, RunArguments, AuxiliaryLossTrainingArguments)
 
 
 class Parser(HfArgumentParser):
-    """Reads the command line of a program; whatever is wrong raises `ValueError`, and no value is echoed with it."""
+    """Reads the command line of a program. Wrong words raise `ValueError`; a misplaced value, maybe a secret, is not shown."""
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument --(\w+)(/--[\w-]+)?: ", r"\1: ", message)  # one of the two spellings will do
+        message = re.sub(r"^argument --(\w+)(/--[\w-]+)?: ", r"\1: ", message)  # argparse names both spellings
         for kind, accepted in (("int", "a whole number"), ("float", "a number")):
             message = re.sub(rf"^(\w+): invalid {kind} value: (.*)$", rf"\1 is \2; it must be {accepted}", message)
         message = re.sub(
@@ -55,7 +60,7 @@ class Parser(HfArgumentParser):
         return {action.dest for action in self._actions} - {"help"}
 
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
-        """The fields' values: those of the command line, the parser's defaults for the rest.
+        """The fields' values, from the command line or else the parser's defaults.
 
         Raises:
             ValueError: If a word is not an option or its value.
@@ -76,13 +81,15 @@ class Parser(HfArgumentParser):
 
 
 def hint(name: object, known: Iterable[str], prefix: str = "") -> str:
-    """The name that was meant, as the end of a message."""
+    """The end of a message about an unknown name: the name that was probably meant."""
+    if name in _FORMER_NAMES:
+        return f"; its name is {prefix}{_FORMER_NAMES[str(name)]} now"
     close = difflib.get_close_matches(str(name).replace("-", "_"), list(known), n=1)
     return f"; meant {prefix}{close[0]}?" if close else "; --help lists them all"
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """A recipe's fields, overridden by those of the command line; everything is checked before it is used.
+    """The settings of a recipe, overridden by the command line and checked.
 
     Raises:
         ValueError: If the recipe is not a mapping of known fields, or a value is not accepted.
@@ -94,12 +101,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if words and not words[0].startswith("-"):
         recipe = read_recipe(Path(words.pop(0)))
         for source, other in (("data_path", "dataset_name"), ("dataset_name", "data_path")):
-            if f"__{source}" in given:  # replaces the recipe's text, wherever that comes from
+            if f"__{source}" in given:  # a text on the command line replaces either of the recipe's
                 recipe.pop(other, None)
         parser.set_defaults(**recipe)
     values = parser.parse(words)
     if values["num_targets"] == 1 and "__num_targets" in given and "__target_weights" not in given:
-        values["target_weights"] = None  # the recipe's weights are of targets that are not wanted
+        values["target_weights"] = None  # the recipe's weights are of targets that there are not
     _check_program(values)
     _check_trainer(values)
     check_ranges({name: value for name, value in values.items() if name not in CONFIG_TYPES})
@@ -158,7 +165,7 @@ def field_types() -> dict[str, Any]:
 
 
 def _for_parser(name: str, value: Any) -> Any:
-    """A recipe's value in the form that the command line has; `None` there is a field that is left out."""
+    """A recipe's value in the form of the command line, where `None` means that a field is left out."""
     if name not in CONFIG_TYPES or value is not None:
         return value
     if str in get_args(CONFIG_TYPES[name]):
@@ -170,12 +177,12 @@ def _for_parser(name: str, value: Any) -> Any:
 
 def _parser() -> Parser:
     parser = Parser(
-        _PARTS,  # type: ignore[arg-type]  # typed for one class
+        _PARTS,  # type: ignore[arg-type]  # declared for one class, but takes several
         prog="charformer-train",
         usage=USAGE,
-        allow_abbrev=False,  # a misspelt field must not pass for the beginning of another
+        allow_abbrev=False,  # a misspelt field must not be taken for the beginning of another
     )
-    parser.format_help = lambda: training_help(parser.usage or "", _PARTS)  # type: ignore[method-assign]
+    parser.format_help = lambda: training_help(parser.usage or "", _PARTS)  # type: ignore[method-assign]  # argparse groups no fields as we do
     return parser
 
 
@@ -184,10 +191,10 @@ def _fields_of(part: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_program(values: dict[str, Any]) -> None:
-    """What the Trainer would accept, and this program cannot use."""
+    """Refuse what the Trainer accepts, but this program cannot use."""
     if not values["output_dir"] or not values["output_dir"].strip():
         raise ValueError("output_dir is missing; give the folder for the trained model")
-    check_text("output_dir", values["output_dir"])  # it stands in the card, and is what others load
+    check_text("output_dir", values["output_dir"])  # the model card shows it
     if values["max_steps"] <= 0:
         raise ValueError(
             f"max_steps is {values['max_steps']}; give the number of optimizer steps: windows are drawn at random, so"
@@ -215,7 +222,7 @@ def _check_program(values: dict[str, Any]) -> None:
 
 
 def _check_trainer(values: dict[str, Any]) -> None:
-    """What the Trainer would refuse late: after the corpus is read, or at the first evaluation."""
+    """Refuse early what the Trainer refuses only after the corpus is read, or at the first evaluation."""
     for name, kind in get_type_hints(AuxiliaryLossTrainingArguments).items():
         value = values.get(name)
         if dict not in {get_origin(member) or member for member in get_args(kind)} or not isinstance(value, str):
@@ -254,13 +261,13 @@ def _check_trainer(values: dict[str, Any]) -> None:
 
 
 def _check_optimizer(training: AuxiliaryLossTrainingArguments) -> None:
-    """What would fail at the first step, when an earlier model may have been deleted already."""
+    """Refuse early what fails at the first step, when an earlier model may have been deleted already."""
     try:
         Trainer.get_optimizer_cls_and_kwargs(training)
     except ImportError as error:
         raise ValueError(f"optim is {OptimizerNames(training.optim).value!r}; {one_line(error)}") from error
     except (AttributeError, ValueError):
-        pass  # some need the model to say
+        pass  # some optimizers need the model, which is not there yet
     kwargs: Any = training.lr_scheduler_kwargs  # a mapping by now
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], training.learning_rate)
     try:

@@ -1,4 +1,4 @@
-"""What comes before a run is resumed: it is alone in its folder, the checkpoint is good and fits the model."""
+"""Checks before a run is resumed: it is the only run in its folder, and the checkpoint is good and fits the model."""
 
 import contextlib
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def changed(args: TrainingArguments | None, **values: Any) -> Iterator[None]:
-    """Other values of arguments for a while."""
+    """Set fields of `args` for the length of the block."""
     fields = {} if args is None else vars(args)
     old = {name: fields[name] for name in values if name in fields}
     fields.update(values)
@@ -37,19 +37,19 @@ def let_lower_be_better(args: TrainingArguments) -> None:
     """Set `greater_is_better` right for losses, bits and perplexities, which Transformers knows by one name only."""
     metric = args.metric_for_best_model
     if isinstance(args, AuxiliaryLossTrainingArguments) or not metric or not args.greater_is_better:
-        return  # the former know whether the user has set it
+        return  # AuxiliaryLossTrainingArguments has done this already
     if lower_is_better(metric):
         args.greater_is_better = False
         logger.warning(
-            "metric_for_best_model is %s, of which the lower is the better: greater_is_better is set to False (to have it"
-            " otherwise, give it in AuxiliaryLossTrainingArguments)",
+            "metric_for_best_model is %s, and lower is better: greater_is_better is set to False (to choose True, give it in"
+            " AuxiliaryLossTrainingArguments)",
             metric,
         )
 
 
 @contextlib.contextmanager
 def only_run(args: TrainingArguments) -> Iterator[bool]:
-    """Keep other runs out of `output_dir`, see `run_lock`; the processes of a run call this together.
+    """Keep other runs out of `output_dir`, see `run_lock`. All processes of a run call this together.
 
     Raises:
         FileExistsError: If another run is at work there.
@@ -71,10 +71,10 @@ def only_run(args: TrainingArguments) -> Iterator[bool]:
 
 
 def find_checkpoint(folder: str | os.PathLike[str], newest: bool, args: TrainingArguments) -> Checkpoint:
-    """The checkpoint in `folder`, or with `newest` the newest good one of those in it.
+    """The checkpoint `folder`, or with `newest` the newest good checkpoint in it.
 
     Raises:
-        ValueError: If it is not good, or if there is none; says what is wrong, and which would be good.
+        ValueError: If it is not good, or there is none. The message says what is wrong, and names a good one.
     """
     processes = max(1, args.world_size)
     if newest:
@@ -89,9 +89,7 @@ def find_checkpoint(folder: str | os.PathLike[str], newest: bool, args: Training
         found = inspect(folder, processes)
         if found.faults:
             other, _ = newest_good(Path(folder).parent, processes)
-            hint = (
-                f"the newest good checkpoint beside it is {other.path}" if other else "there is no good one beside it"
-            )
+            hint = f"the newest good checkpoint of this run is {other.path}" if other else "the run has no good one"
             raise ValueError(f"resume_from_checkpoint: {folder} is not good: {'; '.join(found.faults)}; {hint}")
     for warning in found.warnings:
         logger.warning(warning)
@@ -107,7 +105,7 @@ def check_same_weights(folder: Path, model: nn.Module) -> None:
     saved: dict[str, tuple[int, ...]] = {}
     weights_files = sorted(folder.glob("model*.safetensors"))
     heads = saved_heads(folder)
-    if weights_files and heads:  # beside a PEFT adapter alone there is no whole model to compare
+    if weights_files and heads:  # a PEFT adapter comes without the whole model
         weights_files.append(heads)
     for path in weights_files:
         with safe_open(path, framework="pt") as weights:
@@ -128,6 +126,6 @@ def check_same_weights(folder: Path, model: nn.Module) -> None:
         total = len(missing) + len(unexpected) + len(reshaped)
         raise ValueError(
             f"resume_from_checkpoint: {folder} is the checkpoint of another model ({total} weights differ):"
-            f" {'; '.join(differences)}. Training goes on only with the settings it began with; an inference-only"
+            f" {'; '.join(differences)}. A run can be resumed only with the settings it began with, and an inference-only"
             " model cannot be resumed"
         )

@@ -1,4 +1,4 @@
-"""A run's folder: how a run begins there, goes on or is complete already, and what it was asked for."""
+"""A run's folder: whether a run begins, resumes or is complete there, and the record of its settings."""
 
 import enum
 import logging
@@ -21,9 +21,9 @@ from .pushing import COMMAND, RECIPE, RESULT
 logger = logging.getLogger(__name__)
 
 SAMPLES = "samples.jsonl"
-# What a run leaves in its folder, apart from checkpoint-* folders.
+# Files of a trained model in a run's folder.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
-# What a recipe must not hold: secrets, and what says how a command begins rather than what it does.
+# Fields that a recorded recipe leaves out: secrets, and how the command was to begin or resume.
 NOT_IN_RECIPES = {
     "hub_token",
     "resume",
@@ -36,7 +36,7 @@ NOT_IN_RECIPES = {
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: from a checkpoint, from weights that are trained, or anew; and what is to be deleted first."""
+    """How a run begins: anew, from a checkpoint, or with a model that is already trained. `replaced` is deleted first."""
 
     resume_from: str | None = None
     trained: bool = False
@@ -46,11 +46,11 @@ class Start:
 
 
 def plan_start(arguments: Arguments) -> Start:
-    """How to begin; all processes call this together, after the folder is theirs alone.
+    """Decide how to begin. All processes call this together, while they hold the folder's lock.
 
     Raises:
-        FileExistsError: If the folder holds a model or checkpoints that the run is not to go on from.
-        ValueError: If what is asked for cannot be.
+        FileExistsError: If the folder holds a model or checkpoints that the run should not continue.
+        ValueError: If the settings contradict each other.
     """
     answer: list[Any] = [None, None]
     if arguments.training.process_index == 0:
@@ -79,7 +79,7 @@ def _plan(arguments: Arguments) -> Start:
     elsewhere = run.resume == "never" or Path(run.resume).resolve().parent != folder.resolve()
     if held and elsewhere:
         raise FileExistsError(
-            f"output_dir {folder} already holds a model ({held[0].name}). Go on with it by --resume auto, give another"
+            f"output_dir {folder} already holds a model ({held[0].name}). Resume it with --resume auto, give another"
             " output_dir, or replace it with --overwrite_output_dir"
         )
     return Start(resume_from=None if run.resume == "never" else run.resume)
@@ -88,8 +88,8 @@ def _plan(arguments: Arguments) -> Start:
 def _check_choices(run: RunArguments, resume_from_checkpoint: str | None, save_only_model: bool) -> None:
     if resume_from_checkpoint is not None:
         raise ValueError(
-            f"resume_from_checkpoint is {resume_from_checkpoint!r}; give --resume auto to go on from the newest good"
-            " checkpoint of output_dir, or --resume and a checkpoint's folder"
+            f"resume_from_checkpoint is {resume_from_checkpoint!r}; give --resume auto for the newest good checkpoint of"
+            " output_dir, or --resume with a checkpoint's folder"
         )
     if run.resume == "":
         raise ValueError("resume is ''; it must be 'auto', 'never', or a checkpoint's folder")
@@ -97,8 +97,8 @@ def _check_choices(run: RunArguments, resume_from_checkpoint: str | None, save_o
         raise ValueError(f"resume is {run.resume!r} and overwrite_output_dir is on; give one of the two")
     if run.resume == "auto" and save_only_model:
         raise ValueError(
-            "resume is 'auto' and save_only_model is on: checkpoints with the model alone cannot be resumed; leave out"
-            " one of the two"
+            "resume is 'auto' and save_only_model is on: checkpoints that hold only the model cannot be resumed; leave"
+            " out one of the two"
         )
 
 
@@ -125,7 +125,7 @@ def _plan_to_go_on(folder: Path, held: Sequence[Path], processes: int) -> Start:
 
 
 def record_run(arguments: Arguments, command: Sequence[str], start: Start) -> None:
-    """Write what the run is asked for into its folder, and delete what it replaces."""
+    """Write recipe and command line into the run's folder, and delete the files that the run replaces."""
     folder = Path(str(arguments.training.output_dir))
     for path in start.replaced:
         remove(path)
@@ -136,9 +136,9 @@ def record_run(arguments: Arguments, command: Sequence[str], start: Start) -> No
 
 
 def effective_recipe(arguments: Arguments) -> dict[str, Any]:
-    """All settings of a run, defaults included, as a recipe holds them; no secrets."""
+    """All settings of a run as a recipe: with defaults, without secrets."""
     recipe: dict[str, Any] = {}
-    # On the command line a mapping is text.
+    # A mapping that was given on the command line is still text in the settings.
     parsed = {name: value for name, value in arguments.model.config_fields().items() if isinstance(value, dict)}
     for part in arguments:
         for item in fields(part):
@@ -168,7 +168,7 @@ def _as_yaml(recipe: dict[str, Any]) -> str:
 
 
 def without_secrets(command: Sequence[str]) -> list[str]:
-    """A command line whose tokens are blotted out, however the option that gives them is spelt."""
+    """A command line with its tokens replaced by ***, even if the option's name is misspelt."""
     words, hide = [], False
     for word in command:
         name, equals, _ = word.partition("=")

@@ -1,4 +1,4 @@
-"""What a run is set to, as far as it changes the result: kept with each checkpoint, compared when training is resumed."""
+"""The settings of a run that affect its result. They are saved with each checkpoint, and compared on resuming."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from .models import unwrap_peft
 
 
-# Fields of `TrainingArguments` that change what is shown, kept or pushed, or how fast it goes, but not what is learned.
+# Fields of `TrainingArguments` that affect speed, or what is shown, saved or pushed, but not what is learned.
 FREE_PREFIXES = (
     "activation_checkpointing",
     "dataloader_in_order",
@@ -60,7 +60,7 @@ FREE_FIELDS = {
     "use_cache",
     "use_cpu",
 }
-# Fields of a model's configuration that do not change what is computed, or that the Trainer itself sets.
+# Fields of a model's configuration that do not affect the result, or that the Trainer sets.
 FREE_MODEL_FIELDS = {
     "_name_or_path",
     "architectures",
@@ -72,7 +72,7 @@ FREE_MODEL_FIELDS = {
     "transformers_version",
     "use_cache",
 }
-# What a resumed optimizer takes from its checkpoint, unless the change was accepted.
+# A resumed optimizer takes these from its checkpoint, unless a change was accepted.
 OPTIMIZER_FIELDS = {
     "adam_beta1",
     "adam_beta2",
@@ -90,10 +90,10 @@ OPTIMIZER_FIELDS = {
 
 
 def run_settings(trainer: Trainer, own_optimizer: Any = None) -> dict[str, Any]:
-    """All settings of a run that change its result, by name, as JSON would give them back.
+    """All settings that affect the result, by name, in the form that they have after a round trip through JSON.
 
-    The processes share the work, so that their number belongs to it, and so do the data, as far as a dataset can say
-    what it holds (`fingerprint`, or that of Hugging Face datasets).
+    They include the number of processes and the data. A dataset is compared by its `fingerprint`, if it has one, or by
+    that of Hugging Face datasets.
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     settings = {
@@ -151,11 +151,11 @@ def _as_json(value: Any) -> Any:
         return dataclasses.asdict(value)
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))  # an object's address is another in each process
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))  # an object's address differs between processes
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that two runs both know and that differ, as `(saved, now)` by name."""
+    """The settings that both runs have and that differ, as `(saved, now)` by name."""
     common = [name for name in saved if name in now]
     known = [name for name in common if not name.endswith("_data") or None not in (saved[name], now[name])]
     return {name: (saved[name], now[name]) for name in known if saved[name] != now[name]}
@@ -164,23 +164,21 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
 def check_same_settings(
     folder: str | os.PathLike[str], saved: Mapping[str, Any], now: Mapping[str, Any], accepted: Collection[str]
 ) -> set[str]:
-    """Check that a run goes on with the settings that it began with; returns the names of accepted differences.
+    """Check that a run is resumed with the settings it began with. Returns the names of accepted differences.
 
     Raises:
-        ValueError: If other settings differ than those accepted, or a name that is accepted is none of a setting's.
+        ValueError: If a setting differs that is not accepted, or an accepted name is not a setting.
     """
     if unknown := sorted(set(accepted) - now.keys() - saved.keys()):
         raise ValueError(f"accept_changes names {', '.join(unknown)}; a run has the settings {', '.join(sorted(now))}")
     changed = differences(saved, now)
     if changed.keys() & saved.keys() - {"trained_parameters"} and "trained_parameters" not in accepted:
-        changed.pop("trained_parameters", None)  # follows from the others
+        changed.pop("trained_parameters", None)  # follows from the other changes
     if refused := sorted(changed.keys() - set(accepted)):
         lines = [f"  {name}: {_short(changed[name][0])} there, {_short(changed[name][1])} now" for name in refused]
         raise ValueError(
-            f"resume: the run that wrote {folder} had other settings:\n"
-            + "\n".join(lines)
-            + "\nGive the settings that"
-            f" it had, or, to go on with these in spite of that, --accept_changes {' '.join(refused)} (from Python,"
+            f"resume: the run that wrote {folder} had other settings:\n" + "\n".join(lines) + "\nGive the same"
+            f" settings, or resume with the new ones by --accept_changes {' '.join(refused)} (from Python,"
             f" accept_changes={refused})"
         )
     return changed.keys() & set(accepted)

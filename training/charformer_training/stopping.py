@@ -1,4 +1,4 @@
-"""Signals that end a run at the end of its step, on all processes at the same one."""
+"""Signals that end a run after its current step, the same step on all processes."""
 
 import contextlib
 import random
@@ -15,16 +15,16 @@ import torch
 from torch import distributed as dist
 
 
-# The terminal and the launcher may each pass on the same Ctrl-C, and some schedulers send two signals in a row.
+# Terminal and launcher may both pass on the same Ctrl-C, and some schedulers send two signals in a row.
 SECONDS_OF_ONE_SIGNAL = 2.0
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class StoppedBySignal(SystemExit):
-    """A signal ended training before its last step; it goes on from `checkpoint`.
+    """A signal ended training before its last step. Training can be resumed from `checkpoint`.
 
-    Leaves the program with the status 128 + the signal's number (143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP), which
-    schedulers take for "not done".
+    The program exits with status 128 + the signal's number: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP. Schedulers
+    read this as "not done".
     """
 
     def __init__(self, signum: int, step: int, checkpoint: str | None):
@@ -37,10 +37,10 @@ class StoppedBySignal(SystemExit):
 
 
 class StopSignals:
-    """While this context is entered, the first SIGTERM, SIGINT or SIGHUP is only noted; a second one ends the process.
+    """A context in which the first SIGTERM, SIGINT or SIGHUP is only noted, and a second one ends the process.
 
-    Signals that are ignored (as by nohup) or that have a handler already are left as they are, and so are all of them
-    outside of the main thread. Of several processes, any one may get the signal.
+    Signals that are ignored (like under nohup) or already have a handler stay so. Outside of the main thread no signal is
+    handled. It is enough that one of several processes receives the signal.
     """
 
     def __init__(self) -> None:
@@ -67,19 +67,21 @@ class StopSignals:
         if not self._received:
             self._received, self._time = signum, time.monotonic()
             name = signal.Signals(signum).name
-            with contextlib.suppress(OSError, RuntimeError):  # a print may have been interrupted
-                sys.stderr.write(f"\n{name}: the step is ended and a checkpoint saved; once more to leave at once\n")
+            with contextlib.suppress(OSError, RuntimeError):  # the signal may have interrupted a print
+                sys.stderr.write(
+                    f"\n{name}: ending the step and saving a checkpoint; send it once more to exit at once\n"
+                )
         elif time.monotonic() - self._time > SECONDS_OF_ONE_SIGNAL:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
 
     def agreed(self) -> int:
-        """The signal at which all processes stop now, or 0; all of them call this at the same places."""
+        """The signal at which all processes stop now, or 0. All of them call this at the same places."""
         return self._agreement.highest(self._received) if self._agreement is not None else 0
 
 
 class _Agreement:
-    """Tells every process the highest number that any of them gave one call before, without a stop at the device."""
+    """Gives every process the highest number that any process gave in the previous call, without stalling the device."""
 
     def __init__(self) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -108,7 +110,7 @@ class _Agreement:
 
 @contextlib.contextmanager
 def random_states(restored_by: type[Exception]) -> Iterator[None]:
-    """Give all random numbers back their states where this exception ends the block."""
+    """Restore the state of all random number generators if this exception ends the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:

@@ -1,4 +1,4 @@
-"""YAML as recipes need it: no key twice, no aliases, one clear error."""
+"""A strict YAML reader for recipes: no key twice, no aliases, and one clear error."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ MAX_LENGTH = 1_000_000
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses aliases, by which a few lines can stand for gigabytes, and a key that is given twice."""
+    """Refuses a key that is given twice, and aliases, with which a few lines can expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -33,11 +33,11 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """The value that `text` is, in YAML or JSON; `source` names it in errors.
+    """Parse YAML or JSON; errors call the text `source`.
 
     Raises:
-        ValueError: If it is not valid, is longer than a million characters, holds an alias or gives a key twice. The
-            text itself is not quoted: it may hold a secret.
+        ValueError: If it is not valid, longer than a million characters, holds an alias or gives a key twice. The message
+            does not quote the text, which may hold a secret.
     """
     if len(text) > MAX_LENGTH:
         raise ValueError(f"{source} has {len(text):,} characters; it must have {MAX_LENGTH:,} or fewer")
@@ -53,5 +53,5 @@ def read_yaml(text: str, source: str) -> Any:
         ) from error
     except RecursionError:
         raise ValueError(f"{source} is not valid YAML: its brackets are nested too deep") from None
-    except Exception as error:  # PyYAML meets odd dates and numbers with errors of all kinds
+    except Exception as error:  # PyYAML raises errors of many kinds for odd dates and numbers
         raise ValueError(f"{source} is not valid YAML: a value cannot be read ({one_line(error)[:80]})") from error

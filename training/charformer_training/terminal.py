@@ -1,19 +1,38 @@
-"""Text from outside, made safe to print."""
+"""Messages to the user, and foreign text made safe to print."""
 
 import contextlib
 import sys
 import unicodedata
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.utils import logging
 
-# Emoji and several scripts need these two; they cannot do harm.
+
+logger = logging.get_logger(__name__)
+
+# What wrong input, a damaged file, a full disk, a missing package or too little memory (of a GPU too) raises.
+USER_ERRORS = (
+    FloatingPointError,
+    ImportError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    ValueError,
+)
+
+
+# Zero-width joiners: emoji and several scripts need them, and they are harmless.
 _JOINERS = "\u200c\u200d"
 
 
 def printable(text: object) -> str:
     """`text` with control characters, direction marks and lone surrogates escaped; newlines and tabs stay.
 
-    Generated text, names of files and columns, and errors that quote them could otherwise move the cursor, clear the
-    screen, or stop the program at a character that cannot be encoded.
+    Generated text, file names, and errors that quote them could otherwise move the cursor, clear the screen, or raise an
+    error at a character that cannot be encoded.
     """
     return "".join(
         char
@@ -29,18 +48,25 @@ def one_line(text: object) -> str:
 
 
 def error_message(error: BaseException) -> str:
-    """What an error says, `printable`; of one that a loader's worker met, without the traceback that comes with it."""
+    """An error's message, `printable`. A traceback that a worker of a DataLoader put into it is left out."""
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
     return printable(text)
 
 
+def report_error(program: str, error: BaseException) -> None:
+    """Tell the user of an error without its traceback, which the log shows at the level `debug`."""
+    logger.debug("traceback", exc_info=error)
+    # A progress bar may hold the line.
+    print(f"\n{program}: error: {error_message(error) or type(error).__name__}", file=sys.stderr)
+
+
 def use_safe_streams() -> None:
-    """Has both streams escape what their encoding cannot hold, so that no name or text ends a program."""
+    """Let stdout and stderr escape characters that their encoding lacks, so that printing a name never fails."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # a replaced or closed stream
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # TextIO does not declare it
 
 
 def _escaped(char: str) -> str:

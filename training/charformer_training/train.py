@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from accelerate.state import PartialState
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import TrainerState, default_data_collator, set_seed
 from transformers.utils import logging
@@ -33,7 +32,7 @@ from .resuming import only_run
 from .run_folder import SAMPLES, Start, plan_start, record_run
 from .run_settings import check_same_settings
 from .stopping import StoppedBySignal
-from .terminal import error_message, printable, use_safe_streams
+from .terminal import USER_ERRORS, printable, report_error, use_safe_streams
 from .trainer import AuxiliaryLossTrainer
 from .units import count_characters, is_utf8
 
@@ -42,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 METRICS = "metrics.json"
 
-# What fine-tuning cannot change: the weights' shapes and what they were trained to do.
+# Fields that fine-tuning cannot change, since the weights have their shape or were trained with them.
 SHAPE_FIELDS = {
     "hidden_size",
     "intermediate_size",
@@ -55,16 +54,16 @@ SHAPE_FIELDS = {
 
 
 def build_model(arguments: ModelArguments) -> CharformerForCausalLM:
-    """A new model from the given fields, or the model to fine-tune with the given losses.
+    """A new model with the given fields, or a trained model to fine-tune with the given losses.
 
     Raises:
-        ValueError: If a field of the architecture is not that of the model to fine-tune.
+        ValueError: If a given field differs from the architecture of the model to fine-tune.
     """
     settings, name = arguments.config_fields(), arguments.model_name_or_path
     if name is None:
         return CharformerForCausalLM(CharformerConfig(**settings))
     config = read_config(name, "model_name_or_path")
-    # Blocks begin as the identity, so linear heads can be given some; blocks that were trained have no other shape.
+    # New residual blocks start as the identity, so linear heads can get them. Trained blocks cannot change their shape.
     fixed = SHAPE_FIELDS if config.target_heads == "linear" else SHAPE_FIELDS | {"target_heads"}
     for field_name in fixed & settings.keys():
         if settings[field_name] != getattr(config, field_name):
@@ -114,25 +113,25 @@ def build_trainer(
 
 
 def _holds_special_symbols(corpus: np.ndarray) -> bool:
-    """Whether a corpus, of bytes, has some that stand for pad, eos or bos and that no UTF-8 text contains."""
+    """Whether a corpus holds the bytes 253 to 255, which stand for bos, eos and pad and never occur in UTF-8."""
     step = 2**24
     return any(bool((corpus[start : start + step] >= 0xFD).any()) for start in range(0, len(corpus), step))
 
 
 def train(arguments: Arguments, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Run a recipe: data, model, training, evaluation, and the folder with all results. Returns the metrics.
+    """Train and evaluate, and write all results into the output folder. Returns the metrics.
 
     Args:
         arguments: The settings.
-        command: The command line that they come from, for the record.
+        command: The command line that gave the settings, to be recorded.
 
     Raises:
-        RuntimeError: If something failed after the trained model was saved; says what.
-        StoppedBySignal: If a signal ended training; the checkpoint that it goes on from is written.
+        RuntimeError: If something failed after the trained model was saved. The message says what.
+        StoppedBySignal: If a signal ended training. A checkpoint to resume from has been written.
     """
     with only_run(arguments.training) as was_killed:
         if was_killed:
-            logger.warning("An earlier run in %s was ended from outside", arguments.training.output_dir)
+            logger.warning("An earlier run in %s was killed", arguments.training.output_dir)
         return _train_alone(arguments, command)
 
 
@@ -150,7 +149,9 @@ def _train_alone(arguments: Arguments, command: Sequence[str]) -> dict[str, Any]
         for settings in (model.config, model.generation_config):
             settings.pad_token_id = settings.eos_token_id = settings.bos_token_id = None
         if training.process_index == 0:
-            print("The corpus is no UTF-8 text: its bytes 253 to 255 are not pad, eos and bos, so the model has none")
+            print(
+                "The corpus is not UTF-8: its bytes 253 to 255 are not pad, eos and bos, so the model has no such symbols"
+            )
     tokenizer = CharformerTokenizer.for_model(model.config)
     if name is not None:
         tokenizer = CharformerTokenizer.from_pretrained(name, model_max_length=tokenizer.model_max_length)
@@ -158,8 +159,7 @@ def _train_alone(arguments: Arguments, command: Sequence[str]) -> dict[str, Any]
     start = _same_run(start, trainer, run)
     if start.complete:
         print(f"The run in {folder} is complete; nothing is left to do")
-        metrics: dict[str, Any] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-        return metrics
+        return _read_metrics(folder / METRICS)
     if trainer.is_world_process_zero():
         record_run(arguments, command, start)
         _print_beginning(arguments, corpus, splits, model, start)
@@ -171,8 +171,16 @@ def _train_alone(arguments: Arguments, command: Sequence[str]) -> dict[str, Any]
     return _finish(arguments, trainer, tokenizer, splits)
 
 
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; charformer-evaluate measures the model again") from error
+    return metrics
+
+
 def _same_run(start: Start, trainer: AuxiliaryLossTrainer, run: RunArguments) -> Start:
-    """Whether a trained model in the folder is of this run; if settings may differ, training goes on."""
+    """`start`, after a check of the settings. If accepted changes differ, training goes on from a checkpoint."""
     if not start.trained:
         return start
     folder = Path(str(trainer.args.output_dir))
@@ -196,33 +204,40 @@ def _print_beginning(
         print(f"  {name:<10} {len(split.data):>13,} bytes  sha256 {split.sha256}")
     heads = model.num_parameters() - model.without_auxiliary_heads().num_parameters()
     device = arguments.training.device
-    print(f"Model: {model.num_parameters():,} parameters, {heads:,} of them for training only, on {device}")
+    print(f"Model: {model.num_parameters():,} parameters, {heads:,} of them used only in training, on {device}")
     if arguments.model.model_name_or_path is not None:
         print(
             f"Fine-tuning {arguments.model.model_name_or_path}: learning rate and losses follow their schedules from the"
             " beginning"
         )
     if start.trained:
-        print(f"The trained model is in {arguments.training.output_dir}; its evaluation and card are still to be made")
+        print(f"The trained model is in {arguments.training.output_dir}; what is missing is its evaluation and card")
     elif start.resume_from is not None:
         print(f"Training goes on from {start.resume_from}")
     sys.stdout.flush()
 
 
 def _take_up_result(trainer: AuxiliaryLossTrainer, folder: Path) -> None:
-    """Load what an earlier run had trained, whose results were not all written."""
+    """Load the model of an earlier run that ended before all results were written."""
     trainer.accelerator.unwrap_model(trainer.model).load_state_dict(
         load_file(folder / "model.safetensors"), strict=False
     )
-    trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    try:
+        trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'trainer_state.json'} is damaged; --overwrite_output_dir begins the run anew"
+        ) from error
     trainer.state.init_training_references(trainer, trainer.state.max_steps, trainer.state.num_train_epochs, None)
 
 
 def _save_model(trainer: AuxiliaryLossTrainer, folder: Path) -> None:
-    """Save the trained model, before anything else can fail; its files appear only when all of them are written."""
-    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # which the Trainer switches off
+    """Save the trained model before anything else can fail. Its files appear only when all of them are written."""
+    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # the Trainer has switched it off
     if not trainer.args.should_save:
-        trainer.save_model(str(folder), _internal_call=True)  # joins in where weights are gathered from all processes
+        trainer.save_model(
+            str(folder), _internal_call=True
+        )  # takes part where weights are gathered from all processes
         return
     with whole_files(folder) as scratch:
         trainer.save_model(str(scratch), _internal_call=True)
@@ -233,7 +248,7 @@ def _save_model(trainer: AuxiliaryLossTrainer, folder: Path) -> None:
 def _finish(
     arguments: Arguments, trainer: AuxiliaryLossTrainer, tokenizer: CharformerTokenizer, splits: dict[str, Split]
 ) -> dict[str, Any]:
-    """Evaluate, write the card and all else that follows training. What fails is told, and does not keep the rest back."""
+    """Evaluate, then write the metrics and the card, and push. A failure is reported after the rest is done."""
     _, data, run, training = arguments
     folder, failed = Path(str(training.output_dir)), Failures()
     metrics: dict[str, Any] = {}
@@ -269,7 +284,7 @@ def _finish(
 
 
 class Failures:
-    """What failed after training, by the name of what was to be done."""
+    """Collects messages about what failed after training."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -278,7 +293,7 @@ class Failures:
     def told(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever it is: the weights are saved, and the rest shall be
+        except Exception as error:  # of any kind: the weights are saved, and the rest must still be written
             logger.debug("traceback", exc_info=True)
             self.messages.append(f"{what} failed: {str(error) or type(error).__name__}")
 
@@ -294,7 +309,7 @@ def _evaluate(arguments: Arguments, trainer: AuxiliaryLossTrainer, splits: dict[
 
 def _final_evaluation(trainer: AuxiliaryLossTrainer) -> dict[str, Any]:
     step = trainer.state.global_step
-    if trainer.args.load_best_model_at_end:  # the weights are not those of the last step
+    if trainer.args.load_best_model_at_end:  # the weights are those of an earlier step
         return {"step": trainer.state.best_global_step, **trainer.evaluate()}
     done = [entry for entry in trainer.state.log_history if entry["step"] == step and is_evaluation(entry)]
     return {"step": step, **(done[-1] if done else trainer.evaluate())}
@@ -344,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_arguments(words)
         train(arguments, ["charformer-train", *words])
-        # Left to the end of the interpreter, threads of gloo that still hold tensors now and then abort the process.
+        # Otherwise gloo's threads, which may still hold tensors, can abort the process when the interpreter ends.
         PartialState().destroy_process_group()
     except StoppedBySignal as stopped:
         print(f"\ncharformer-train: {stopped}. {_how_to_resume(arguments)}", file=sys.stderr, flush=True)
@@ -353,10 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. {_how_to_resume(arguments)}", file=sys.stderr)
         return 130
-    except (StrictDataclassError, FloatingPointError, OSError, RuntimeError, ValueError) as error:
-        logger.debug("traceback", exc_info=True)
-        # A progress bar may hold the line.
-        print(f"\ncharformer-train: error: {error_message(error)}", file=sys.stderr)
+    except USER_ERRORS as error:
+        report_error("charformer-train", error)
         return 1
     return 0
 

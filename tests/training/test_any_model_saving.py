@@ -1,0 +1,113 @@
+"""Models with added losses: saved, loaded, pickled and copied."""
+
+import copy
+import io
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+from charformer_training import (
+    add_auxiliary_losses,
+    load_auxiliary_losses,
+)
+from charformer_training.models import HEADS_FILE, OLD_HEADS_FILE
+from tests.training.any_models import build, make_ids
+
+
+@pytest.mark.parametrize("num_targets", [1, 3])  # with one, shared classifiers have no weights of their own
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_saved_model_is_the_plain_one_with_the_heads_in_a_subfolder(kind, num_targets, tmp_path):
+    settings: dict[str, Any] = {
+        "num_targets": num_targets,
+        "intermediate_layers": [2],
+        "term_weights": {"layer_2": 0.25},
+    }
+    model, ids = add_auxiliary_losses(build(kind), **settings), make_ids()
+    for parameter in model.auxiliary_heads.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    plain, info = loaded
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(plain).__module__.startswith("transformers.models") and not hasattr(plain, "auxiliary_heads")
+    assert plain(ids).logits.equal(model.eval()(ids).logits)
+    architectures = json.loads((tmp_path / "config.json").read_text())["architectures"]
+    assert architectures == [type(plain).__name__]
+    restored = load_auxiliary_losses(plain, tmp_path).train()
+    assert restored.loss_settings == model.loss_settings
+    expected, output = model.train()(ids, labels=ids), restored(ids, labels=ids)
+    assert output.loss == expected.loss and output.loss_dict == expected.loss_dict
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "10KB"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_safetensors_beside_the_config_hold_the_models_own_weights_alone(kind, max_shard_size, tmp_path):
+    """Engines such as vLLM load every `*.safetensors` that lies there."""
+    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    model = add_auxiliary_losses(build(kind, auto), classifiers="own")
+    save_file({"auxiliary_heads.old.weight": torch.ones(1)}, tmp_path / OLD_HEADS_FILE)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    beside = list(tmp_path.glob("*.safetensors"))
+    assert (len(beside) > 1) == (max_shard_size == "10KB")
+    saved = {name for path in beside for name in load_file(path)}
+    build(kind, auto).save_pretrained(tmp_path / "plain")
+    assert saved == load_file(tmp_path / "plain" / "model.safetensors").keys()
+    heads = load_file(tmp_path / "auxiliary_heads" / "model.safetensors")
+    assert {name.split(".")[1] for name in heads} == set(model.auxiliary_heads)
+
+
+def test_heads_saved_beside_the_model_still_load(tmp_path):
+    model: Any = add_auxiliary_losses(build("gpt2"))
+    for parameter in model.auxiliary_heads.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    (tmp_path / HEADS_FILE).rename(tmp_path / OLD_HEADS_FILE)
+    restored: Any = load_auxiliary_losses(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+    expected = model.auxiliary_heads.state_dict()
+    assert all(weight.equal(expected[name]) for name, weight in restored.auxiliary_heads.state_dict().items())
+    other = add_auxiliary_losses(build("gpt2"))
+    other.load_auxiliary_heads(tmp_path)
+    assert other.auxiliary_heads.target_2.linear.weight.equal(model.auxiliary_heads.target_2.linear.weight)
+    (tmp_path / OLD_HEADS_FILE).unlink()
+    with pytest.raises(OSError, match="auxiliary_heads/model.safetensors"):
+        load_auxiliary_losses(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+
+
+def test_half_saved_heads_are_refused(tmp_path):
+    add_auxiliary_losses(build("gpt2")).save_pretrained(tmp_path)
+    other = add_auxiliary_losses(build("gpt2"), num_targets=3)
+    with pytest.raises(ValueError, match="saved with other auxiliary losses; .*target_3"):
+        other.load_auxiliary_heads(tmp_path)
+    (tmp_path / HEADS_FILE).unlink()
+    with pytest.raises(ValueError, match="has no auxiliary_heads/model.safetensors"):
+        other.load_auxiliary_heads(tmp_path)
+    build("gpt2").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="was saved without auxiliary losses"):
+        load_auxiliary_losses(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), tmp_path / "plain")
+
+
+def test_a_model_with_added_losses_can_be_pickled_and_copied():
+    model, ids = add_auxiliary_losses(build("llama"), "own", num_targets=2), make_ids()
+    expected = model(ids, labels=ids)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        output = again(ids, labels=ids)
+        assert type(again) is type(model) and output.loss == expected.loss
+        assert output.loss_dict == expected.loss_dict
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False)(ids, labels=ids).loss == expected.loss
+    assert pickle.loads(pickle.dumps(expected)).loss_weights == expected.loss_weights
+
+
+def test_former_names_of_settings_still_load():
+    former = add_auxiliary_losses(build("llama"), classifiers="own", loss_weights={"target_2": 0.4})
+    assert former.config.auxiliary_losses == {"heads": "own", "term_weights": {"target_2": 0.4}}

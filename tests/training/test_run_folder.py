@@ -1,0 +1,175 @@
+"""A run's folder: one command given again, what is recorded there, and interruptions."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from charformer_training import AuxiliaryLossTrainer
+from charformer_training.manifest import inspect
+from charformer_training.recipes import parse_arguments
+from charformer_training.run_folder import effective_recipe, without_secrets
+from charformer_training.train import build_model, main
+from tests.helpers import CONFIGS, training_entries
+
+
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+class TestOneCommandGivenAgain:
+    @pytest.mark.slow
+    def test_it_begins_goes_on_and_says_that_the_run_is_complete(self, command, tmp_path, capsys):
+        whole, interrupted = tmp_path / "run", tmp_path / "interrupted"
+        assert main(command(resume="auto")) == 0
+        again = command(resume="auto", output_dir=interrupted)
+        (interrupted / "checkpoint-1").mkdir(parents=True)  # what a kill inside of the first save may leave
+        assert main(again) == 0
+        assert training_entries(interrupted) == training_entries(whole)
+        shutil.rmtree(interrupted)
+        shutil.copytree(whole / "checkpoint-2", interrupted / "checkpoint-2")
+        assert main(again) == 0
+        assert training_entries(interrupted) == training_entries(whole)
+        weights = (whole / "model.safetensors").read_bytes()
+        assert (interrupted / "model.safetensors").read_bytes() == weights
+        written = (interrupted / "model.safetensors").stat().st_mtime_ns
+        capsys.readouterr()
+        assert main(again) == 0
+        assert "is complete; nothing is left to do" in capsys.readouterr().out
+        assert (interrupted / "model.safetensors").stat().st_mtime_ns == written
+        (interrupted / "model.safetensors").write_bytes(b"damaged")
+        assert main(again) == 0
+        assert (interrupted / "model.safetensors").read_bytes() == weights
+
+    def test_other_settings_are_refused_also_when_the_run_is_complete(self, command, tmp_path, capsys):
+        assert main(command(resume="auto")) == 0
+        assert main(command(resume="auto", max_steps=6, learning_rate=0.1)) == 1
+        message = capsys.readouterr().err
+        assert "learning_rate: 0.002 there, 0.1 now" in message and "max_steps: 4 there, 6 now" in message
+        longer = command(resume="auto", max_steps=6, learning_rate=0.1, accept_changes="learning_rate max_steps")
+        assert main(longer) == 0
+        assert [entry["step"] for entry in training_entries(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+    def test_a_folder_with_a_foreign_model_is_refused(self, command, tmp_path, capsys):
+        build_model(parse_arguments(command()).model).save_pretrained(tmp_path / "run")
+        content = (tmp_path / "run" / "model.safetensors").read_bytes()
+        assert main(command(resume="auto")) == 1
+        assert "is not of this run" in capsys.readouterr().err
+        assert (tmp_path / "run" / "model.safetensors").read_bytes() == content
+
+    @pytest.mark.parametrize("failing", ["write_card", "evaluate"])
+    def test_what_fails_after_training_leaves_the_weights_and_is_made_up_for(
+        self, command, tmp_path, monkeypatch, capsys, failing
+    ):
+        arguments = command(resume="auto", save_strategy="no", eval_strategy="no")
+        assert main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
+
+        def fail(*args, **kwargs):
+            raise UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates not allowed")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(AuxiliaryLossTrainer, failing, fail)
+            assert main(arguments) == 1
+        message = capsys.readouterr().err
+        assert "the trained model is whole in" in message and "surrogates not allowed" in message
+        weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+        assert weights == (tmp_path / "whole" / "model.safetensors").read_bytes()
+        assert main(arguments) == 0
+        assert "is in" in capsys.readouterr().out
+        for name in ("metrics.json", "README.md", "loss_terms.png"):
+            assert (tmp_path / "run" / name).exists()
+        results = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("run", "whole")]
+        assert results[0]["eval_bpc"] == results[1]["eval_bpc"]
+
+    @pytest.mark.slow
+    def test_a_second_run_is_refused_while_the_first_lives(self, command, tmp_path, capsys):
+        hold = "import sys\nfrom charformer_training.locks import run_lock\nwith run_lock(sys.argv[1]):\n  print(flush=True); input()"
+        words = [sys.executable, "-c", hold, str(tmp_path / "run")]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+            assert first.stdout is not None and first.stdout.readline() == b"\n"
+            assert main(command(resume="auto")) == 1
+            assert (
+                f"another run is at work in output_dir {tmp_path / 'run'} (process {first.pid}"
+                in capsys.readouterr().err
+            )
+            first.kill()
+        assert main(command(resume="auto")) == 0
+
+
+class TestRecord:
+    def test_the_recipe_in_the_folder_is_the_run(self, command, tmp_path):
+        words = command(max_steps=3, term_weights='{"layer_1":0.5}', hub_token="hf_secret", learning_rate="0.003")
+        assert main(words) == 0
+        recipe, commands = tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "command.txt"
+        assert "hf_secret" not in recipe.read_text() + commands.read_text()
+        assert "charformer-train" in commands.read_text() and "--learning_rate 0.003" in commands.read_text()
+        arguments = parse_arguments([str(recipe)])
+        expected = effective_recipe(parse_arguments(words)) | {"ddp_find_unused_parameters": True}  # by the Trainer
+        assert effective_recipe(arguments) == expected
+        assert main([str(recipe), "--output_dir", str(tmp_path / "again")]) == 0
+        one, other = (tmp_path / name / "model.safetensors" for name in ("run", "again"))
+        assert one.read_bytes() == other.read_bytes()
+
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_every_recipe_comes_back(self, command, tmp_path, recipe):
+        arguments = parse_arguments(command(str(CONFIGS / recipe)))
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(effective_recipe(arguments)), encoding="utf-8")
+        assert effective_recipe(parse_arguments([str(path)])) == effective_recipe(arguments)
+
+    @pytest.mark.parametrize(
+        "words",
+        [["--hub_token", "SECRET"], ["--hub_token=SECRET"], ["--hub-token", "SECRET"], ["--hub_tokn", "SECRET"]],
+    )
+    def test_secrets_are_blotted_out(self, words):
+        shown = without_secrets(["charformer-train", *words, "--max_steps", "3"])
+        assert "SECRET" not in " ".join(shown) and shown[-2:] == ["--max_steps", "3"]
+
+
+def test_samples_hold_each_step_once_and_links_are_not_followed(command, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "run").mkdir()
+    for name in ("samples.jsonl", "recipe.yaml", "metrics.json", "README.md"):
+        (tmp_path / "run" / name).symlink_to(precious)
+    assert main(command()) == 0
+    assert precious.read_text() == "mine"
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [2, 4]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_whole_checkpoints_and_says_how_to_go_on(command, tmp_path):
+    arguments = command(max_steps=100_000, save_steps=20, logging_steps=20, eval_steps=100_000, save_total_limit=2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "charformer_training.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # Where the tests themselves run in the background, the signal would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    folder = tmp_path / "run"
+    with process:
+        try:
+            deadline = time.monotonic() + 120
+            while not list(folder.glob("checkpoint-*/trainer_state.json")):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "stopped by SIGINT after step" in errors and "The same command with --resume auto" in errors
+    assert not (folder / "model.safetensors").exists()
+    checkpoints = list(folder.glob("checkpoint-*"))
+    assert checkpoints and not any(inspect(checkpoint).faults for checkpoint in checkpoints)
+    assert main([*command(max_steps=3, eval_steps=100_000, save_steps=20), "--overwrite_output_dir"]) == 0
