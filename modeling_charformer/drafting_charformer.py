@@ -1,6 +1,6 @@
 """Drafts of the next characters by parts of the model itself, for the model to verify."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -14,24 +14,24 @@ from transformers.generation.streamers import BaseStreamer
 from .compatibility import CACHE
 
 
-# Drafting goes on while the probability that all drafts which the text did not give are right, by the drafter's own
-# account, is above this.
+# Drafting stops when the drafter's own probability that all its drafts so far are correct falls below this value. Drafts that
+# were looked up in the text do not count.
 CONFIDENCE = 0.1
-# Where the last `LOOK_UP_MATCH` characters came before, among the last `LOOK_BACK`, what followed then is drafted, `LOOK_UP`
-# characters of it or fewer, while the drafter gives it this probability or more.
+# If the last `LOOK_UP_MATCH` characters occur earlier among the last `LOOK_BACK`, the text that followed them there is looked up:
+# at most `LOOK_UP` characters. They are drafted while the drafter gives each a probability of at least `AGREEMENT`.
 LOOK_UP, LOOK_UP_MATCH, LOOK_BACK, AGREEMENT = 16, 8, 4096, 0.1
-# Drafts of an early exit, each of which costs a pass through some layers.
+# The most drafts of an early exit. Each costs a pass through some layers.
 MAX_EARLY_DRAFTS = 8
 
 
 class SelfDraftingCandidateGenerator(CandidateGenerator):
     """Drafts by a part of the model itself, which the model verifies in its next pass.
 
-    Where characters are sampled, so are drafts, and the verification accepts or resamples them such that the result has
+    If characters are sampled, drafts are sampled too. Verification accepts or resamples them so that the result has
     exactly the model's distribution (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
 
-    Where the text repeats itself, what followed last time is drafted (prompt look-up, Saxena 2023), as far as the drafter
-    does not contradict it, and on beyond its last draft.
+    Where the text repeats itself, its earlier continuation is drafted (prompt look-up, Saxena 2023) until the drafter
+    contradicts it. It also extends beyond the drafter's last draft.
     """
 
     requires_model_outputs = True
@@ -52,9 +52,9 @@ class SelfDraftingCandidateGenerator(CandidateGenerator):
     def drafter(
         self, model_kwargs: dict[str, Any], state: Tensor
     ) -> AbstractContextManager[Callable[[int, Tensor], Tensor]]:
-        """A function to logits `(1, V)` from the number (0, 1, ...) of a draft and the character `(1,)` before it.
+        """A function that maps the number (0, 1, ...) of a draft and the character `(1,)` before it to logits `(1, V)`.
 
-        `state` `(1, hidden_size)` is what the next-character classifier read when it predicted the last known character.
+        `state` `(1, hidden_size)` is the final hidden state from which the last known character was predicted.
         """
         raise NotImplementedError
 
@@ -67,19 +67,19 @@ class SelfDraftingCandidateGenerator(CandidateGenerator):
         n_last_matches: int,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`input_ids` `(1, S)` and drafts after them, and the drafts' processed logits `(1, drafts, V)` where sampled."""
+        """`input_ids` `(1, S)` followed by the drafts, and, if sampling, the drafts' processed logits `(1, drafts, V)`."""
         if is_first_iteration:
             return input_ids, None
         sample = self.generation_config.do_sample
         room = min(
             self.generation_config.max_length - input_ids.shape[1] - 1,
-            # One more character goes through the model: the one before the drafts.
+            # The character before the drafts goes through the model too.
             self.model.config.max_position_embeddings - int(model_kwargs[CACHE].get_seq_length()) - 1,
         )
         if room < 1:
             return input_ids, None
         looked_up = _continuation(input_ids[:, -LOOK_BACK:], min(LOOK_UP, room))
-        # Row -1 would do after a pass without drafts; after one with drafts it is that of the last accepted one.
+        # After a pass that verified drafts, the state of the last accepted one; otherwise the last.
         states = model_outputs.final_hidden_state
         state = states[:, min(int(n_last_matches), states.shape[1] - 1)]
         drafts, processed, confidence = [input_ids[:, -1:]], [], 1.0
@@ -91,6 +91,7 @@ class SelfDraftingCandidateGenerator(CandidateGenerator):
                     logits = self.logits_processor(cast(Any, written), cast(Any, logits))
                 probabilities = logits.softmax(-1)
                 known = looked_up[:, number : number + 1]
+                # A looked-up draft does not lower the confidence: the text, not the drafter, proposed it.
                 if known.shape[1] and probabilities[0, known[0, 0]] >= AGREEMENT:
                     drafts.append(known)
                     if sample:
@@ -113,24 +114,25 @@ class SelfDraftingCandidateGenerator(CandidateGenerator):
         return candidates, torch.stack(processed, dim=1)
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        """Nothing to adapt: how many are drafted follows from how sure the drafter is."""
+        """Do nothing: the number of drafts follows from the drafter's confidence."""
 
 
 class ExtraTargetCandidateGenerator(SelfDraftingCandidateGenerator):
-    """Drafts by the classifiers of targets 2..K of the final layer (Gloeckle et al. 2024, arXiv 2404.19737, section 2).
+    """Drafts by the heads of targets 2..K of the final layer (Gloeckle et al. 2024, arXiv 2404.19737, section 2).
 
-    At the position whose next character was just accepted, the classifier of target `k` predicts the character `k - 1`
-    after that one. The pass that verifies also brings the next drafts: no second model, no second cache.
+    At the position whose next character was just accepted, the head of target `k` predicts the character `k - 1`
+    steps after that one. Each verifying pass also yields the next drafts, without a second model or cache.
     """
 
     @property
-    def max_drafts(self) -> int:  # type: ignore[override]
-        return self.model.loss_settings.num_targets - 1
+    def max_drafts(self) -> int:  # type: ignore[override]  # read-only here
+        return int(self.model.loss_settings.num_targets) - 1
 
     @contextmanager
-    def drafter(self, model_kwargs, state):
+    def drafter(self, model_kwargs: dict[str, Any], state: Tensor) -> Iterator[Callable[[int, Tensor], Tensor]]:
         def draft(number: int, previous: Tensor) -> Tensor:
             nonlocal state
+            logits: Tensor
             logits, state = self.model.draft(number + 2, state, previous)
             return logits
 
@@ -138,15 +140,15 @@ class ExtraTargetCandidateGenerator(SelfDraftingCandidateGenerator):
 
 
 class EarlyExitCandidateGenerator(SelfDraftingCandidateGenerator):
-    """Drafts by the first layers and the classifier of the last of them (LayerSkip, Elhoushi et al. 2024, section 4.3).
+    """Drafts by the first layers and the head of the last of them (LayerSkip, Elhoushi et al. 2024, section 4.3).
 
-    They use the model's own cache, and take out of it what they put in.
+    Drafting appends to the model's cache, and removes what it appended before the model verifies.
     """
 
     max_drafts = MAX_EARLY_DRAFTS
 
     @contextmanager
-    def drafter(self, model_kwargs, state):
+    def drafter(self, model_kwargs: dict[str, Any], state: Tensor) -> Iterator[Callable[[int, Tensor], Tensor]]:
         layer, cache = self.generation_config.assistant_early_exit, model_kwargs[CACHE]
         past, mask = int(cache.get_seq_length()), model_kwargs.get("attention_mask")
         term = next(term for term in self.model.loss_settings.terms if (term.layer, term.offset) == (layer, 1))
@@ -158,30 +160,31 @@ class EarlyExitCandidateGenerator(SelfDraftingCandidateGenerator):
             outputs = self.model.model(
                 previous[:, None], attention_mask=seen, cache=cache, use_cache=True, num_layers=layer
             )
-            return self.model.auxiliary_heads[term.name](outputs.last_hidden_state[:, -1])
+            logits: Tensor = self.model.auxiliary_heads[term.name](outputs.last_hidden_state[:, -1])
+            return logits
 
         try:
             yield draft
         finally:
-            for cached in cache.layers[:layer]:  # of a draft that failed, some layers have seen less than others
+            for cached in cache.layers[:layer]:  # after a draft that failed, layers differ in length
                 cached.crop(past - int(cached.get_seq_length()))
 
 
 def _certain(logits: Tensor, choice: Tensor) -> Tensor:
-    """Logits like these `(1, V)` of which `choice` `(1, 1)` is drawn for certain."""
+    """Logits `(1, V)`, in shape and type like `logits`, that give `choice` `(1, 1)` the probability 1."""
     return torch.full_like(logits, -torch.inf).scatter_(1, choice, 0.0)
 
 
 def _continuation(ids: Tensor, length: int) -> Tensor:
-    """Up to `length` of the ids that followed in `ids` `(1, S)` where the end of it came last before; `(1, 0)` if nowhere."""
-    # As a string with a character for each id, which may be that of a token added to the bytes.
+    """Up to `length` ids that followed the last earlier occurrence of the end of `ids` `(1, S)`; `(1, 0)` if none."""
+    # Searched as a string with one character for each id; added tokens have ids beyond the bytes.
     text = ids[0].to(torch.int32).cpu().numpy().tobytes().decode("utf-32-le", "surrogatepass")
     start = text.rfind(text[-LOOK_UP_MATCH:], 0, -1) + LOOK_UP_MATCH
     return ids[:, start : start + length] if start >= LOOK_UP_MATCH else ids[:, :0]
 
 
 class FirstStop(StoppingCriteria):
-    """Whether `criteria` are met by a text `(1, S)` or by what was written before its end; `length` is the first."""
+    """Whether a text `(1, S)` or a beginning of it meets `criteria`. `length` is that of the shortest one that does."""
 
     def __init__(self, criteria: StoppingCriteriaList, prompt: Tensor):
         self.criteria, self.seen = criteria, prompt.shape[1]
@@ -196,7 +199,7 @@ class FirstStop(StoppingCriteria):
 
 
 class StreamToStop(BaseStreamer):
-    """Passes on what comes before the first stop."""
+    """Streams the text up to the first stop."""
 
     def __init__(self, streamer: BaseStreamer, first: FirstStop, prompt: Tensor):
         self.streamer, self.first, self.text = streamer, first, prompt

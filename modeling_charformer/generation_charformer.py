@@ -19,15 +19,17 @@ from transformers.generation.stopping_criteria import (
     MaxTimeCriteria,
     StoppingCriteriaList,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .compatibility import CACHE, check_ids, one_cache
+from .configuration_charformer import CharformerConfig
 from .drafting_charformer import (
     EarlyExitCandidateGenerator,
     ExtraTargetCandidateGenerator,
     FirstStop,
     StreamToStop,
 )
+from .loss_settings import AuxiliaryLossSettings
 
 
 # Arguments of `generate` that are counts of characters.
@@ -37,25 +39,30 @@ WITH_MEMORY = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWaterm
 
 
 class CharformerGenerationMixin:
-    """What `generate` of a Charformer takes beside the arguments of every model of Transformers.
+    """The arguments that `generate` of a Charformer takes in addition to those of every model of Transformers.
 
-    - `use_extra_targets=True`: the classifiers of targets 2..K draft, the model verifies. Same characters as without
-      (greedy), or the same distribution (sampled); one prompt at a time.
-    - `assistant_early_exit=l`: layer `l` and its classifier draft instead.
+    - `use_extra_targets=True`: the heads of targets 2..K draft, and the model verifies. The characters (greedy) or their
+      distribution (sampled) are the same as without it. One prompt at a time.
+    - `assistant_early_exit=l`: layer `l` and its head draft instead.
     - `rolling_context=m` (or `True` for half the window): when the window is full, the last `m` characters are encoded
-      anew and generation goes on, as long as you like. Positions are learned, so what is cached cannot be shifted.
+      again and generation goes on without limit. Positions are learned, so cached keys and values cannot be shifted.
 
-    Without `max_new_tokens` and `max_length` the text ends where the window is full; one that rolls is as long as a window.
+    Without `max_new_tokens` and `max_length` the text ends when the window is full. With `rolling_context`, a window of new
+    characters is generated.
     """
+
+    config: CharformerConfig
+    generation_config: GenerationConfig
+    loss_settings: AuxiliaryLossSettings
 
     def _own_generation_config(self) -> GenerationConfig:
         """The defaults of `generate`: those of Transformers, and the window as the length.
 
         Not marked as derived from the model's config, for then values with names of our own would be lost on loading.
         """
-        settings = self.generation_config.to_diff_dict()  # type: ignore[attr-defined]
+        settings = self.generation_config.to_diff_dict()
         own = {name: value for name, value in settings.items() if name != "_from_model_config"}
-        return GenerationConfig(**(own | {"max_length": self.config.max_position_embeddings}))  # type: ignore[attr-defined]
+        return GenerationConfig(**(own | {"max_length": self.config.max_position_embeddings}))
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As everywhere in Transformers, with the arguments that the class names.
@@ -67,7 +74,7 @@ class CharformerGenerationMixin:
         for name, ids in (("inputs", inputs), ("input_ids", kwargs.get("input_ids"))):
             if ids is not None:
                 check_ids(name, ids)
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's, a later base
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
@@ -77,7 +84,7 @@ class CharformerGenerationMixin:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
         rolling_context, use_extra_targets = kwargs.pop("rolling_context", None), kwargs.pop("use_extra_targets", None)
-        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's, a later base
         # They may also stand in a GenerationConfig, or in the model's.
         rolling_context = getattr(prepared, "rolling_context", None) if rolling_context is None else rolling_context
         if use_extra_targets is None:
@@ -100,17 +107,17 @@ class CharformerGenerationMixin:
     def _settle_length(
         self, prepared: GenerationConfig, given: GenerationConfig | None, arguments: dict[str, Any], rolls: bool
     ) -> None:
-        """Of the two lengths in `prepared`, leave the one that was asked for; one that is a default may be cut."""
-        asked = {name for name in LENGTHS[:2] if arguments.get(name) is not None}
-        asked = asked or {name for name in LENGTHS[:2] if getattr(given, name, None) is not None}
-        prepared.length_is_default = not asked  # type: ignore[attr-defined]  # one of our own
-        if prepared.max_new_tokens is not None and "max_length" not in asked:
+        """Keep the one of the two lengths in `prepared` that the caller gave. A default length may be shortened later."""
+        requested = {name for name in LENGTHS[:2] if arguments.get(name) is not None}
+        requested = requested or {name for name in LENGTHS[:2] if getattr(given, name, None) is not None}
+        prepared.length_is_default = not requested  # type: ignore[attr-defined]  # an attribute of this mixin
+        if prepared.max_new_tokens is not None and "max_length" not in requested:
             prepared.max_length = None
-        elif rolls and not asked:
-            prepared.max_length, prepared.max_new_tokens = None, self.config.max_position_embeddings  # type: ignore[attr-defined]
+        elif rolls and not requested:
+            prepared.max_length, prepared.max_new_tokens = None, self.config.max_position_embeddings
 
     def _checked_rolling_context(self, rolling_context: int | bool, generation_config: GenerationConfig) -> int:
-        window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
+        window: int = self.config.max_position_embeddings
         if rolling_context is True:
             rolling_context = max(1, window // 2)
         if not isinstance(rolling_context, int) or not 1 <= rolling_context < window:
@@ -128,7 +135,7 @@ class CharformerGenerationMixin:
         return int(rolling_context)
 
     def _checked_num_drafts(self, generation_config: GenerationConfig) -> int:
-        settings = self.loss_settings  # type: ignore[attr-defined]
+        settings = self.loss_settings
         if settings.num_targets < 2:
             raise ValueError(
                 "use_extra_targets needs a model with num_targets of 2 or more, whose further targets draft; this one has"
@@ -144,7 +151,7 @@ class CharformerGenerationMixin:
         return int(settings.num_targets) - 1
 
     def _check_early_exit(self, layer: int) -> None:
-        heads = [term.layer for term in self.loss_settings.terms if term.offset == 1 and not term.is_main]  # type: ignore[attr-defined]
+        heads = [term.layer for term in self.loss_settings.terms if term.offset == 1 and not term.is_main]
         if layer not in heads:
             raise ValueError(
                 f"assistant_early_exit is {layer}; the layers of this model that have a classifier of their own are {heads}"
@@ -153,23 +160,23 @@ class CharformerGenerationMixin:
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, inputs_tensor: Tensor, input_ids_length: int, **kwargs: Any
     ) -> GenerationConfig:
-        """Refuse, before any character is generated, what would not fit into a window that does not roll."""
+        """Raise before any character is generated if the text would not fit into a window that does not roll."""
         prompt_length = inputs_tensor.shape[1]
         if prompt_length < 1:
             raise ValueError("the prompt is empty; give one character or more")
-        prepared: GenerationConfig = super()._prepare_generated_length(  # type: ignore[misc]
+        prepared: GenerationConfig = super()._prepare_generated_length(  # type: ignore[misc]  # GenerationMixin's, a later base
             generation_config, inputs_tensor=inputs_tensor, input_ids_length=input_ids_length, **kwargs
         )
-        rolls: bool = prepared.rolling_context is not None  # type: ignore[attr-defined]
+        rolls: bool = prepared.rolling_context is not None  # type: ignore[attr-defined]  # an attribute of this mixin
         if rolls and inputs_tensor.is_floating_point():
             raise ValueError(
                 "rolling_context does not go with inputs_embeds: what is encoded anew are ids; give input_ids"
             )
         if not rolls:
-            window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
+            window: int = self.config.max_position_embeddings
             # Embeddings may stand for ids, or before them.
             room = window - prompt_length + input_ids_length
-            if prepared.length_is_default and prompt_length < window:  # type: ignore[attr-defined]
+            if prepared.length_is_default and prompt_length < window:  # type: ignore[attr-defined]  # an attribute of this mixin
                 prepared.max_length = min(prepared.max_length, room)
             self._check_fit(prompt_length, prepared.max_length - input_ids_length, window)
         return prepared
@@ -192,7 +199,7 @@ class CharformerGenerationMixin:
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, stopping_criteria: Any, tokenizer: Any = None, **kwargs: Any
     ) -> StoppingCriteriaList:
-        """Stop strings are matched byte by byte, since a character that is not ASCII is several bytes."""
+        """Match stop strings byte by byte, since a character outside ASCII is several tokens."""
         if generation_config.stop_strings and hasattr(
             tokenizer, "errors"
         ):  # CharformerTokenizer's, from whatever module
@@ -203,19 +210,19 @@ class CharformerGenerationMixin:
                 stop.encode().decode("ascii", "surrogateescape")
                 for stop in ([stops] if isinstance(stops, str) else stops)
             ]
-        criteria: StoppingCriteriaList = super()._get_stopping_criteria(  # type: ignore[misc]
+        criteria: StoppingCriteriaList = super()._get_stopping_criteria(  # type: ignore[misc]  # GenerationMixin's, a later base
             generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs
         )
         return criteria
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         generation_config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
-        window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
+        window: int = self.config.max_position_embeddings
         if model_kwargs.get("use_extra_targets"):
             return ExtraTargetCandidateGenerator(self, generation_config, kwargs["logits_processor"])
         if generation_config.assistant_early_exit is not None:
             return EarlyExitCandidateGenerator(self, generation_config, kwargs["logits_processor"])
-        generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]  # GenerationMixin's, a later base
         draft = generator.get_candidates
 
         def draft_inside_window(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -251,7 +258,7 @@ class CharformerGenerationMixin:
                 " assistant_model"
             )
         own = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)]
-        decode: Any = super()._assisted_decoding  # type: ignore[misc]
+        decode: Any = super()._assisted_decoding  # type: ignore[misc]  # GenerationMixin's, a later base
         if not own:
             return decode(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         first = FirstStop(StoppingCriteriaList(own), input_ids)
@@ -303,7 +310,7 @@ class CharformerGenerationMixin:
             if seen is None or seen.shape[1] == input_ids.shape[1]:
                 next_sequence_length = input_ids.shape[1] - past
         if rolling_context is not None:
-            window: int = self.config.max_position_embeddings  # type: ignore[attr-defined]
+            window: int = self.config.max_position_embeddings
             new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
             if past + new > window:
                 _empty(cache, past)
@@ -316,7 +323,7 @@ class CharformerGenerationMixin:
                 attention_mask = attention_mask[:, -visible:]
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
             kwargs["position_ids"] = positions
-        prepared: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]  # GenerationMixin's, a later base
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class ScheduleContext(NamedTuple):
-    """What a schedule is asked about: a term of the loss, and how far training is."""
+    """The argument of a schedule: a term of the loss, and the progress of training."""
 
     layer: int
     """The layer (1..num_layers) that the term's classifier reads."""
@@ -28,7 +28,7 @@ class ScheduleContext(NamedTuple):
 
 
 Schedule = Callable[[ScheduleContext], float]
-"""To the factor, 0 or more, on the weight of a term."""
+"""Returns the factor, 0 or more, on the weight of a term."""
 
 
 def paper_schedule(at: ScheduleContext) -> float:
@@ -83,7 +83,7 @@ def rotating_schedule(interval: int) -> Schedule:
 
 def _choosing(schedule: Schedule) -> Schedule:
     """Mark a schedule that chooses among the intermediate layers: the final layer's targets are never chosen by it."""
-    schedule.chooses_layers = True  # type: ignore[attr-defined]
+    schedule.chooses_layers = True  # type: ignore[attr-defined]  # a mark on the function
     return schedule
 
 

@@ -143,7 +143,7 @@ class CharformerModel(CharformerPreTrainedModel):
             )
         if positions_to_keep == 1:
             return None  # the last position attends to all
-        # Without a mask, SDPA would align the first query, not the last, with the end of its causal mask's first row.
+        # SDPA's built-in causal mask would let the first of these queries attend to the first key only.
         ones = torch.ones(positions_to_keep, length, dtype=torch.bool, device=inputs_embeds.device)
         return ones.tril(length - positions_to_keep)[None, None]
 

@@ -218,13 +218,9 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
     ) -> BatchEncoding:
         samples, is_batch = self._samples(text, text_pair, is_split_into_words)
         split_special = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        encoded = [self._encoded_sample(sample, is_split_into_words, split_special, **kwargs) for sample in samples]
         rows: list[Row] = []
-        for number, sample in enumerate(samples):
-            texts = [
-                self._encoded_text(part, is_split_into_words, split_special, **kwargs)
-                for part in sample
-                if part is not None
-            ]
+        for number, texts in enumerate(encoded):
             num_special = self.num_special_tokens_to_add(pair=len(texts) > 1) if add_special_tokens else 0
             room = None if max_length is None else max_length - num_special
             windows = self._windows(texts, truncation_strategy, room, stride, return_overflowing_tokens)
@@ -283,6 +279,9 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
                     )
                 return part[0], None
         return part, None
+
+    def _encoded_sample(self, sample: Sample, is_split: bool, split_special: bool, **kwargs: Any) -> list[EncodedText]:
+        return [self._encoded_text(part, is_split, split_special, **kwargs) for part in sample if part is not None]
 
     def _encoded_text(self, part: Any, is_split: bool, split_special: bool, **kwargs: Any) -> EncodedText:
         if kwargs.get("sanitize_control_tokens") and isinstance(part, str):  # by apply_chat_template
