@@ -50,8 +50,8 @@ def last_targets(targets: Tensor, documents: Tensor) -> Tensor:
 def packed_documents(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     """The document number of each position, rising along a row, if the inputs of a model mark packed documents.
 
-    A document begins where `position_ids` do not increase by one, where `seq_idx` changes, at an entry of `cu_seq_lens_q`
-    (as for flash attention), or where a mask `(B, 1, S, S)` hides the preceding position.
+    `position_ids` mark a new document where they do not increase by one, `seq_idx` where it changes. Each entry of
+    `cu_seq_lens_q`, as for flash attention, marks one, and so does a mask `(B, 1, S, S)` that hides the preceding position.
 
     Returns:
         `(B, S)`, or `None` if none of these is given. Inputs of other shapes are ignored.

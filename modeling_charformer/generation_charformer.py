@@ -68,7 +68,7 @@ class CharformerGenerationMixin:
         """As everywhere in Transformers, with the arguments that the class names.
 
         Raises:
-            ValueError: If the ids are not a `(batch, sequence)` tensor of whole numbers, if a length is no whole number, or if
+            ValueError: If the ids are not a `(batch, sequence)` tensor of integers or a length is not an integer. Also if
                 prompt and new characters do not fit into a window that does not roll.
         """
         for name, ids in (("inputs", inputs), ("input_ids", kwargs.get("input_ids"))):
