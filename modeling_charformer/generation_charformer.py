@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.utils.generic import ModelOutput
 
-from .compatibility import CACHE, one_cache
+from .compatibility import CACHE, check_ids, one_cache
 from .configuration_charformer import CharformerConfig
 from .drafting_charformer import (
     EarlyExitCandidateGenerator,
@@ -68,7 +68,7 @@ class CharformerGenerationMixin:
         """As everywhere in Transformers, with the arguments that the class names.
 
         Raises:
-            ValueError: If the ids are not a `(batch, sequence)` tensor of whole numbers, if a length is no whole number, or if
+            ValueError: If the ids are not a `(batch, sequence)` tensor of integers or a length is not an integer. Also if
                 prompt and new characters do not fit into a window that does not roll.
         """
         for name, ids in (("inputs", inputs), ("input_ids", kwargs.get("input_ids"))):
@@ -334,22 +334,6 @@ class CharformerGenerationMixin:
         )
         # PEFT, in prompt and prefix tuning, looks here for whether the text has begun, by the old name alone.
         return prepared | {"past_key_values": prepared.get(CACHE)}
-
-
-def check_ids(name: str, ids: Any) -> None:
-    """Raises ValueError unless `ids` are a `(batch, sequence)` tensor of whole numbers."""
-    if not isinstance(ids, Tensor):
-        found = f"is of the type {type(ids).__name__}"
-    elif ids.dtype not in (torch.int64, torch.int32):
-        found = f"is a tensor of {ids.dtype}"
-    elif ids.dim() != 2:
-        found = f"has the shape {tuple(ids.shape)}"
-    else:
-        return
-    raise ValueError(
-        f"{name} {found}; give a tensor of torch.long of the shape (batch, sequence), as a tokenizer does with"
-        ' return_tensors="pt"'
-    )
 
 
 def _empty(cache: Any, length: int) -> None:
