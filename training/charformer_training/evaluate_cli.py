@@ -80,6 +80,7 @@ def check_places(arguments: EvaluateArguments) -> None:
 
     Raises:
         OSError: If it is a folder, a device or a link to one, or its folder cannot be written to.
+        ValueError: If a picture's name has another ending than those that are drawn.
     """
     for name in ("output", "plots", "state_file"):
         if getattr(arguments, name) is None:
@@ -96,6 +97,8 @@ def check_places(arguments: EvaluateArguments) -> None:
             raise OSError(f"{name}: the folder of {shown} cannot be made: {error.strerror}") from error
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(f"{name}: the folder of {shown} cannot be written to")
+        if name == "plots" and path.suffix not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"plots: {shown} does not end in .png, .pdf or .svg, the pictures that are drawn")
 
 
 def _device(name: str) -> torch.device:

@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. {_how_to_resume(arguments)}", file=sys.stderr)
         return 130
-    except (StrictDataclassError, FloatingPointError, OSError, RuntimeError, ValueError) as error:
+    except (StrictDataclassError, FloatingPointError, ImportError, OSError, RuntimeError, ValueError) as error:
         logger.debug("traceback", exc_info=True)
         # A progress bar may hold the line.
         print(f"\ncharformer-train: error: {error_message(error)}", file=sys.stderr)
