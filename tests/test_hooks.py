@@ -1,6 +1,7 @@
 """The table of private hooks in CONTRIBUTING.md: each is there with its signature, and none is missing from it."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -37,6 +38,7 @@ def our_modules() -> list[ModuleType]:
     ]
 
 
+@functools.cache
 def our_classes() -> set[type]:
     return {
         kind
@@ -52,17 +54,25 @@ THEIRS: dict[str, type] = {
 } | {"GenerationConfig": GenerationConfig}
 
 
+# Looking up a class's source takes long, and Transformers' are asked for each name.
+source = functools.cache(inspect.getsource)
+
+
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith(("__", "_abc_"))
+
+
+source = functools.cache(inspect.getsource)  # which parses the whole file
 
 
 def holds(kind: type, name: str) -> bool:
     """Whether a class has an attribute, or gives one to its instances."""
     if name in vars(kind):
         return True
-    return re.search(rf"\bself\.{name}(:.*)? = ", inspect.getsource(kind)) is not None
+    return re.search(rf"\bself\.{name}(:.*)? = ", source(kind)) is not None
 
 
+@functools.cache
 def overridden() -> set[tuple[str, str]]:
     found = set()
     for kind in our_classes():
@@ -75,6 +85,7 @@ def overridden() -> set[tuple[str, str]]:
     return found
 
 
+@functools.cache
 def used() -> set[tuple[str, str]]:
     """Names of private attributes that our code reads or calls without defining them, with those of their classes that hold them."""
     trees = [ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")) for module in our_modules()]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from modeling_charformer import CharformerTokenizer
+from tests.helpers import run_without_package
 from tests.modeling.test_generation_charformer import half_trained
-from tests.test_remote_code import run_without_package
 
 
 PROMPTS = [list(b"the "), list(b"cat sat")]

@@ -36,6 +36,7 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_while_any_process_of_the_first_lives(tmp_path, holder):
     first, other = holder(), holder(first=False)
     with pytest.raises(FileExistsError, match=rf"another run is at work .*process {first.pid} on"), run_lock(tmp_path):
@@ -59,6 +60,7 @@ def test_a_run_that_ended_by_itself_leaves_nothing_to_notice(tmp_path):
         assert not was_killed
 
 
+@pytest.mark.slow
 def test_forked_processes_do_not_keep_the_lock(tmp_path, holder):
     script = HOLD.replace("print(", "import os; os.fork() or time.sleep(60); print(")
     process = subprocess.Popen(

@@ -177,6 +177,7 @@ def test_fine_tuning_keeps_the_architecture(command, tmp_path, capsys):
     assert "hidden_size is 32, but the model to fine-tune" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fine_tuning_gives_linear_heads_blocks_but_changes_none(command, tmp_path, capsys):
     assert main(command(target_heads="sequential")) == 0
     tuned = {"model_name_or_path": tmp_path / "run", "output_dir": tmp_path / "tuned"}
@@ -384,6 +385,7 @@ def test_the_best_model_is_the_one_reported(command, tmp_path):
 
 
 class TestOneCommandGivenAgain:
+    @pytest.mark.slow
     def test_it_begins_goes_on_and_says_that_the_run_is_complete(self, command, tmp_path, capsys):
         whole, interrupted = tmp_path / "run", tmp_path / "interrupted"
         assert main(command(resume="auto")) == 0
@@ -446,6 +448,7 @@ class TestOneCommandGivenAgain:
         results = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("run", "whole")]
         assert results[0]["eval_bpc"] == results[1]["eval_bpc"]
 
+    @pytest.mark.slow
     def test_a_second_run_is_refused_while_the_first_lives(self, command, tmp_path, capsys):
         hold = "import sys\nfrom charformer_training.locks import run_lock\nwith run_lock(sys.argv[1]):\n  print(flush=True); input()"
         words = [sys.executable, "-c", hold, str(tmp_path / "run")]

@@ -158,4 +158,5 @@ def _smoothed(values: Values) -> Values:
     sums = np.concatenate([[0.0], values.cumsum()])
     places = np.arange(len(values))
     low, high = places - places // 20, np.minimum(places + places // 20, len(values) - 1) + 1
-    return (sums[high] - sums[low]) / (high - low)
+    means: Values = (sums[high] - sums[low]) / (high - low)
+    return means

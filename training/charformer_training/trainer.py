@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
@@ -18,18 +18,6 @@ from .models import is_causal_lm, unwrap_peft
 from .optimizer import muon_adamw
 from .running_means import EvaluationTerms, TrainingTerms, group_by_layer
 from .units import NATS_PER_BIT, begins_character
-
-
-class ForgetTerms(TrainerCallback):
-    """Training that begins again, with a smaller batch because memory ran out, logs no part of its first try."""
-
-    def __init__(self, trainer: "AuxiliaryLossTrainer"):
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._training_terms = TrainingTerms()
 
 
 class UserTerm(NamedTuple):
@@ -98,7 +86,6 @@ class AuxiliaryLossTrainer(SafeTrainer):
         self._training_terms = TrainingTerms()
         self._terms_of_part: list[tuple[dict[str, Tensor], float]] | None = None
         self._evaluation_terms = EvaluationTerms()
-        self.add_callback(ForgetTerms(self))
 
     def add_loss_term(
         self,
@@ -182,6 +169,11 @@ class AuxiliaryLossTrainer(SafeTrainer):
     def _forget(self) -> None:
         super()._forget()
         self._training_terms = TrainingTerms()
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        # Training that begins again, with a smaller batch because memory ran out, logs no part of its first try.
+        self._training_terms = TrainingTerms()
+        return super()._init_training_state(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and getattr(self.args, "muon", False):
