@@ -225,7 +225,7 @@ class TestProgram:
         ],
     )
     def test_wrong_values_are_one_clear_line(self, model_folder, text_file, capsys, words, message):
-        assert main([model_folder, str(text_file), "--device", "cpu", *words]) == 1
+        assert main([model_folder, str(text_file), *words]) == 1
         assert message in capsys.readouterr().err
 
     def test_what_is_missing_is_named(self, model_folder, tmp_path, capsys):
@@ -258,6 +258,10 @@ class TestProgram:
         ):
             assert main(["no_model", "no_text", option, str(place)]) == 1  # neither is looked for
             assert message in capsys.readouterr().err
+
+    def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(self, tmp_path, capsys):
+        assert main(["no_model", "no_text", "--plots", str(tmp_path / "curves.jpgg")]) == 1
+        assert "curves.jpgg does not end in .png, .pdf or .svg" in capsys.readouterr().err
 
     def test_the_text_of_the_training_is_evaluated_on_its_validation_split(self, model_folder, tmp_path, capsys):
         corpus = TEXT * 4

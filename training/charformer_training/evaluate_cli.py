@@ -82,6 +82,7 @@ def check_places(arguments: EvaluateArguments) -> None:
 
     Raises:
         OSError: If a path is a folder, a device or a link to a device, or its folder is not writable.
+        ValueError: If a picture's name has an unknown ending.
     """
     for name in ("output", "plots", "state_file"):
         if getattr(arguments, name) is None:
@@ -98,6 +99,8 @@ def check_places(arguments: EvaluateArguments) -> None:
             raise OSError(f"{name}: the folder of {shown} cannot be made: {error.strerror}") from error
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(f"{name}: the folder of {shown} cannot be written to")
+        if name == "plots" and path.suffix not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"plots: {shown} does not end in .png, .pdf or .svg, the pictures that are drawn")
 
 
 def _device(name: str) -> torch.device:

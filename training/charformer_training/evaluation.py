@@ -122,7 +122,7 @@ def bits_per_character(
             unit="batch",
             initial=state.done,
             total=len(own),
-            disable=not progress or rank > 0,
+            disable=True if not progress or rank > 0 else None,  # None: not in a log file
         )
         for number in todo:
             positions, bits = _bits(model, data, *windows[number])
@@ -164,7 +164,8 @@ def bits_by_position(
     terms = [term for term in model.loss_settings.terms if term.offset == 1 and term.name != LAST_POSITION]
     sums = {term.name: np.zeros(window) for term in terms}
     with evaluating(model):
-        for start in tqdm(range(0, count, batch_size), desc="bits by position and layer", unit="batch"):
+        starts = range(0, count, batch_size)
+        for start in tqdm(starts, desc="bits by position and layer", unit="batch", disable=None):
             rows = np.arange(start, min(start + batch_size, count))[:, None] * window + np.arange(window + 1)
             ids = torch.from_numpy(data[rows].astype(np.int64)).to(model.device)
             layers: dict[int, torch.Tensor] = {}
