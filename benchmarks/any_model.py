@@ -1,10 +1,10 @@
-"""What `add_auxiliary_losses` costs a model with a large vocabulary: GPT-2 (12 layers, width 768, 50,257 tokens).
+"""The cost of `add_auxiliary_losses` for a model with a large vocabulary: GPT-2 (12 layers, width 768, 50,257 tokens).
 
     python benchmarks/any_model.py [--batch 2] [--window 512] [--repeats 5] [--output benchmarks/results/any_model_cpu.json]
 
-Time and peak memory of a training step (AdamW) as ratios to the same model without auxiliary losses, measured in the same
-run. A classifier of an intermediate layer costs what the model's last matrix product does; with a small
-vocabulary that is next to nothing, with this one it is not.
+Time and peak memory of a training step (AdamW) are ratios to the same model without auxiliary losses, measured in the same
+run. The head of an intermediate layer costs as much as the model's output layer. With a small vocabulary that is almost
+nothing, with this one it is not.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
     memory = {variant: in_own_process(__file__, *options, "--memory-of", variant) for variant in VARIANTS}
     times = {"plain": 1.0}
     for variant in VARIANTS:
-        if variant != "plain":  # two at a time: all of them together would not fit
+        if variant != "plain":  # two at a time, since all of them together would not fit in memory
             pair = {name: Step(build(name), ids, arguments.device) for name in ("plain", variant)}
             seconds = times_by_turns(pair, arguments.repeats, variant)
             times[variant] = seconds[variant] / seconds["plain"]

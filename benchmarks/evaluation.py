@@ -1,10 +1,11 @@
-"""Cost of exact evaluation at stride 1 (each byte predicted with the full window before it), at T12's shape.
+"""The cost of exact evaluation at stride 1, in which each byte is predicted from the full window before it, for T12.
 
     python benchmarks/evaluation.py [--windows 96] [--batch 16] [--repeats 5] [--output benchmarks/results/evaluation_cpu.json]
 
-`bits_per_character` beside two others in the same run: the naive loop (a forward pass for each byte, one window at a time),
-and the floor: what a batched forward pass of all positions takes, times the share of its floating-point operations that
-the last position's prediction needs (all of the layers but the last, and of the last the keys, the values and one position).
+`bits_per_character` is compared with a naive loop and with a lower bound, both measured in the same run. The naive loop does
+one forward pass per byte, one window at a time. The lower bound is the time of a batched forward pass of all positions, times
+a share of its floating-point operations: those that the prediction at the last position needs. These are all operations of
+the layers before the last; in the last layer, the keys, the values and one position.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main() -> None:
             model(one, use_cache=False).logits[0, -1].log_softmax(-1)
 
     ways: dict[str, tuple[Callable[[], object], int]] = {
-        # The first window, which counts all its predictions, is one more.
+        # The first window, in which all predictions count, is an additional one.
         "ours": (
             lambda: bits_per_character(model, text, batch_size=arguments.batch, progress=False),
             arguments.windows,
@@ -69,7 +70,7 @@ def main() -> None:
         for name, (function, windows) in ways.items():
             begin = time.perf_counter()
             function()
-            if number:  # the first warms up
+            if number:  # the first is a warm-up
                 seconds[name].append((time.perf_counter() - begin) / windows)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     floor = medians["batched"] * needed / full

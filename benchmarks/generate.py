@@ -1,10 +1,10 @@
-"""Speed of generation, batch 1: drafting beside plain, rolling beside inside the window, and T12's shape beside GPT-2.
+"""The speed of generation at batch 1: with and without drafting, with and without a rolling window, T12 and GPT-2.
 
     python benchmarks/generate.py runs/drafting [--prompts 8] [--output benchmarks/results/generate_cpu.json]
 
-The model is one that `charformer-train training/configs/drafting.yaml` trained; prompts are pieces of the validation part of
-its text, a quarter of the window long. All ways to generate take turns, prompt by prompt, so that whatever else the machine
-does hits all alike; figures of drafting are of all prompts together. Without a model, only what needs no trained one is
+The model is one trained by `charformer-train training/configs/drafting.yaml`. Prompts are parts of the validation split of
+its text, a quarter of the window long. All methods take turns, prompt by prompt, so that other load on the machine affects
+all of them equally. Figures for drafting are totals over all prompts. Without a model, only what needs no trained model is
 measured.
 """
 
@@ -30,7 +30,7 @@ from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
 
 LENGTH = 300
-"""Characters that follow a prompt."""
+"""The continuation of a prompt."""
 
 DRAFTING: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -45,14 +45,14 @@ DECODING: dict[str, dict[str, Any]] = {
 
 
 def write(model: Any, prompt: torch.Tensor, length: int, **settings: Any) -> tuple[float, torch.Tensor]:
-    """Seconds, and the text."""
+    """Run once; returns seconds and the text."""
     begin = time.perf_counter()
     ids = model.generate(prompt, max_new_tokens=length, **settings)
     return time.perf_counter() - begin, ids
 
 
 def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[str, Any]:
-    """For each way to decode: seconds and passes of each way to draft, over the same prompts."""
+    """Seconds and forward passes of each drafting method, by decoding method, over the same prompts."""
     passes = 0
 
     def count(*_: Any) -> None:
@@ -92,13 +92,13 @@ def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held."""
+    """The peak memory of this process."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) / 2**10
 
 
 class Memory(BaseStreamer):
-    """Notes how much memory the process has held at most, by how many characters are written."""
+    """Records the peak memory of the process by the number of characters written."""
 
     def __init__(self) -> None:
         self.peaks: list[float] = []
@@ -111,7 +111,7 @@ class Memory(BaseStreamer):
 
 
 def rolling(model: CharformerForCausalLM, length: int, repeats: int = 5) -> dict[str, float]:
-    """Time of a character when the window rolls, beside that of one inside the window; memory over one long text."""
+    """Time per character in a rolling window, compared with inside the window; memory over one long text."""
     window, prompt = model.config.max_position_embeddings, torch.tensor([[10]])
     inside, rolled, memory = [], [], Memory()
     for _ in tqdm(range(repeats), desc="rolling"):
@@ -142,7 +142,7 @@ def t12_beside_gpt2(repeats: int, length: int = 256) -> dict[str, float]:
     for number in tqdm(range(repeats + 1), desc="T12's shape"):
         for name, model in models.items():
             taken, _ = write(model, prompt, length, do_sample=False, pad_token_id=0)
-            if number:  # the first warms up
+            if number:  # the first is a warm-up
                 seconds[name].append(taken / length)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
@@ -153,8 +153,8 @@ def t12_beside_gpt2(repeats: int, length: int = 256) -> dict[str, float]:
 
 
 def load(folder: str, what: str) -> float:
-    """Seconds, or the peak of memory in MiB beyond what an empty one takes, of loading a model and running it once."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of what was imported is not the model's
+    """Loading a model and running it once: seconds, or peak memory in MiB beyond that of an empty process."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
     before = peak_mib()
     begin = time.perf_counter()
     model = CharformerForCausalLM.from_pretrained(folder)
@@ -165,7 +165,7 @@ def load(folder: str, what: str) -> float:
 
 
 def loading(repeats: int) -> dict[str, float]:
-    """T12 with all heads, as it is trained, and the model for inference alone."""
+    """T12 with all heads, like in training, and without auxiliary heads."""
     full = CharformerForCausalLM(CharformerConfig())
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -184,8 +184,8 @@ def loading(repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="a folder with a trained model that drafts")
-    parser.add_argument("--text", default="python-stdlib", help="what it was trained on")
+    parser.add_argument("model", nargs="?", help="folder of a trained model that drafts")
+    parser.add_argument("--text", default="python-stdlib", help="the text that the model was trained on")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--rolling-length", type=int, default=10_000, help="characters of the long text")
     parser.add_argument("--repeats", type=int, default=5)

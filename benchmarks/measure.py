@@ -1,4 +1,4 @@
-"""What the benchmarks of training steps share: time by turns, memory in processes of their own."""
+"""Shared by the benchmarks of training steps: timing in turns, memory of separate processes."""
 
 import copy
 import os
@@ -22,9 +22,9 @@ from charformer_training.optimizer import muon_adamw
 
 
 Key = TypeVar("Key", bound=Hashable)
-# Shares of training done, in the middle of each tenth: the mean of a step's cost at these is its average over a schedule.
+# Shares of training done, in the middle of each tenth. The mean cost of a step at these is its average over a schedule.
 TENTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
-# Kinds of operations, by what the names of torch's have in them.
+# Kinds of operations, by parts of the names of torch's operators.
 KINDS = {
     "attention": ("scaled_dot_product",),
     "matrix multiplication": ("aten::mm", "aten::addmm", "aten::bmm"),
@@ -37,7 +37,7 @@ KINDS = {
 
 
 def machine(device: str) -> dict[str, str]:
-    """What a figure was measured on."""
+    """The device and the versions with which a figure was measured."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
         "torch": torch.__version__,
@@ -55,7 +55,7 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
 
 
 class Step:
-    """One optimizer step (AdamW, or with Muon) of a model on random ids; in bf16 on a CUDA device, or where asked for."""
+    """One optimizer step (AdamW, or with Muon) of a model on random ids; in bf16 on a CUDA device, or if `bf16` says so."""
 
     def __init__(
         self,
@@ -73,19 +73,19 @@ class Step:
         self.optimizer: torch.optim.Optimizer = (
             muon_adamw(model, [], lr=1e-4) if muon else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         )
-        if compiled:  # all steps of a program count against one limit, past which torch silently runs eagerly
+        if compiled:  # all steps of a program share one limit, above which torch silently runs eagerly
             torch._dynamo.config.recompile_limit = 64
         self.model = torch.compile(model) if compiled else model
         self.ids = ids.to(device)
 
     def given(self, **inputs: Any) -> "Step":
-        """The same model and optimizer, with these inputs beside the ids."""
+        """The same model and optimizer, with further inputs."""
         other = copy.copy(self)
         other.inputs = inputs
         return other
 
     def __call__(self) -> float:
-        """Seconds."""
+        """Run once; returns seconds."""
         return seconds_of(self._work, self.device)
 
     def _work(self) -> None:
@@ -97,7 +97,7 @@ class Step:
 
 
 class MatrixMultiply:
-    """The product of two square matrices, large enough to show what the machine can do, in the type of a `Step` there."""
+    """The product of two square matrices, large enough to reach the machine's peak rate, in the dtype of a `Step`."""
 
     def __init__(self, device: str):
         self.device, self.size = device, 8192 if device == "cuda" else 2048
@@ -106,12 +106,12 @@ class MatrixMultiply:
         self.flops = 2 * self.size**3
 
     def __call__(self) -> float:
-        """Seconds."""
+        """Run once; returns seconds."""
         return seconds_of(lambda: self.factor @ self.factor, self.device)
 
 
 def time_by_kind(step: Step) -> dict[str, float]:
-    """What of the time of a step goes into which kind of operation, as shares of all; the largest first."""
+    """The share of each kind of operation in the time of a step, the largest first."""
     cuda = step.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler:
@@ -119,7 +119,7 @@ def time_by_kind(step: Step) -> dict[str, float]:
             step()
     shares = dict.fromkeys((*KINDS, "other"), 0.0)
     for event in profiler.key_averages():
-        if event.device_type == DeviceType.CPU:  # kernels of a CUDA device count with the operations that start them
+        if event.device_type == DeviceType.CPU:  # CUDA kernels count as part of the operators that launch them
             kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), "other")
             shares[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
     total = sum(shares.values())
@@ -127,7 +127,7 @@ def time_by_kind(step: Step) -> dict[str, float]:
 
 
 def times_by_turns(steps: Mapping[Key, Callable[[], float]], repeats: int, name: str) -> dict[Key, float]:
-    """Median seconds of each step. They take turns, so that whatever else the machine does hits all alike."""
+    """Median seconds of each step. They take turns, so that other load on the machine affects all of them equally."""
     for step in steps.values():
         step(), step()
     times: dict[Key, list[float]] = {variant: [] for variant in steps}
@@ -138,7 +138,7 @@ def times_by_turns(steps: Mapping[Key, Callable[[], float]], repeats: int, name:
 
 
 def peak_memory(make_step: Callable[[], Step], device: str) -> float:
-    """Peak of two steps in MiB: of this process beyond what it holds now, or of the CUDA device."""
+    """Peak memory of two steps in MiB: of this process beyond its present memory, or of the CUDA device."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = make_step()
     step(), step()
@@ -148,8 +148,8 @@ def peak_memory(make_step: Callable[[], Step], device: str) -> float:
 
 
 def in_own_process(program: str, *arguments: object) -> float:
-    """What `program` prints: a number. Its allocator gives back what is freed, so that a peak is of what is in use."""
-    # glibc then maps every tensor by itself instead of keeping freed ones.
+    """Run `program` and return the number that it prints. Its allocator returns freed memory, so a peak is memory in use."""
+    # glibc then maps each tensor separately and does not keep freed ones.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, program, *map(str, arguments)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)

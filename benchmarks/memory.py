@@ -1,10 +1,10 @@
-"""Peak memory of a training step of T64 at the paper's batch, 16 windows of 512: with and without the losses, checkpointed or not.
+"""Peak memory of a training step of T64 at the paper's batch, 16 windows of 512: with and without losses and checkpointing.
 
     python benchmarks/memory.py [--batch 16] [--layers 64] [--output benchmarks/results/memory_cpu.json]
 
-In bf16 (autocast), without dropout. On a CPU the figure is what a process of its own needs beyond its imports, with an
-allocator that gives back what is freed; it takes some 20 GB and, on two cores, some minutes a variant. On a CUDA device it
-is the most that was allocated.
+The step runs in bf16 (autocast), without dropout. On a CPU the figure is the memory of a separate process beyond its imports,
+with an allocator that returns freed memory. A variant takes about 20 GB and, on two cores, some minutes. On a CUDA device the
+figure is the largest amount that was allocated.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Speed of CharformerTokenizer beside ByT5Tokenizer, on the Python sources of the standard library.
+"""The speed of CharformerTokenizer compared with ByT5Tokenizer, on the Python sources of the standard library.
 
     python benchmarks/tokenizer.py [--output benchmarks/results/tokenizer.json]
 
-One string of 5 MB; ByT5's tokenizer, which goes through one Python string a byte, gets a tenth of it. Each is timed
-three times, taking turns; the figures are the medians in MB of UTF-8 a second.
+The text is one string of 5 MB. ByT5's tokenizer makes a Python string of every byte, so it gets a tenth of the text. The two
+take turns, three times each. The figures are medians, in MB of UTF-8 per second.
 """
 
 import argparse

@@ -1,18 +1,17 @@
-"""Time and peak memory of a training step at the paper's shapes: with its losses, with none, and beside the peers.
+"""Time and peak memory of a training step at the paper's shapes: with losses, without, and of comparable models.
 
     python benchmarks/train_step.py [--shape T12] [--batch 4] [--repeats 5] [--output benchmarks/results/train_step_cpu.json]
 
-The peers are GPT-2 and Llama of Transformers, and x-transformers (`pip install x-transformers`; left out otherwise), of the
-same depth, width and heads, and as many weights in the feed-forward layers. `all_averaged` is the mean over training of a
-step with the paper's schedule, by which layers drop out. `of_matrix_multiply_rate` is what of the rate of one large matrix
-multiplication, measured by turns with the steps, a step without auxiliary losses comes to: by the arithmetic of its matrix
-multiplications (6 for each weight and byte) and of the half of attention that is not masked. `time_by_kind` says where its
-time goes.
+The comparable models are GPT-2 and Llama of Transformers, and x-transformers (`pip install x-transformers`; otherwise left
+out). They have the same depth, width and number of heads, and as many weights in the feed-forward layers. `all_averaged` is
+the mean step over training with the paper's schedule, in which layers drop out. `of_matrix_multiply_rate` compares a step
+without auxiliary losses with one large matrix multiplication, which takes turns with the steps: it is the ratio of their
+operations per second. It counts the matrix multiplications of a step (6 operations per weight and byte) and the half of
+attention that is not masked. `time_by_kind` divides the time of a step among kinds of operations.
 
-Steps of the variants take turns in one process, so that whatever else the machine does hits all alike; the figures are
-ratios of median times. Memory is what a process of its own needs beyond its imports, at its peak, with an allocator that
-gives back what is freed (so that the peak is of what is in use). On a machine with a CUDA device the same is measured there
-in bf16, eager and compiled.
+The variants take turns in one process, so that other load on the machine affects all of them equally; the figures are ratios
+of median times. Memory is the peak of a separate process beyond its imports, with an allocator that returns freed memory. On
+a machine with a CUDA device the same is measured there in bf16, eager and compiled.
 """
 
 import argparse
@@ -54,7 +53,7 @@ VARIANTS = ("none", "all", *PEERS)
 
 
 def build(variant: str, layers: int) -> nn.Module:
-    """Without dropout, which the machine's random numbers would otherwise dominate."""
+    """Without dropout, since drawing its random numbers would dominate the time."""
     set_seed(0)
     if variant == "gpt2":
         return GPT2LMHeadModel(
@@ -79,7 +78,7 @@ def build(variant: str, layers: int) -> nn.Module:
 
 
 class XTransformer(nn.Module):
-    """That of x-transformers, called as a model of Transformers is."""
+    """A model of x-transformers, with the interface of Transformers."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -93,13 +92,13 @@ class XTransformer(nn.Module):
 
 
 def flops(layers: int, batch: int) -> int:
-    """Of a training step without auxiliary losses: matrix multiplications, and the half of attention that is not masked."""
+    """Operations of a training step without auxiliary losses: matrix products, and the unmasked half of attention."""
     weights = layers * 12 * WIDTH**2 + WIDTH * 256
     return batch * WINDOW * (6 * weights + 6 * layers * WIDTH * WINDOW)
 
 
 def ratios(values: dict[str, float]) -> dict[str, float]:
-    """The comparisons that count."""
+    """The main ratios."""
     compared = {"all_paper_losses_to_none": ("all", "none"), **{f"none_to_{peer}": ("none", peer) for peer in PEERS}}
     return {name: round(values[one] / values[other], 3) for name, (one, other) in compared.items()}
 

@@ -1,4 +1,4 @@
-"""The losses on a model of Transformers: GPT-2 with losses on intermediate layers and on the token after the next one.
+"""Auxiliary losses on a model of Transformers: GPT-2 with losses on intermediate layers and on the token after the next one.
 
 python examples/any_model.py OUTPUT_FOLDER
 """
@@ -26,7 +26,7 @@ add_auxiliary_losses(
     model,
     num_targets=2,
     intermediate_layers=[1, 2, 3],
-    intermediate_schedule="random",  # one of them a step: with a large vocabulary each costs as much as the last
+    intermediate_schedule="random",  # one layer per step: with a large vocabulary each loss costs as much as the main one
     term_weights={"target_2": 0.4, "layer_1": 0.3, "layer_2": 0.3, "layer_3": 0.3},
 )
 
@@ -42,7 +42,7 @@ trainer = AuxiliaryLossTrainer(
 
 
 def confidence(outputs, inputs):
-    """Mean probability of the likeliest token: a term of one's own, which here keeps the model from being too sure."""
+    """Mean probability of the likeliest token: a loss term defined by the user, which here makes the model less confident."""
     return outputs.logits.softmax(-1).amax(-1).mean()
 
 
@@ -51,6 +51,6 @@ trainer.train()
 print(trainer.evaluate())
 trainer.save_model()
 
-plain = AutoModelForCausalLM.from_pretrained(output_dir)  # GPT-2 as it always was
+plain = AutoModelForCausalLM.from_pretrained(output_dir)  # a plain GPT-2
 print(type(plain).__name__, plain.num_parameters())
 print(load_auxiliary_losses(plain, output_dir).auxiliary_heads)

@@ -3,7 +3,7 @@
 python examples/compress.py runs/quickstart compress my_text.txt my_text.compressed
 python examples/compress.py runs/quickstart restore my_text.compressed my_text.txt
 
-Needs `pip install constriction` for the arithmetic coder. What the model finds probable takes few bits, so the size of the
+Needs `pip install constriction` for the arithmetic coder. Probable text takes few bits: the size of the
 file is the model's bits per byte (`charformer-evaluate`) times the length of the text. Restoring needs the same model, and
 the same machine and library versions: the probabilities must come out the same to the last bit. If they do not, a checksum
 tells.
@@ -28,7 +28,7 @@ MODEL = constriction.stream.model.Categorical(perfect=False)
 
 
 class Predictor:
-    """Probabilities of the next byte, of the bytes so far: `charformer-evaluate`'s, with stride half a window."""
+    """Probabilities of the next byte given the bytes so far, like `charformer-evaluate` with a stride of half a window."""
 
     def __init__(self, model: CharformerForCausalLM):
         self.model = model.eval()
@@ -39,10 +39,10 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self) -> np.ndarray:
-        """`(1, 256)` float32. Nothing comes before the first byte, so all values are as probable."""
+        """`(1, 256)` float32. Nothing comes before the first byte, so all values are equally probable."""
         if not self.seen:
             return np.full((1, 256), 1 / 256, np.float32)
-        if self.cache.get_seq_length() == self.window:  # full: the later part of it is encoded anew
+        if self.cache.get_seq_length() == self.window:  # full: its later part is encoded again
             self.cache = DynamicCache(config=self.model.config)
             new = self.seen[-(self.window - self.stride + 1) :]
         else:
@@ -89,7 +89,7 @@ def main() -> None:
     if len(sys.argv) != 5 or sys.argv[2] not in ("compress", "restore"):
         sys.exit(f"usage: {sys.argv[0]} MODEL compress|restore INPUT OUTPUT")
     folder, action, source, target = sys.argv[1:]
-    torch.set_num_threads(1)  # sums may come out otherwise with another number
+    torch.set_num_threads(1)  # with another number, sums may round differently
     model = CharformerForCausalLM.from_pretrained(folder)
     data = Path(source).read_bytes()
     if not data:

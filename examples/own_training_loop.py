@@ -1,4 +1,4 @@
-"""The losses without any Trainer: what `loss`, `loss_dict` and `loss_weights` are, in a loop of one's own.
+"""The losses in a custom training loop, without a Trainer: `loss`, `loss_dict` and `loss_weights`.
 
 python examples/own_training_loop.py
 """

@@ -1,4 +1,4 @@
-"""Share what a run has left: the model to train on, and beside it the smaller one to use, each with its card and tokenizer.
+"""Push a trained model twice, each time with its card and tokenizer: for further training, and smaller, for inference.
 
 HF_TOKEN=... python examples/push_to_hub.py runs/quickstart user/my-model
 """

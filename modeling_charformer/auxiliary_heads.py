@@ -8,25 +8,24 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 
-# Beginnings of the names of weights that exist for training only.
+# Prefixes of the names of weights that exist for training only.
 TRAINING_ONLY = ("auxiliary_heads.", "target_blocks.", "auxiliary_classifiers.", "loss_uncertainty.")
 
 
 class AuxiliaryHead(nn.Linear):
-    """A linear head that exists for the training only; `index` tells it from its siblings."""
+    """A linear head that exists for training only; `index` is its number among the auxiliary heads."""
 
     def __init__(self, in_features: int, out_features: int, index: int):
         self.index = index
         super().__init__(in_features, out_features)
 
     def reset_parameters(self) -> None:
-        """Nothing: `draw` does it, when the standard deviation is known."""
+        """Do nothing: `draw` initialises the weights once the standard deviation is known."""
 
     def draw(self, standard_deviation: float) -> None:
-        """Draw the weights from a generator of their own.
+        """Draw the weights from a separate generator.
 
-        With and without auxiliary heads the rest of a model, and all that is drawn after it, is then the same at the same
-        seed.
+        At the same seed, auxiliary heads then change neither the rest of the model nor any later random number.
         """
         generator = torch.Generator().manual_seed(torch.initial_seed() + self.index)
         drawn = torch.empty(self.weight.shape).normal_(0.0, standard_deviation, generator=generator)
@@ -60,7 +59,7 @@ class ResidualBlock(nn.Module):
 class UncertaintyWeighting(nn.Module):
     """A learned weight for each term of a loss: `exp(-s) * loss + s / 2` with `s` the logarithm of its variance.
 
-    Kendall, Gal and Cipolla (2018, arXiv 1705.07115), section 3.2. All begin with the weights they are given.
+    Kendall, Gal and Cipolla (2018, arXiv 1705.07115), section 3.2. At first every weight is the given one.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -69,7 +68,7 @@ class UncertaintyWeighting(nn.Module):
         self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in names})
 
     def forward(self, weights: Mapping[str, float], present: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
-        """The weights with what is learned, and the sum of `weight * s / 2` over the terms that are present and count."""
+        """The learned weights, and the sum of `weight * s / 2` over the present terms whose weight is not 0."""
         learned: dict[str, Any] = {name: weights[name] for name in present}
         regularizer = []
         for name in present:

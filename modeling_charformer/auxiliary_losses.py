@@ -5,8 +5,8 @@ With `n` layers, `h_l` the output of layer `l` and a linear head `W_{l,k}` for e
     CE_{l,k} = mean over positions t of  -log softmax(W_{l,k} h_l[t])[ x_{t+k} ]                (nats)
     loss     = sum over l, k of  weight_{l,k}(p) * CE_{l,k}            p = share of training done, in [0, 1]
 
-`Targets` holds what a language model is to predict and what each sum is divided by; `LossStep` which terms are active,
-their values and their weighted sum. The rest are functions of tensors.
+`Targets` holds the targets of a language model and the divisor of each sum. `LossStep` holds the active terms, their values
+and their weighted sum. Everything else is a function of tensors.
 Shapes: B batch, S sequence, V vocabulary, K number of targets.
 """
 
@@ -38,7 +38,7 @@ def last_target_positions(targets: Tensor) -> Tensor:
 
 
 def last_targets(targets: Tensor, documents: Tensor) -> Tensor:
-    """`targets` `(B, S)` with only the last one of each document, given by number `(B, S)`, left; the others are -100."""
+    """`targets` `(B, S)` with all but the last target of each document set to -100. `documents` are numbers `(B, S)`."""
     length, counted = targets.shape[-1], targets != IGNORE_INDEX
     positions = torch.where(counted, torch.arange(length, device=targets.device), length)
     # Of each position, the next one that counts; `length` if there is none.
@@ -48,13 +48,13 @@ def last_targets(targets: Tensor, documents: Tensor) -> Tensor:
 
 
 def packed_documents(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
-    """The number of each position's document, rising along a row, where the inputs of a model say that rows hold several.
+    """The document number of each position, rising along a row, if the inputs of a model mark packed documents.
 
-    They say it by `position_ids` that do not go on by one, by `seq_idx`, by `cu_seq_lens_q` (as flash attention takes
-    it), or by a mask `(B, 1, S, S)` in which a position does not see the one before it.
+    `position_ids` mark a new document where they do not increase by one, `seq_idx` where it changes. Each entry of
+    `cu_seq_lens_q`, as for flash attention, marks one, and so does a mask `(B, 1, S, S)` that hides the preceding position.
 
     Returns:
-        `(B, S)`, or `None` if none of these is given. What is not of that shape says nothing.
+        `(B, S)`, or `None` if none of these is given. Inputs of other shapes are ignored.
     """
     starts = []
     position_ids, seq_idx, ends, mask = (
@@ -76,17 +76,17 @@ def packed_documents(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | N
 
 
 class Targets:
-    """What a language model is to predict at each position of `(B, S)`: the symbols that follow it in its document.
+    """The targets of a language model: for each position of `(B, S)` the symbols that follow it in its document.
 
-    No target lies in another document of a packed row, see `packed_documents`. Where only the labels tell the documents
-    apart, a single -100 between two labels counts as the beginning of one, as packing collators mark it.
+    No target lies in another document of a packed row, see `packed_documents`. A single -100 between
+    two labels also begins a document, because packing collators mark the beginning that way.
 
     Args:
-        inputs: Those of the model. `labels` `(B, S)` are shifted here; `shift_labels` `(B, S)`, which take their place
-            if given, hold at each position the symbol after it already. With neither there is nothing to predict.
+        inputs: The model's inputs. `labels` `(B, S)` are shifted here. `shift_labels` `(B, S)` are shifted already and
+            replace `labels`. Without either there are no targets.
         num_targets: `K`.
-        num_items_in_batch: What `transformers.Trainer` counts: next symbols in the whole optimizer step.
-        target_counts: `(2, K)`, `counts()` added up over the whole optimizer step.
+        num_items_in_batch: Number of next symbols in the whole optimizer step, as `transformers.Trainer` counts them.
+        target_counts: `(2, K)`, the sum of `counts()` over the whole optimizer step.
     """
 
     def __init__(
@@ -146,11 +146,11 @@ class Targets:
 
     @property
     def denominators(self) -> Tensor:
-        """What each sum of a term is divided by to be a mean: `(2, K)` as `counts`, at least 1.
+        """The divisors that turn the sum of each term into a mean: `(2, K)` like `counts`, at least 1.
 
-        - Alone, a batch is divided by its own counts.
-        - As part of an optimizer step over several batches and processes (`target_counts`), by the counts of the whole
-          step: the parts add up to the mean over the one big batch.
+        - By default they are the counts of this batch.
+        - With `target_counts` they are the counts of the whole optimizer step, over all its batches and processes. The
+          parts then add up to the mean over one big batch.
         - With `num_items_in_batch` alone, the other counts are this batch's, scaled up by its share of the next symbols:
           exact where all rows are alike.
         """
@@ -168,7 +168,7 @@ class Targets:
         return self.denominators[int(term.positions == "last"), term.offset - 1]
 
     def share_of_step(self) -> Tensor:
-        """How much of the optimizer step is in this batch, by its next symbols; 1 if it is all."""
+        """The share of the optimizer step's next symbols that this batch holds; 1 if it holds all."""
         return (self.ahead(1) != IGNORE_INDEX).sum() / self.denominators[0, 0]
 
 
@@ -178,7 +178,7 @@ class LossStep:
     It lives for one call and holds no parameters. Without labels no term is active, and `breakdown` is empty.
 
     Args:
-        settings: Which terms there are. In evaluation only those of the model's own head are active.
+        settings: The terms of the model. In evaluation only those of the model's own head are active.
         labelled: Whether there are labels.
         training: Whether the model is in training mode.
         progress, step: Share of training and number of optimizer steps done, for the schedules.
@@ -194,7 +194,7 @@ class LossStep:
     ):
         weights = settings.weights_at(progress, step) if training else settings.evaluation_weights
         self.weights: dict[str, float] = weights if labelled else {}
-        # A head whose weight is 0 is not run; the model's own is run anyway, and its losses are worth knowing.
+        # A head whose weight is 0 is not run. The model's own head runs anyway, so its losses are reported.
         self.terms = [
             term
             for term in settings.terms
@@ -211,7 +211,7 @@ class LossStep:
     def on_layer_output(
         self, losses_of: Callable[[list[LossTerm], Tensor], Mapping[str, Tensor]]
     ) -> dict[int, Callable[[Tensor], None]]:
-        """By the number of an intermediate layer with active terms, what computes and adds them from the layer's output."""
+        """Callbacks by intermediate layer number: each computes and adds the layer's active terms from its output."""
         by_layer: dict[int, list[LossTerm]] = {}
         for term in self.terms:
             if term.layer < self._num_layers:
@@ -227,7 +227,7 @@ class LossStep:
         self.values.update(values)
 
     def add_main(self, loss_of: Callable[[LossTerm], Tensor]) -> None:
-        """Add the terms of the model's own head; one that is a monitor only, of weight 0, gets no gradient."""
+        """Add the terms of the model's own head. A term of weight 0 is only reported and gets no gradient."""
         for term in self.terms:
             if term.is_main:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights[term.name] > 0):
@@ -236,7 +236,7 @@ class LossStep:
     def breakdown(
         self, weighting: UncertaintyWeighting | None, share_of_step: Callable[[], Tensor | float]
     ) -> dict[str, Any]:
-        """`loss`, the sum of the terms by their weights, and `loss_dict` and `loss_weights`, what it is the sum of.
+        """`loss`, the weighted sum of the terms, with their values in `loss_dict` and their weights in `loss_weights`.
 
         Learned weighting adds the term `uncertainty`, which keeps the weights from going to 0. `share_of_step` returns the
         part of the optimizer step that this batch makes up; scaled by it, `uncertainty` adds up over the batches of a
@@ -263,8 +263,8 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-# Logits of one piece of the classifiers' work: 64 MB in float32. Smaller pieces would not save anything that matters,
-# larger ones would show in the peak of a model with a large vocabulary.
+# The most logits computed at once: 64 MB in float32. Smaller pieces would save little; larger ones would raise the peak memory
+# of a model with a large vocabulary.
 MAX_LOGITS = 2**24
 
 
@@ -275,14 +275,14 @@ def _cross_entropy_sums(hidden: Tensor, targets: Tensor, classify: Callable[[Ten
 def chunked_cross_entropy_sums(
     hidden: Tensor, targets: Tensor, classify: Callable[[Tensor], Sequence[Tensor]], vocab_size: int
 ) -> Tensor:
-    """`cross_entropy_sum` of each of `classify(hidden)`, `(T,)`, without all logits in memory at once, in either pass.
+    """`cross_entropy_sum` of each of `classify(hidden)`, `(T,)`, without ever holding all logits in memory.
 
-    The classifiers run piece by piece, and once more in the backward pass instead of keeping their logits until then.
+    The heads run piece by piece. The backward pass runs them again, so that no logits are kept until then.
 
     Args:
         hidden: `(B, S, hidden_size)`.
-        targets: `(T, B, S)`, those of each classifier.
-        classify: `(..., hidden_size)` to the logits `(..., V)` of T classifiers; deterministic.
+        targets: `(T, B, S)`, those of each head.
+        classify: Maps `(..., hidden_size)` to the logits `(..., V)` of T heads; deterministic.
         vocab_size: `V`.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten(1)
@@ -301,13 +301,13 @@ def causal_lm_losses(
     targets: Targets,
     vocab_size: int,
 ) -> dict[str, Tensor]:
-    """The raw, unweighted value in nats of each of `terms`, whose heads read the same, as float32 scalars by name.
+    """The raw, unweighted value in nats of each of `terms`, as float32 scalars by name. Their heads share one input.
 
     Args:
-        head_input: What the heads read, `(B, S, hidden_size)`.
-        heads: `(..., hidden_size)` to the logits `(..., V)` of the head of each of `terms`; deterministic.
-        terms: The terms to compute, at least one, each with another offset, all of the same positions.
-        targets: Those of the batch.
+        head_input: The input of the heads, `(B, S, hidden_size)`.
+        heads: Maps `(..., hidden_size)` to the logits `(..., V)` of the head of each of `terms`; deterministic.
+        terms: The terms to compute, at least one, with different offsets and the same `positions`.
+        targets: The targets of the batch.
         vocab_size: `V`.
     """
     wanted = torch.stack([targets.ahead(term.offset) for term in terms])
@@ -317,7 +317,7 @@ def causal_lm_losses(
         # One position for each row and term: the heads run on these few alone.
         last = last_target_positions(wanted)  # (T, B, 1)
         head_input = head_input.take_along_dim(last.permute(1, 0, 2), dim=1)
-        # Each head's own of the T positions; the others' are not counted.
+        # Each head's target counts at its own one of the T positions only.
         others = ~torch.eye(len(terms), dtype=torch.bool, device=wanted.device)[:, None]
         wanted = wanted.take_along_dim(last, dim=2).masked_fill(others, IGNORE_INDEX)
     sums = chunked_cross_entropy_sums(head_input, wanted, heads, vocab_size)
@@ -325,7 +325,7 @@ def causal_lm_losses(
 
 
 def loss_of_logits(logits: Tensor, term: LossTerm, targets: Targets) -> Tensor:
-    """The value in nats of a term whose logits `(B, S, V)` are there already, a float32 scalar."""
+    """The value in nats of a term, a float32 scalar, from its logits `(B, S, V)`."""
     wanted = targets.ahead(term.offset)
     if term.positions == "last" and targets.documents is not None:
         wanted = last_targets(wanted, targets.documents)
@@ -336,7 +336,7 @@ def loss_of_logits(logits: Tensor, term: LossTerm, targets: Targets) -> Tensor:
 
 
 def last_of_text(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Of `(B, S, hidden_size)` what is at the last position of each row that the mask `(B, S)` counts as text."""
+    """The hidden state `(B, hidden_size)` at the last position of each row that the mask `(B, S)` counts as text."""
     if attention_mask is None:
         return hidden_states[:, -1]
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
@@ -347,10 +347,10 @@ def last_of_text(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor
 def classification_loss(
     logits: Tensor, labels: Tensor, problem_type: str, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """The loss of a classifier of sequences or of tokens, as Transformers defines it, a float32 scalar.
+    """The loss of a sequence or token classification model, as Transformers defines it, a float32 scalar.
 
-    The sum over the labels is divided by `num_items_in_batch`, those of the whole optimizer step, or by their number
-    here.
+    The sum over the labels is divided by `num_items_in_batch`, the number of labels in the whole optimizer step, or by
+    their number in this batch.
 
     Args:
         logits: `(..., num_labels)`.
@@ -368,7 +368,7 @@ def classification_loss(
 
 
 def sequence_problem_type(given: str | None, num_labels: int, labels: Tensor) -> str:
-    """What kind of labels those of whole sequences are, by Transformers' rules, where the configuration does not say."""
+    """The problem type of a sequence classification model: `given`, or inferred from the labels as Transformers does."""
     if given is not None:
         return given
     if num_labels == 1:

@@ -1,4 +1,7 @@
-"""Where supported releases of Transformers differ, found out by their signatures, and what they hand to every model."""
+"""Differences between the supported releases of Transformers, and checks of what callers pass to every model.
+
+The differences are detected by signatures, not by version numbers.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -8,21 +11,23 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 
-# The name of the key-value cache among the arguments of models and of masks, among the fields of outputs and among
-# what `generate` passes on: "past_key_values" up to 5.23, "cache" from 5.24 on.
+# The name of the key-value cache: "past_key_values" up to Transformers 5.23, "cache" from 5.24 on. Models, mask functions,
+# outputs and `generate` all use it.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
-# What callers hand to every model, and attention reads, or nothing needs. The cache itself says where it ends.
+# Arguments that callers pass to every model. Attention reads some of them; the others have no effect on the result:
+# `cache_position`, for example, because the cache itself knows its length.
 COMMON_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"cache_position", "return_dict"}
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache that a model was given, by its new or its old name.
+    """The cache that a model was given under its new or its old name.
 
-    PEFT hands a trained prefix over by the old name, beside an empty cache of `generate`'s by the new one: the prefix counts.
+    With a PEFT prefix both are given: `generate` passes an empty cache under the new name and PEFT its trained prefix
+    under the old one. The prefix is then the cache.
 
     Raises:
         ValueError: If both names are given, with different caches, and the new one is not empty.
@@ -37,15 +42,15 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 
 
 def check_arguments(arguments: Mapping[str, Any], attention: str | None, packed_by_positions: bool) -> None:
-    """Refuse what a model would ignore though it changes the result.
+    """Refuse arguments that should change the result but would be ignored.
 
     Args:
-        arguments: What `forward` has no parameter for.
-        attention: The attention implementation. An engine's own takes arguments that only it knows.
-        packed_by_positions: Whether `position_ids` are given, from which the mask of packed rows follows.
+        arguments: The keyword arguments that are no parameters of `forward`.
+        attention: Name of the attention implementation. That of an inference engine may take arguments unknown here.
+        packed_by_positions: Whether `position_ids` are given; the mask of packed rows is derived from them.
 
     Raises:
-        TypeError: If one of `arguments` is unknown, and has a value.
+        TypeError: If one of `arguments` is unknown and is not `None`.
     """
     if attention not in ALL_MASK_ATTENTION_FUNCTIONS:
         return
@@ -57,11 +62,41 @@ def check_arguments(arguments: Mapping[str, Any], attention: str | None, packed_
                 raise TypeError("token_type_ids are not all 0; a Charformer knows one type of text. Leave them out")
         elif name not in COMMON_ARGUMENTS:
             raise TypeError(
-                f"a Charformer has no argument {name!r} (given as {type(value).__name__}); beside those of its forward it"
-                f" takes {', '.join(sorted(COMMON_ARGUMENTS))}, and None for any other"
+                f"a Charformer has no argument {name!r} (given as {type(value).__name__}); besides the parameters of"
+                f" its forward it takes {', '.join(sorted(COMMON_ARGUMENTS))}, and None for any other"
             )
         elif name in ("cu_seq_lens_q", "seq_idx") and not packed_by_positions and "flash" not in str(attention):
             raise TypeError(
                 f"{name} alone does not keep packed texts apart with the attention {attention!r}; give position_ids, which"
                 " begin at 0 with each text"
             )
+
+
+def check_ids(name: str, ids: Any) -> None:
+    """Raise ValueError unless `ids` are a `(batch, sequence)` tensor of integers."""
+    if not isinstance(ids, Tensor):
+        found = f"is of the type {type(ids).__name__}"
+    elif ids.dtype not in (torch.int64, torch.int32):
+        found = f"is a tensor of {ids.dtype}"
+    elif ids.dim() != 2:
+        found = f"has the shape {tuple(ids.shape)}"
+    else:
+        return
+    raise ValueError(
+        f"{name} {found}; give a tensor of torch.long of the shape (batch, sequence), as a tokenizer does with"
+        ' return_tensors="pt"'
+    )
+
+
+def check_range(name: str, ids: Tensor, end: int, field: str, ignore_index: int | None = None) -> None:
+    """Raise ValueError if one of `ids` on the CPU is outside `0..end - 1`, the range that the configuration's `field` sets.
+
+    Elsewhere they are not checked, because the check would wait for the device.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    if ignore_index is not None:
+        ids = ids.masked_fill(ids == ignore_index, 0)
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= end:
+        raise ValueError(f"{name} contains {high if high >= end else low}; it must be in 0..{end - 1} ({field}={end})")

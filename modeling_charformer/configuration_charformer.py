@@ -22,14 +22,14 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_charformer.CharformerForTokenClassification",
 }
 TARGET_HEADS = ("linear", "residual", "sequential")
-# Far above what a model of characters can use, and below what would fill the memory before any weight is loaded.
+# Limits far above what a character-level model needs, so that a wrong configuration raises before it fills the memory.
 MAX_LAYERS, MAX_HEADS, MAX_LABELS, MAX_PARAMETERS = 10_000, 100_000, 1_000_000, 10**11
 
 logger = logging.get_logger(__name__)
 
 
 def _close_field(name: str) -> str | None:
-    """The field that `name`, which is none, may be a misspelling of."""
+    """The field that the unknown `name` is probably a misspelling of, if any."""
     close = difflib.get_close_matches(name, CharformerConfig.__annotations__, n=1, cutoff=0.8)
     return close[0] if close else None
 
@@ -38,10 +38,11 @@ def _close_field(name: str) -> str | None:
 class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     r"""Settings of a Charformer; the defaults are the 12-layer model (T12) of Al-Rfou et al. (2018, arXiv 1808.04444).
 
-    A field that is close to a known one but misspelt raises; a field with an unrelated name is kept as an attribute,
-    as everywhere in Transformers. A wrong value raises when the configuration is built, and again when a model is
-    built from it (then also for values that were assigned later), as
-    `huggingface_hub.errors.StrictDataclassFieldValidationError` (a type) or `StrictDataclassClassValidationError`.
+    A misspelt field raises. A field with an unrelated name is kept as an attribute, like everywhere in Transformers.
+
+    Wrong values raise when the configuration is built. Values assigned later are checked when a model is built from it. The
+    errors are `StrictDataclassFieldValidationError` for a wrong type and `StrictDataclassClassValidationError`
+    otherwise, both in `huggingface_hub.errors`.
 
     Args:
         vocab_size: Number of symbols: the 256 byte values.
@@ -60,29 +61,29 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             (norms after each residual sum). The paper does not say which it used.
         tie_word_embeddings: Whether the next-character classifier of the final layer is the embedding's matrix.
         use_cache: Whether the forward pass returns the key-value cache by default.
-        pad_token_id, bos_token_id, eos_token_id: Special symbols, those of `CharformerTokenizer` by default: bytes that UTF-8 never
-            uses. `None` is to have none, as raw binary data may need it: `generate` stops at eos. A vocabulary too small for
-            one has none.
+        pad_token_id, bos_token_id, eos_token_id: Special symbols, by default those of `CharformerTokenizer`: bytes that UTF-8 never
+            uses. `None` means that there is none, for example for binary data, since `generate` stops at eos. The
+            default is `None` if the vocabulary is too small for the byte.
         num_targets: Number of characters predicted at each position, `K`; 1 is only the next.
         target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
         target_schedule: How they change in training: `"constant"`, `"forward"` (targets come in one after the other),
             or another of `modeling_charformer.schedule_names()`.
-        target_heads: What predicts targets 2..K of the final layer: `"linear"`, the paper's classifiers; `"residual"`, with
-            a residual block before each (as in Medusa, Cai et al. 2024, arXiv 2401.10774); `"sequential"`, whose blocks
-            also read the characters in between, one after the other (as in Hydra, Ankner et al. 2024, arXiv
-            2402.05109): the best drafts for `generate(use_extra_targets=True)`.
-        intermediate_layers: Layers with losses of their own: `"all"`, a list of numbers in 1..n-1, or `None`.
+        target_heads: The heads of targets 2..K of the final layer. `"linear"`: the paper's linear classifiers. `"residual"`:
+            a residual block before each (like Medusa, Cai et al. 2024, arXiv 2401.10774). `"sequential"`: blocks that
+            also read the characters in between, one after the other (like Hydra, Ankner et al. 2024, arXiv
+            2402.05109); they draft best for `generate(use_extra_targets=True)`.
+        intermediate_layers: Layers with auxiliary losses: `"all"`, a list of numbers in 1..n-1, or `None`.
         intermediate_weight: Factor on the losses of all intermediate layers; the paper's is 1.
         intermediate_schedule: How that factor changes in training: `"paper"` (layer `l` of `n` drops out when `l / (2n)`
             of it is done), `"constant"`, `"linear"`, `"cosine"`, `"random"` (one layer a step), `"rotate_2"`,
             `"rotate_4"`, `"rotate_8"` (every second, fourth or eighth layer, in rotation), or a name given to `register_schedule`.
-        position_loss: `"all"`: each position of the window counts alike; `"last"`: only the last one.
+        position_loss: `"all"`: every position of the window counts equally; `"last"`: only the last one counts.
         term_weights: Weights of terms by name (`{"target_2": 0.4, "layer_1": 0.8}`), in place of those that follow from
             the fields above.
-        loss_weighting: `"fixed"`, or `"uncertainty"`: each term is weighed by what training learns of its uncertainty.
+        loss_weighting: `"fixed"`, or `"uncertainty"`: training learns the weight of each term from its uncertainty.
         classifier_layers: Layers of a sequence or token classifier that have an auxiliary classifier in training:
             `"thirds"` (after one and two thirds of the layers, as in Inception), `"all"`, a list of numbers, or `None`.
-        classifier_weight: Weight of the losses of these.
+        classifier_weight: Weight of the losses of the auxiliary classifiers.
         classifier_schedule: How it changes in training; see `intermediate_schedule`.
     """
 
@@ -133,24 +134,24 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in kwargs:
-            # Names the base class knows arrive here too.
+            # `kwargs` also holds the fields of the base class.
             close = None if hasattr(self, name) else _close_field(name)
             if close:
                 raise ValueError(f"CharformerConfig has no field {name!r} (given {kwargs[name]!r}); meant {close!r}?")
         num_labels = kwargs.get("num_labels")
-        # Each label gets a name, before anything else is checked.
+        # Checked first, because the base class creates a name for each label.
         if isinstance(num_labels, int) and num_labels > MAX_LABELS:
             raise ValueError(f"num_labels is {num_labels}; it must be {MAX_LABELS} or less")
         for name, default in (("pad_token_id", 255), ("bos_token_id", 253), ("eos_token_id", 254)):
             if getattr(self, name) == default >= self.vocab_size:
                 setattr(self, name, None)
-        # Saving one class writes its own entry only; a repository is to load with every Auto class.
+        # By default saving a model writes the entry of its class only. A repository should load with every Auto class.
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As everywhere in Transformers. An attribute whose name is close to a field's loads, with a warning: it was saved."""
+        """Load like any configuration. A saved attribute whose name is close to a field's loads with a warning."""
         odd = {name: close for name in config_dict if not hasattr(cls, name) and (close := _close_field(name))}
         for name, close in odd.items():
             logger.warning_once(
@@ -189,7 +190,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             raise ValueError(f"norm_placement is {self.norm_placement!r}; it must be 'pre' or 'post'")
 
     def _check_size(self) -> None:
-        """Before anything is built: a configuration may come from anywhere, and memory would grow without an end."""
+        """Raise if the model would be too large for any memory: the configuration may come from an unknown source."""
         if self.num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; it must be {MAX_LAYERS} or less")
         if self.num_targets * self.num_hidden_layers > MAX_HEADS:
@@ -260,21 +261,21 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         )
 
     def _with_term_weights(self, settings: AuxiliaryLossSettings) -> AuxiliaryLossSettings:
-        """`settings` with those of `term_weights` that name one of its terms: a classifier may begin as a language model."""
+        """`settings` with those of `term_weights` that name its terms. The others belong to another kind of model."""
         names = {term.name for term in settings.terms}
         weights = {name: weight for name, weight in (self.term_weights or {}).items() if name in names}
         return replace(settings, term_weights=weights or None)
 
     @classmethod
     def recommended(cls, purpose: str = "much_text", **fields: Any) -> "CharformerConfig":
-        """Losses and dropout for practical use. What they gain, and at what cost, is measured in the project's docs/evidence.md.
+        """Losses and dropout for practical use. Their gains and costs are measured in the project's docs/evidence.md.
 
         Args:
-            purpose: What the model is to be good at, and on what:
+            purpose: What the model is trained for:
 
                 - `"much_text"`: text that training sees once or a few times. No auxiliary losses, no dropout.
                 - `"little_text"`: text that training sees so often that a model overfits. The paper's losses, and dropout. In
-                  a deep model give `intermediate_layers=None` besides: losses on all layers outweigh the one that counts.
+                  a deep model also give `intermediate_layers=None`: losses on all layers outweigh the main one.
                 - `"drafting"`: fast generation, by `generate(use_extra_targets=True)`. Eight targets with sequential heads.
             fields: The model's other fields, and values in place of these.
 
@@ -299,7 +300,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         return cls(**(losses[purpose] | fields))
 
 
-# What is saved takes its code along, and so does what is loaded with that code and saved again.
+# A saved configuration includes its code, also when it was loaded with that code.
 CharformerConfig.register_for_auto_class()
 
 __all__ = ["CharformerConfig"]

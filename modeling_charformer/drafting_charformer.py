@@ -151,6 +151,8 @@ class EarlyExitCandidateGenerator(SelfDraftingCandidateGenerator):
     def drafter(self, model_kwargs: dict[str, Any], state: Tensor) -> Iterator[Callable[[int, Tensor], Tensor]]:
         layer, cache = self.generation_config.assistant_early_exit, model_kwargs[CACHE]
         past, mask = int(cache.get_seq_length()), model_kwargs.get("attention_mask")
+        if mask is None and model_kwargs.get("prompt_mask") is not None:
+            mask = mask_up_to(model_kwargs["prompt_mask"], past + 1)
         term = next(term for term in self.model.loss_settings.terms if (term.layer, term.offset) == (layer, 1))
         if mask is not None:
             mask = None if bool(mask[:, -past - 1 :].all()) else mask[:, -past - 1 :]
@@ -168,6 +170,11 @@ class EarlyExitCandidateGenerator(SelfDraftingCandidateGenerator):
         finally:
             for cached in cache.layers[:layer]:  # after a draft that failed, layers differ in length
                 cached.crop(past - int(cached.get_seq_length()))
+
+
+def mask_up_to(prompt_mask: Tensor, length: int) -> Tensor:
+    """The mask `(B, length)` of a prompt and of what was written after it."""
+    return torch.nn.functional.pad(prompt_mask, (0, length - prompt_mask.shape[1]), value=1)
 
 
 def _certain(logits: Tensor, choice: Tensor) -> Tensor:

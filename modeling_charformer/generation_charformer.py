@@ -21,13 +21,14 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.utils.generic import ModelOutput
 
-from .compatibility import CACHE, one_cache
+from .compatibility import CACHE, check_ids, one_cache
 from .configuration_charformer import CharformerConfig
 from .drafting_charformer import (
     EarlyExitCandidateGenerator,
     ExtraTargetCandidateGenerator,
     FirstStop,
     StreamToStop,
+    mask_up_to,
 )
 from .loss_settings import AuxiliaryLossSettings
 
@@ -68,12 +69,16 @@ class CharformerGenerationMixin:
         """As everywhere in Transformers, with the arguments that the class names.
 
         Raises:
-            ValueError: If the ids are not a `(batch, sequence)` tensor of whole numbers, if a length is no whole number, or if
+            ValueError: If the ids are not a `(batch, sequence)` tensor of integers or a length is not an integer. Also if
                 prompt and new characters do not fit into a window that does not roll.
         """
         for name, ids in (("inputs", inputs), ("input_ids", kwargs.get("input_ids"))):
             if ids is not None:
                 check_ids(name, ids)
+        # Transformers makes an empty cache beside one that comes by the name of another release.
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's, a later base
 
     def _prepare_generation_config(
@@ -228,8 +233,11 @@ class CharformerGenerationMixin:
         def draft_inside_window(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             """Prompt look-up would pass the end of the window."""
             candidates, logits = draft(input_ids, *args, **kwargs)
-            past = int(model_kwargs[CACHE].get_seq_length()) if generation_config.rolling_context else None
-            room = max(0, window - (input_ids.shape[1] if past is None else past + 1))
+            past = int(model_kwargs[CACHE].get_seq_length())
+            seen = past + 1 if generation_config.rolling_context else max(past + 1, input_ids.shape[1])
+            # The first pass over embeddings has no place for drafts.
+            first = past == 0 and model_kwargs.get("inputs_embeds") is not None
+            room = 0 if first else max(0, window - seen)
             if logits is not None:
                 logits = logits[:, :room]
             return candidates[:, : input_ids.shape[1] + room], logits
@@ -257,6 +265,9 @@ class CharformerGenerationMixin:
                 " twice; leave them out, or use_extra_targets, assistant_early_exit, prompt_lookup_num_tokens and"
                 " assistant_model"
             )
+        if kwargs.get("inputs_embeds") is not None:
+            # Transformers would cut the mask to the ids, which are fewer. The cache tells how far it goes.
+            kwargs["prompt_mask"] = kwargs.pop("attention_mask", None)
         own = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)]
         decode: Any = super()._assisted_decoding  # type: ignore[misc]  # GenerationMixin's, a later base
         if not own:
@@ -292,6 +303,7 @@ class CharformerGenerationMixin:
         rolling_context: int | None = None,
         use_extra_targets: bool | None = None,
         past_key_values: Any = None,
+        prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As everywhere in Transformers; when the window is full and may roll, its end is all that is encoded."""
@@ -323,6 +335,9 @@ class CharformerGenerationMixin:
                 attention_mask = attention_mask[:, -visible:]
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
             kwargs["position_ids"] = positions
+        if prompt_mask is not None and inputs_embeds is not None:
+            new = inputs_embeds.shape[1] if is_first_iteration else next_sequence_length or 1
+            attention_mask = mask_up_to(prompt_mask, int(cache.get_seq_length()) + new)
         prepared: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]  # GenerationMixin's, a later base
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -334,22 +349,6 @@ class CharformerGenerationMixin:
         )
         # PEFT, in prompt and prefix tuning, looks here for whether the text has begun, by the old name alone.
         return prepared | {"past_key_values": prepared.get(CACHE)}
-
-
-def check_ids(name: str, ids: Any) -> None:
-    """Raises ValueError unless `ids` are a `(batch, sequence)` tensor of whole numbers."""
-    if not isinstance(ids, Tensor):
-        found = f"is of the type {type(ids).__name__}"
-    elif ids.dtype not in (torch.int64, torch.int32):
-        found = f"is a tensor of {ids.dtype}"
-    elif ids.dim() != 2:
-        found = f"has the shape {tuple(ids.shape)}"
-    else:
-        return
-    raise ValueError(
-        f"{name} {found}; give a tensor of torch.long of the shape (batch, sequence), as a tokenizer does with"
-        ' return_tensors="pt"'
-    )
 
 
 def _empty(cache: Any, length: int) -> None:

@@ -1,14 +1,15 @@
-"""What Charformer adds to `push_to_hub`: a model card that says what is known, in place of a form to be filled in."""
+"""What Charformer adds to `push_to_hub`: a model card with the known facts instead of an empty template."""
 
 import os
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData
 
 
 TAGS = ["charformer", "character-level", "byte-level", "auxiliary-losses"]
 
-# What the Hub calls the task of a model, by its Auto class, and what people call the model.
+# The Hub's name for the task of each Auto class, and the card's name for a model of each task.
 TASKS = {
     "AutoModel": "feature-extraction",
     "AutoModelForCausalLM": "text-generation",
@@ -61,7 +62,7 @@ that what it writes is true, safe or original.
 
 
 def is_unfilled_form(card: ModelCard) -> bool:
-    """Whether `card` is the form with nothing but holes that Transformers makes for a repository without a card."""
+    """Whether `card` is the unfilled template that Transformers writes for a repository without a card."""
     form = set(ModelCard.from_template(ModelCardData()).text.splitlines())
     return all(
         line in form or line.startswith("This is the model card of a 🤗 transformers model")
@@ -70,16 +71,24 @@ def is_unfilled_form(card: ModelCard) -> bool:
 
 
 class CharformerPushToHubMixin:
-    """`push_to_hub` and `save_pretrained(push_to_hub=True)` that leave a card without holes, and a person's card alone."""
+    """`push_to_hub` and `save_pretrained(push_to_hub=True)` with a filled-in model card.
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+    A card that somebody has written is not changed.
+    """
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> CommitInfo:
         path = Path(working_dir, "README.md")
         if path.exists() and is_unfilled_form(form := ModelCard.load(path)):
             self._write_card(path, repo_id, list(form.data.tags or []))
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+        commit: CommitInfo = super()._upload_modified_files(  # type: ignore[misc]  # PushToHubMixin's, a later base
+            working_dir, repo_id, *args, **kwargs
+        )
+        return commit
 
     def _write_card(self, path: Path, repo_id: str, tags: list[str]) -> None:
-        # A configuration or a tokenizer is pushed beside a model, which is most often a language model.
+        # A configuration or a tokenizer belongs to a model, which is most often a language model.
         auto_class = getattr(self, "_auto_class", None)
         auto_class = auto_class if auto_class in TASKS else "AutoModelForCausalLM"
         task = TASKS[auto_class]
@@ -99,5 +108,5 @@ class CharformerPushToHubMixin:
         ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(path)
 
     def _card_facts(self) -> str:
-        """What is known of the object that is pushed, as a paragraph or table of Markdown that ends its line."""
+        """Facts about the pushed object: a paragraph or a table in Markdown that ends with a line break."""
         return ""

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence (of queries), H heads, D head size.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,9 @@ def eager_attention_forward(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, for `attn_implementation="eager"`: it alone returns the weights, `(B, H, S, S_key)`."""
+    """Attention for `attn_implementation="eager"`, the only one that returns the attention weights `(B, H, S, S_key)`."""
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -37,18 +38,18 @@ def eager_attention_forward(
 
 
 def to_autocast_dtype(hidden_states: Tensor) -> Tensor:
-    """What several linear layers read, in the type of autocast, where it is on.
+    """`hidden_states` in autocast's dtype, if autocast is on.
 
-    Each would cast it by itself otherwise, and keep a copy of its own for the backward pass.
+    Cast here, several linear layers share one copy. Otherwise each would make a copy and keep it for the backward pass.
     """
-    kind = hidden_states.device.type
+    device_type = hidden_states.device.type
     # The meta device has no autocast, and float64 is not cast.
     if (
         hidden_states.dtype == torch.float32
-        and torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
+        and torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
     ):
-        return hidden_states.to(torch.get_autocast_dtype(kind))
+        return hidden_states.to(torch.get_autocast_dtype(device_type))
     return hidden_states
 
 
@@ -74,22 +75,25 @@ class CharformerAttention(nn.Module):
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         positions_to_keep: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`positions_to_keep`: compute the output of so many last positions only; 0 is all."""
+        """Attention's output `(B, S, hidden_size)` and, if `eager`, its weights.
+
+        `positions_to_keep` is the number of last positions to compute the output of; 0 means all.
+        """
         hidden_states = to_autocast_dtype(hidden_states)
-        by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
-        asking = hidden_states[:, -positions_to_keep:]
-        query = self.q_proj(asking).view(*asking.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
-        key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
+        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        queries = hidden_states[:, -positions_to_keep:]  # 0 keeps all positions, because -0 is 0
+        query = self.q_proj(queries).view(*queries.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
         if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
-            # A paged cache reads, and writes, what attention is told of the lengths.
+            # A paged cache reads the sequence lengths from attention's arguments, and writes to them.
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         elif cache is not None:
-            kwargs["cache"] = cache  # a paged one, which attention itself updates
+            kwargs["cache"] = cache  # a paged cache, which the attention function updates
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention_interface(
@@ -102,10 +106,12 @@ class CharformerAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*asking.shape[:-1], -1)), weights
+        return self.o_proj(output.reshape(*queries.shape[:-1], -1)), weights
 
 
 class CharformerMLP(nn.Module):
+    """The feed-forward part of a layer."""
+
     def __init__(self, config: CharformerConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -114,11 +120,12 @@ class CharformerMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
+        hidden_states = self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
+        return hidden_states
 
 
 class CharformerLayer(GradientCheckpointingLayer):
-    """One layer, with a learned position table of its own that is added to its input (paper, section 2)."""
+    """One layer. A learned position table, one for each layer, is added to its input (paper, section 2)."""
 
     def __init__(self, config: CharformerConfig, layer_idx: int):
         super().__init__()
@@ -135,10 +142,14 @@ class CharformerLayer(GradientCheckpointingLayer):
         position_ids: Tensor,
         positions_to_keep: int = 0,
         input_is_kept: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
-        """`input_is_kept`: a classifier keeps this layer's input for the backward pass; the sum with the positions and its norm
-        are computed from it again there, instead of being kept too.
+        """The layer's output `(B, S, hidden_size)`.
+
+        Args:
+            positions_to_keep: Number of last positions to compute; 0 means all.
+            input_is_kept: Whether an auxiliary head already stores this layer's input for the backward pass. The sum with
+                the position embeddings and its norm are then recomputed from it rather than stored as well.
         """
         if input_is_kept and self.norm_first and not (self.gradient_checkpointing and self.training):
             hidden_states, attended = checkpoint(
@@ -147,13 +158,15 @@ class CharformerLayer(GradientCheckpointingLayer):
         else:
             hidden_states, attended = self._with_positions(hidden_states, position_ids)
         attended = self.self_attn(attended, positions_to_keep=positions_to_keep, **kwargs)[0]
-        hidden_states = hidden_states[:, -positions_to_keep:] + attended
+        hidden_states = hidden_states[:, -positions_to_keep:] + attended  # 0 keeps all positions, because -0 is 0
         if self.norm_first:
-            return hidden_states + self.mlp(self.mlp_norm(hidden_states))
-        hidden_states = self.attention_norm(hidden_states)
-        return self.mlp_norm(hidden_states + self.mlp(hidden_states))
+            hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        else:
+            hidden_states = self.attention_norm(hidden_states)
+            hidden_states = self.mlp_norm(hidden_states + self.mlp(hidden_states))
+        return hidden_states
 
     def _with_positions(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum, and what attention reads of it."""
+        """The input plus the position embeddings, and the input of attention, which in a pre-norm layer is the norm of it."""
         hidden_states = hidden_states + self.position_embeddings(position_ids)
         return hidden_states, self.attention_norm(hidden_states) if self.norm_first else hidden_states

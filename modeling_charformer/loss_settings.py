@@ -1,7 +1,7 @@
-"""Which auxiliary losses there are, and what each weighs when: schedules, terms, settings.
+"""The terms of the loss and their weights in the course of training: schedules, terms, settings.
 
-Everything here is a pure function of Python numbers: weights need no device synchronisation, and are known before the
-forward pass runs (a head whose weight is 0 is not run).
+Everything here is a pure function of Python numbers. Weights therefore need no device synchronisation, and a head whose
+weight is 0 is not run.
 """
 
 import math
@@ -60,9 +60,9 @@ def forward_schedule(at: ScheduleContext) -> float:
 
 
 def random_schedule(at: ScheduleContext) -> float:
-    """1 for one of the intermediate layers, drawn anew at each step from the step's number alone, and 0 for the others."""
+    """1 for one random intermediate layer and 0 for the others. The step's number alone determines which."""
     _check_chooses("random", at)
-    # Random enough, and plain arithmetic of small numbers, which torch.compile follows.
+    # Integer arithmetic is random enough here, and torch.compile can trace it.
     draw = (at.step * 7919 + 104_729) % 65_537
     draw = (draw * draw + 12_345) % 65_521
     return 1.0 if at.layers[draw % len(at.layers)] == at.layer else 0.0
@@ -82,7 +82,7 @@ def rotating_schedule(interval: int) -> Schedule:
 
 
 def _choosing(schedule: Schedule) -> Schedule:
-    """Mark a schedule that chooses among the intermediate layers: the final layer's targets are never chosen by it."""
+    """Mark a schedule that chooses among the intermediate layers, and so never chooses the final layer's targets."""
     schedule.chooses_layers = True  # type: ignore[attr-defined]  # a mark on the function
     return schedule
 
@@ -158,9 +158,9 @@ class LossTerm(NamedTuple):
     layer: int
     offset: int
     weight: float
-    """At full strength, before the schedules."""
+    """The weight before the schedules apply."""
     is_main: bool
-    """Whether its head is the model's own, so that the term needs no auxiliary one."""
+    """Whether the model's main head predicts it, so that it needs no auxiliary head."""
     positions: str = "all"
     """The positions that count: `"all"`, or the `"last"` one of each row that has a target."""
 
@@ -177,23 +177,23 @@ def term_name(layer: int, offset: int, num_layers: int, main: str = "next_char")
 
 @dataclass(frozen=True)
 class AuxiliaryLossSettings:
-    """Which losses a model is trained with, and what each weighs when. The defaults are the paper's.
+    """The losses that a model is trained with, and their weights and schedules. The defaults are the paper's.
 
     Args:
         num_layers: Number of layers `n` of the model.
         num_targets: Number of symbols predicted at each position, `K`; 1 is only the next.
         target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
         target_schedule: How the weights of targets 2..K change in training, by its name in `schedule_names()`.
-        intermediate_layers: Layers with losses of their own: `"all"`, numbers of 1..n-1, or `None`.
+        intermediate_layers: Layers with auxiliary losses: `"all"`, numbers of 1..n-1, or `None`.
         intermediate_weight: Factor on the losses of all intermediate layers.
         intermediate_schedule: How that factor changes in training.
-        position_loss: `"all"`: each position counts alike; `"last"`: only the last one; `None`: there is no such choice,
-            and so no term `last_position`, because the model does not predict at every position.
+        position_loss: `"all"`: every position counts equally; `"last"`: only the last one counts; `None`: the model does not
+            predict at every position, so there is no term `last_position`.
         term_weights: Weights of terms by name, in place of those that follow from the fields above; before schedules.
         loss_weighting: `"fixed"`: as above; `"uncertainty"`: in addition, training learns a factor for each term from the
             term's homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115).
         main: Name of the main term.
-        prefix: What messages call the fields of the intermediate layers: `intermediate_layers`, ...
+        prefix: Prefix of the names of the intermediate layers' fields in messages: `intermediate_layers`, ...
 
     Raises:
         ValueError: If a value is not accepted; the message names the field, the value and what is accepted.
@@ -271,10 +271,10 @@ class AuxiliaryLossSettings:
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:
-        """All terms of the loss: those of the model's own head first, then the further targets, then layer by layer.
+        """All terms of the loss: those of the main head, then the further targets, then the intermediate layers in order.
 
-        With `position_loss="last"` the term `last_position` takes over the weight of the main term; otherwise it is a
-        monitor with weight 0.
+        With `position_loss="last"` the term `last_position` has the weight of the main term. Otherwise its weight is 0,
+        and its value is only reported.
         """
         of_targets = [1.0, *(self.target_weights or [0.5] * (self.num_targets - 1))]
         given, positions = self.term_weights or {}, self.position_loss or "all"
@@ -326,7 +326,7 @@ def classifier_settings(
     schedule: str = "constant",
     **more: Any,
 ) -> AuxiliaryLossSettings:
-    """The losses of a classifier of sequences or tokens with auxiliary classifiers, as Inception's.
+    """The losses of a sequence or token classification model with auxiliary classifiers like Inception's.
 
     Szegedy et al. (2015, arXiv 1409.4842), section 5: two classifiers, after about one and two thirds of the network,
     weighted 0.3, which exist in training only. The main term is called `classification`.

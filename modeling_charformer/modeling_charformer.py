@@ -1,21 +1,19 @@
-"""The character-level Transformer of Al-Rfou et al. (2018, arXiv 1808.04444), with its auxiliary losses.
+"""The character-level Transformer of Al-Rfou et al. (2018, arXiv 1808.04444) with its auxiliary losses.
 
 Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K number of targets.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .auxiliary_heads import ResidualBlock
@@ -29,44 +27,22 @@ from .auxiliary_losses import (
     loss_of_logits,
     sequence_problem_type,
 )
-from .compatibility import CACHE, check_arguments, one_cache
+from .compatibility import CACHE, check_arguments, check_ids, check_range, one_cache
 from .configuration_charformer import CharformerConfig
-from .generation_charformer import CharformerGenerationMixin, check_ids
+from .generation_charformer import CharformerGenerationMixin
 from .layers_charformer import CharformerLayer, to_autocast_dtype
 from .loss_settings import AuxiliaryLossSettings, LossTerm
-from .pretrained_charformer import CharformerPreTrainedModel
-
-
-@dataclass
-class CharformerCausalLMOutput(CausalLMOutputWithPast):
-    """Output of `CharformerForCausalLM`: that of any causal language model, and the breakdown of its loss.
-
-    `loss_dict` maps the name of each term to its raw, unweighted value (float32 scalars, nats) and `loss_weights` the
-    same names to the weights in force, so that `loss == sum(loss_weights[name] * loss_dict[name])`. Learned weights are
-    tensors. `final_hidden_state` `(B, S, hidden_size)`, if asked for, is what the next-character classifier reads.
-    """
-
-    loss_dict: dict[str, Tensor] | None = None
-    loss_weights: dict[str, Any] | None = None
-    final_hidden_state: Tensor | None = None
-
-
-@dataclass
-class CharformerClassifierOutput(SequenceClassifierOutput):
-    """Output of the classifiers: that of any of Transformers', and the breakdown of the loss as above."""
-
-    loss_dict: dict[str, Tensor] | None = None
-    loss_weights: dict[str, Any] | None = None
+from .pretrained_charformer import CharformerCausalLMOutput, CharformerClassifierOutput, CharformerPreTrainedModel
 
 
 class CharformerModel(CharformerPreTrainedModel):
-    """The layers, from ids to the last hidden state."""
+    """The embedding and the layers: from ids to the last hidden state."""
 
     def __init__(self, config: CharformerConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # After post-norm layers there is nothing left to normalise. Made before the layers, as the classifiers that read
-        # it are (see `_heads_of_terms`).
+        # The output of post-norm layers is normalised already. The norm is created before the layers, like the heads that
+        # read its output; `_heads_of_terms` says why.
         pre_norm = config.norm_placement == "pre"
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre_norm else nn.Identity()
         self.layers = nn.ModuleList([CharformerLayer(config, index) for index in range(config.num_hidden_layers)])
@@ -87,36 +63,35 @@ class CharformerModel(CharformerPreTrainedModel):
         positions_to_keep: int = 0,
         num_layers: int | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
-            attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding; positions count text only.
-            position_ids: `(B, S)`, in the window; by default they follow from the mask and the cache.
-            cache: Keys and values of what comes before, or `past_key_values`, its name up to Transformers 5.23.
-            on_layer_output: By the number of a layer (1..n), what is called with its output `(B, S, hidden_size)`, before the
-                final norm, right after it and before the next layer. The backward pass then comes to what a reader
-                computed when it comes to the layer: no two layers' gradients by readers are held at once.
-            positions_to_keep: Compute only so many last positions in the last layer, where no other needs the rest; 0 is
-                all.
-            num_layers: Stop after so many layers (1..n); `last_hidden_state` is then their output after the final norm.
+            attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding. Padding does not count in positions.
+            position_ids: `(B, S)`, in the window; computed from the mask and the cache by default.
+            cache: Keys and values of the preceding text. `past_key_values` is its name up to Transformers 5.23.
+            on_layer_output: Callbacks by layer number (1..n). Each is called with that layer's output `(B, S, hidden_size)`,
+                before the final norm, as soon as the layer has run. Losses computed there are back-propagated just before
+                their layer, so only one layer's auxiliary gradient is in memory at a time.
+            positions_to_keep: Number of last positions that the last layer computes; 0 means all.
+            num_layers: Run only this many layers (1..n). `last_hidden_state` is then their output after the final norm.
 
         Raises:
-            TypeError: If an argument is unknown that could change the result.
-            ValueError: If the sequence, with what is cached, is longer than the window, or an id is outside the
-                vocabulary (found on the CPU only: elsewhere looking would stall the device).
+            TypeError: If an unknown argument could change the result.
+            ValueError: If the sequence and the cached text together are longer than the window, or if an id is outside
+                the vocabulary. Ids are checked on the CPU only: elsewhere the check would wait for the device.
         """
         cache = one_cache(cache, past_key_values)
-        if cache is None or isinstance(cache, Cache):  # else continuous batching's, with arguments of its own
+        if cache is None or isinstance(cache, Cache):  # continuous batching has another cache and more arguments
             check_arguments(kwargs, self.config._attn_implementation, position_ids is not None)
         if input_ids is not None and inputs_embeds is None:
             check_ids("input_ids", input_ids)
-            self._check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+            check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)
         elif inputs_embeds is None or input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        # Without a cache the mask keeps packed texts apart, and that of an empty one is the same.
+        # Taken before an empty cache is created: only without a cache does the mask keep packed texts apart.
         cache_of_mask: dict[str, Any] = {CACHE: cache}
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -167,8 +142,8 @@ class CharformerModel(CharformerPreTrainedModel):
                 f"positions_to_keep needs attn_implementation 'sdpa' or 'eager', not {self.config._attn_implementation!r}"
             )
         if positions_to_keep == 1:
-            return None  # the last position sees all
-        # Left to itself, SDPA would let the first of the queries see the first key alone.
+            return None  # the last position attends to all
+        # SDPA's built-in causal mask would let the first of these queries attend to the first key only.
         ones = torch.ones(positions_to_keep, length, dtype=torch.bool, device=inputs_embeds.device)
         return ones.tril(length - positions_to_keep)[None, None]
 
@@ -181,10 +156,10 @@ class CharformerModel(CharformerPreTrainedModel):
     ) -> Tensor:
         window, length = self.config.max_position_embeddings, inputs_embeds.shape[1]
         if position_ids is not None:
-            self._check_range("position_ids", position_ids, window, "max_position_embeddings")
+            check_range("position_ids", position_ids, window, "max_position_embeddings")
             return position_ids
         past = cache.get_seq_length() if cache is not None else 0
-        # The length of a static cache is a tensor: to look at it would stall the device, and cannot be exported.
+        # The length of a static cache is a tensor. Reading it would wait for the device, and export does not support it.
         if not isinstance(past, Tensor) and past + length > window:
             raise ValueError(
                 f"the sequence is {past + length} characters long"
@@ -195,30 +170,19 @@ class CharformerModel(CharformerPreTrainedModel):
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
 
-    @staticmethod
-    def _check_range(name: str, ids: Tensor, end: int, field: str, ignore_index: int | None = None) -> None:
-        if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
-            return
-        if ignore_index is not None:
-            ids = ids.masked_fill(ids == ignore_index, 0)
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= end:
-            raise ValueError(
-                f"{name} contains {high if high >= end else low}; it must be in 0..{end - 1} ({field}={end})"
-            )
 
+class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin, GenerationMixin):  # type: ignore[misc]  # bases differ in `generate`
+    """A Charformer that predicts the next character and, in training, the targets of the auxiliary losses.
 
-class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin, GenerationMixin):  # type: ignore[misc]
-    """A Charformer that predicts the next character and, in training, everything the auxiliary losses ask for.
+    `auxiliary_heads` maps the name of each term of `config.language_model_losses().terms` to its head. The terms that
+    `lm_head` predicts have none there.
 
-    `auxiliary_heads` holds one head for each term of `config.language_model_losses().terms` but those of `lm_head`, under the
-    term's name. All classifiers of a pre-norm model, the intermediate ones too, read the output `h_l` of their layer
-    after the model's final norm: the sums that its layers pass on grow with depth, and classifiers that read them as
-    they are train badly and hold the layers back. It costs no parameters, and is what a model that stops at layer `l`
-    computes. Post-norm layers have normed outputs.
+    In a pre-norm model every head reads the output `h_l` of its layer after the model's final norm. The residual sums grow
+    with depth; heads that read them without the norm train badly and impair the layers. The norm adds no parameters, and
+    a model that stops at layer `l` computes the same. The outputs of post-norm layers are normalised already.
 
-    With `config.target_heads` other than `"linear"`, `target_blocks` holds what stands before the classifiers of targets
-    2..K of the final layer.
+    Unless `config.target_heads` is `"linear"`, `target_blocks` holds a block before the head of each target 2..K of the
+    final layer.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -256,30 +220,30 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         num_items_in_batch: Tensor | int | None = None,
         return_final_hidden_state: bool = False,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CharformerCausalLMOutput:
         """
         Args:
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
             attention_mask: `(B, S_past + S)`, 1 for text and 0 for padding on either side.
-            position_ids: `(B, S)`; by default they follow from the mask and the cache.
-            cache: Keys and values of what comes before, or `past_key_values`, its name up to Transformers 5.23.
-            labels: `(B, S)`, usually `input_ids` itself, since targets are shifted here; -100 is not counted. In packed
+            position_ids: `(B, S)`; computed from the mask and the cache by default.
+            cache: Keys and values of the preceding text. `past_key_values` is its name up to Transformers 5.23.
+            labels: `(B, S)`, usually `input_ids` itself, since targets are shifted here; -100 is ignored. In packed
                 rows no target lies in another document, see `packed_documents`.
-            logits_to_keep: Compute logits for so many last positions only (0 is all), or for these indices.
-            training_progress: Share of training done, 0 to 1, which the schedules follow; `None` is 0 in training mode.
-                In evaluation mode the loss is that of the language model alone.
-            training_step: Optimizer steps done, which schedules that change from step to step follow; `None` is 0.
-            target_counts: `(2, K)`, see `Targets`; counts over the whole optimizer step.
-            num_items_in_batch: What `transformers.Trainer` passes: next characters in the whole optimizer step.
-            return_final_hidden_state: Also return what the next-character classifier reads, where `logits` are.
-            kwargs: For the layers; and `shift_labels` `(B, S)`, which hold at each position the character after it already
-                and take the place of `labels`, as in Transformers' own models. (Transformers would take a parameter of
-                that name for a label that every batch must have.)
+            logits_to_keep: Number of last positions to compute logits for (0 means all), or their indices.
+            training_progress: Share of training done, 0 to 1, for the schedules; `None` means 0. In evaluation mode
+                the loss is that of the language model alone.
+            training_step: Number of optimizer steps done, for the schedules that change at each step; `None` means 0.
+            target_counts: `(2, K)` counts over the whole optimizer step, see `Targets`.
+            num_items_in_batch: Number of next characters in the whole optimizer step, as `transformers.Trainer` passes it.
+            return_final_hidden_state: Also return the input of `lm_head` at the positions of `logits`.
+            kwargs: Arguments of the layers, and `shift_labels` `(B, S)`, labels that are shifted already and replace
+                `labels`, as in Transformers' models. It is no named parameter because Transformers would then require
+                it in every batch.
 
         Raises:
-            ValueError: As `CharformerModel.forward`, and if `labels` are of another shape than the input, have ids
-                outside the vocabulary, or `training_progress` is outside 0..1.
+            ValueError: For the reasons given in `CharformerModel.forward`; if `labels` differ from the input in shape or
+                contain ids outside the vocabulary; if `training_progress` is outside 0..1.
         """
         shift_labels = kwargs.pop("shift_labels", None)
         inputs: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
@@ -299,25 +263,27 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, positions])
         for terms, head_input in self._final_head_inputs(step.final_terms, hidden_states, input_ids, inputs_embeds):
             step.add(losses_of(terms, head_input))
         if targets.given:
-            # An index tensor may reorder the positions, so only "all of them" can be reused.
-            every = logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else self.lm_head(hidden_states)
-            step.add_main(lambda term: loss_of_logits(every, term, targets))
+            # The loss needs the logits of all positions, in order; those of an index tensor may be in another order.
+            all_logits = (
+                logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else self.lm_head(hidden_states)
+            )
+            step.add_main(lambda term: loss_of_logits(all_logits, term, targets))
         return CharformerCausalLMOutput(
             **step.breakdown(self.loss_uncertainty if self.training else None, targets.share_of_step),
             logits=logits,
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            final_hidden_state=hidden_states[:, kept] if return_final_hidden_state else None,
+            final_hidden_state=hidden_states[:, positions] if return_final_hidden_state else None,
         )
 
     def _losses(self, targets: Targets, terms: list[LossTerm], head_input: Tensor) -> dict[str, Tensor]:
-        """The values of auxiliary `terms` of one layer, whose heads read the same, by name."""
+        """The values, by name, of auxiliary `terms` whose heads read the same `head_input`."""
         return causal_lm_losses(head_input, partial(self.classify, terms), terms, targets, self.config.vocab_size)
 
     def _final_head_inputs(
@@ -327,7 +293,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> Iterator[tuple[list[LossTerm], Tensor]]:
-        """The final layer's `terms`, in groups of those whose heads read the same, and what these read, `(B, S, hidden_size)`."""
+        """The final layer's `terms`, grouped by the input of their heads, each group with this input `(B, S, hidden_size)`."""
         if not terms:
             return
         if not self.target_blocks:
@@ -340,7 +306,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         for offset in range(2, max(by_offset) + 1):
             previous = None
             if self._is_sequential and inputs_embeds is not None:
-                # What is shifted in at the end has no target.
+                # The zeros shifted in at the end do not matter: no target belongs to them.
                 previous = nn.functional.pad(inputs_embeds, (0, 0, 0, offset - 1))[:, offset - 1 :]
             head_input = self._head_input(offset, state, previous)
             if self._is_sequential:
@@ -353,15 +319,15 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         return self.config.target_heads == "sequential"
 
     def _head_input(self, offset: int, state: Tensor, previous: Tensor | None) -> Tensor:
-        """What the head of target `offset` reads: from `state` and, if sequential, the embedding of what is before it."""
+        """The input of the head of target `offset`. `previous` embeds the character before the target, if sequential."""
         return self.target_blocks[f"target_{offset}"](state, previous) if self.target_blocks else state
 
     def draft(self, offset: int, state: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(B, V)` of the character `offset` (2..K) steps ahead, and the state for the one after it.
+        """Logits `(B, V)` of the character `offset` (2..K) steps ahead, and the `state` to pass for the next offset.
 
         Args:
-            state: `(B, hidden_size)`; for target 2 a position's `final_hidden_state`, then what the last call returned.
-            previous: `(B,)` ids of the characters `offset - 1` steps ahead, known or drafted.
+            state: `(B, hidden_size)`. For target 2 a position's `final_hidden_state`, then the state that the last call returned.
+            previous: Ids `(B,)` of the characters `offset - 1` steps ahead, known or drafted.
         """
         head_input = self._head_input(
             offset, state, self.model.embed_tokens(previous) if self._is_sequential else None
@@ -369,11 +335,11 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         return self.auxiliary_heads[f"target_{offset}"](head_input), head_input if self._is_sequential else state
 
     def classify(self, terms: Sequence[LossTerm], hidden_states: Tensor) -> list[Tensor]:
-        """Logits `(..., V)` of the classifier of each of auxiliary `terms`, which are all of one layer.
+        """Logits `(..., V)` of the heads of auxiliary `terms`, all of one layer.
 
         Args:
             terms: At least one.
-            hidden_states: `(..., hidden_size)`, the layer's output; the last one's after the final norm.
+            hidden_states: The layer's output `(..., hidden_size)`. That of the final layer has passed the final norm.
         """
         if terms[0].layer < len(self.model.layers):
             hidden_states = self.model.norm(hidden_states)
@@ -386,18 +352,18 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
                 continue
             if inputs is not None and given.shape != inputs.shape[:2]:
                 raise ValueError(
-                    f"{name} have the shape {tuple(given.shape)}, the input {tuple(inputs.shape[:2])}; they must be alike"
+                    f"{name} have the shape {tuple(given.shape)}, the input {tuple(inputs.shape[:2])}; they must be equal"
                     " (batch, sequence)" + (": targets are shifted in the model" if name == "labels" else "")
                 )
-            self.model._check_range(name, given, self.config.vocab_size, "vocab_size", ignore_index=IGNORE_INDEX)
+            check_range(name, given, self.config.vocab_size, "vocab_size", ignore_index=IGNORE_INDEX)
 
 
 class CharformerClassifier(CharformerPreTrainedModel):
-    """What classifiers of sequences and of characters share: the layers, a classifier, and in training auxiliary ones.
+    """The base of the sequence and the token classification model: layers, a head, and auxiliary heads for training.
 
-    As in Inception (Szegedy et al. 2015, section 5), `auxiliary_classifiers` holds a classifier of the same kind for
-    each of `config.classifier_layers`, whose weighted loss is added in training; they are not run otherwise. Those of a
-    pre-norm model read the output of their layer after the final norm, as `CharformerForCausalLM` does.
+    Like Inception (Szegedy et al. 2015, section 5), the model has an auxiliary head of the same kind on each of
+    `config.classifier_layers`. The heads are in `auxiliary_classifiers`; they run in training only, where their weighted
+    losses are added. In a pre-norm model they read their layer's output after the final norm.
     """
 
     def __init__(self, config: CharformerConfig):
@@ -422,18 +388,18 @@ class CharformerClassifier(CharformerPreTrainedModel):
         training_progress: float | None = None,
         training_step: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CharformerClassifierOutput:
         """
         Args:
             input_ids: `(B, S)`, or `inputs_embeds` `(B, S, hidden_size)` instead.
             attention_mask: `(B, S)`, 1 for text and 0 for padding on either side.
-            position_ids: `(B, S)`; by default they follow from the mask.
-            labels: One for each sequence, `(B,)`, or for each character, `(B, S)`, -100 for none.
-            use_cache: Taken because trainers pass it to every model; nothing reads a classifier's cache, and there is none.
-            training_progress: Share of training done, 0 to 1, which schedules follow; `None` is 0 in training mode.
-            training_step: Optimizer steps done, which schedules that change from step to step follow; `None` is 0.
-            num_items_in_batch: What `transformers.Trainer` passes: labels in the whole optimizer step.
+            position_ids: `(B, S)`; computed from the mask by default.
+            labels: `(B,)`, one for each sequence, or `(B, S)`, one for each character; -100 means no label.
+            use_cache: Ignored, since a classifier has no use for a cache. Trainers pass it to every model.
+            training_progress: Share of training done, 0 to 1, for the schedules; `None` means 0.
+            training_step: Number of optimizer steps done, for the schedules that change at each step; `None` means 0.
+            num_items_in_batch: Number of labels in the whole optimizer step, as `transformers.Trainer` passes it.
         """
         step = LossStep(self.loss_settings, labels is not None, self.training, training_progress, training_step)
 
@@ -445,8 +411,9 @@ class CharformerClassifier(CharformerPreTrainedModel):
             }
 
         def share_of_step() -> Tensor | float:
-            counted = labels.ne(IGNORE_INDEX).sum()  # type: ignore[union-attr]  # there are no terms without labels
-            return 1.0 if num_items_in_batch is None else counted / num_items_in_batch
+            if num_items_in_batch is None or labels is None:
+                return 1.0
+            return labels.ne(IGNORE_INDEX).sum() / num_items_in_batch
 
         outputs = self.model(
             input_ids=input_ids,
@@ -467,7 +434,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
         )
 
     def _select(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """What of `(B, S, hidden_size)` is classified."""
+        """The part of `hidden_states` `(B, S, hidden_size)` that the heads read."""
         raise NotImplementedError
 
     def _loss(self, logits: Tensor, labels: Any, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -475,7 +442,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
 
 
 class CharformerForSequenceClassification(CharformerClassifier):
-    """A Charformer that classifies texts, or rates them, by their last character, which has seen all of the text."""
+    """A Charformer that classifies texts, or predicts a number for each, from the hidden state of the last character."""
 
     def _select(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         return last_of_text(hidden_states, attention_mask)
@@ -486,7 +453,7 @@ class CharformerForSequenceClassification(CharformerClassifier):
 
 
 class CharformerForTokenClassification(CharformerClassifier):
-    """A Charformer that classifies each character, by what comes up to it: its attention is causal."""
+    """A Charformer that classifies each character from the text up to and including it: attention is causal."""
 
     def _select(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         return hidden_states
@@ -495,7 +462,7 @@ class CharformerForTokenClassification(CharformerClassifier):
         return classification_loss(logits, labels, "single_label_classification", num_items_in_batch)
 
 
-# Saved models take their code along.
+# A saved model includes its code.
 CharformerModel.register_for_auto_class("AutoModel")
 CharformerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 CharformerForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

@@ -1,16 +1,18 @@
-"""What all Charformers share: initial weights, saving, pushing, a copy for inference."""
+"""The base class of all Charformers: initial weights, loading, pushing, a copy for inference; and their outputs."""
 
 import copy
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi
-from torch import nn
+from huggingface_hub import CommitInfo, HfApi
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
 from .auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, UncertaintyWeighting, ZeroLinear
 from .configuration_charformer import CharformerConfig
@@ -20,13 +22,40 @@ from .loss_settings import AuxiliaryLossSettings
 from .tokenization_charformer import CharformerTokenizer
 
 
-# Beginnings of the names of weights that tell one kind of model from another.
+# Prefixes of the names of weights that only some kinds of models have: the heads for inference.
 HEADS = ("lm_head.", "score.")
 
 Model = TypeVar("Model", bound="CharformerPreTrainedModel")
 
 
+@dataclass
+class CharformerCausalLMOutput(CausalLMOutputWithPast):
+    """Output of `CharformerForCausalLM`: that of any causal language model, and the breakdown of its loss.
+
+    `loss_dict` maps the name of each term to its raw, unweighted value (float32 scalars, nats). `loss_weights` maps the same
+    names to their current weights, so that `loss == sum(loss_weights[name] * loss_dict[name])`; learned weights are tensors.
+    `final_hidden_state` `(B, S, hidden_size)` is the input of the next-character head, returned on request.
+    """
+
+    loss_dict: dict[str, Tensor] | None = None
+    loss_weights: dict[str, float | Tensor] | None = None
+    final_hidden_state: Tensor | None = None
+
+
+@dataclass
+class CharformerClassifierOutput(SequenceClassifierOutput):
+    """Output of the classification models: that of Transformers, and the breakdown of the loss as above."""
+
+    loss_dict: dict[str, Tensor] | None = None
+    loss_weights: dict[str, float | Tensor] | None = None
+
+
 class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
+    """The base class of all Charformers.
+
+    `loss_settings` says which losses the model is trained with. `CharformerModel`, which has no losses, does not set it.
+    """
+
     config: CharformerConfig
     loss_settings: AuxiliaryLossSettings
     base_model_prefix = "model"
@@ -38,15 +67,15 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": CharformerLayer, "attentions": CharformerAttention}
-    # Not the heads of other kinds: engines such as vLLM put a head of their own on a `CharformerModel` and load nothing
-    # that its list names.
+    # The list does not name the inference heads of other kinds of models. Engines like vLLM put a head on a
+    # `CharformerModel`, and could not load its weights if they were named.
     _keys_to_ignore_on_load_unexpected: list[str] | set[str] | None = [
         f"^{name}".replace(".", r"\.") for name in TRAINING_ONLY
     ]
 
     def __init__(self, config: CharformerConfig):
-        # Values assigned to a config after it was built, as `from_pretrained(..., hidden_size=...)` does, are checked
-        # one by one there and as a whole here.
+        # `from_pretrained(..., hidden_size=...)` assigns values to a config that is built already. Each value is checked
+        # when it is assigned; whether they fit together is checked here.
         config.validate()
         super().__init__(config)
 
@@ -63,29 +92,29 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
             super()._init_weights(module)
 
     def post_init(self) -> None:
-        """The list of what is left out on loading is made of this model's and its parts'; what it has itself leaves it."""
+        """Initialise the weights, and remove from the names ignored on loading those that this model has."""
         super().post_init()
         names, listed = self.state_dict().keys(), self._keys_to_ignore_on_load_unexpected or ()
         has = {pattern for pattern in listed if any(re.search(pattern, name) for name in names)}
         self._keys_to_ignore_on_load_unexpected = set(listed) - has
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        """A model loads from another kind's checkpoint without a report on what only that one has."""
+        """Do not report the heads of other kinds of models: any kind loads from any other's checkpoint."""
         super()._adjust_missing_and_unexpected_keys(loading_info)
         others = (*HEADS, *TRAINING_ONLY)
         loading_info.unexpected_keys = {name for name in loading_info.unexpected_keys if not name.startswith(others)}
 
     def _uncertainty_weighting(self) -> UncertaintyWeighting | None:
-        """Learned weights of the terms of `loss_settings`, if they are asked for."""
+        """The learned weights of the terms of `loss_settings`, or `None` if the weighting is fixed."""
         if self.loss_settings.loss_weighting == "fixed":
             return None
         return UncertaintyWeighting([term.name for term in self.loss_settings.terms])
 
     def _heads_of_terms(self, num_outputs: int) -> nn.ModuleDict:
-        """A linear head for each term of `loss_settings` that is not of the model's own head, under the term's name.
+        """A linear head for each auxiliary term of `loss_settings`, by the term's name.
 
-        To be made before the layers whose output they read: DistributedDataParallel sends gradients from the last
-        parameter to the first and waits for each, and those of the first layer's heads come late.
+        Create them before the layers. DistributedDataParallel reduces gradients from the last parameter to the first,
+        and those of the heads on the first layers are ready last.
         """
         names = [term.name for term in self.loss_settings.terms if not term.is_main]
         return nn.ModuleDict(
@@ -96,9 +125,9 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         )
 
     def without_auxiliary_heads(self: Model) -> Model:
-        """A new model with copies of the same weights and none of those that exist for training only.
+        """A copy of the model without the weights that exist for training only.
 
-        Its logits are the same, and a quantized model stays quantized. Adapters of PEFT are merged into its weights. It can
+        Its logits are the same, and a quantized model stays quantized. PEFT adapters are merged into its weights. It can
         be trained further only without auxiliary losses.
         """
         left_out: dict[int, nn.ModuleDict | None] = {
@@ -108,7 +137,7 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         }
         model = copy.deepcopy(self, left_out)
         for name, module in [*model.named_modules()]:
-            if hasattr(module, "merge") and hasattr(module, "get_base_layer"):  # an adapter of PEFT around a layer
+            if hasattr(module, "merge") and hasattr(module, "get_base_layer"):  # a layer with a PEFT adapter
                 module.merge()
                 model.set_submodule(name, module.get_base_layer())
         config = model.config
@@ -118,8 +147,10 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         model.loss_settings = config.language_model_losses() if self.can_generate() else config.classifier_losses()
         return model
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        """A repository without a tokenizer gets one beside the model: it needs no training, ids are bytes."""
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> CommitInfo:
+        """Add a tokenizer to a repository that has none. It needs no training, because ids are bytes."""
         name, options = "tokenizer_config.json", {key: kwargs.get(key) for key in ("token", "revision")}
         if not (Path(working_dir, name).exists() or HfApi().file_exists(repo_id, name, **options)):
             CharformerTokenizer.for_model(self.config).save_pretrained(working_dir)
@@ -138,9 +169,9 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         return f"| | |\n| --- | --- |\n{rows}"
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As everywhere in Transformers; the auxiliary heads of a language model follow. Ids from 256 on are added tokens.
+        """Resize like any model of Transformers, and the auxiliary heads of a language model with it.
 
-        Rows that are new in them are drawn as all their weights were at first.
+        Ids from 256 on are added tokens. New rows of the heads are drawn from the distribution of their initial weights.
         """
         embeddings: nn.Embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         heads: Any = getattr(self, "auxiliary_heads", {})
@@ -148,8 +179,8 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
             resized = AuxiliaryHead(head.in_features, self.config.vocab_size, head.index)
             self._init_weights(resized)
             resized = resized.to(head.weight.device, head.weight.dtype).requires_grad_(head.weight.requires_grad)
-            kept = min(head.out_features, resized.out_features)
+            rows = min(head.out_features, resized.out_features)
             with torch.no_grad():
-                resized.weight[:kept], resized.bias[:kept] = head.weight[:kept], head.bias[:kept]
+                resized.weight[:rows], resized.bias[:rows] = head.weight[:rows], head.bias[:rows]
             heads[name] = resized.train(head.training)
         return embeddings

@@ -1,6 +1,6 @@
-"""Where the tokens of a text lie: its words, and offsets in characters, found when someone asks for them.
+"""The position of each token in its text: its word, and its offsets in characters, both computed on demand.
 
-`TextEncoding` is what `transformers.BatchEncoding` asks for a row's words and offsets, with the names and meanings of
+`transformers.BatchEncoding` reads the words and offsets of a row from `TextEncoding`, which has the interface of
 `tokenizers.Encoding`.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 Part = str | bytes | Sequence[int]  # text, raw bytes, or ids as they are
 Span = tuple[int, int]
 
-# What tokens are called, by their ids: those beyond ASCII are parts of characters.
+# The names of tokens by their ids. Bytes beyond ASCII are parts of characters.
 BYTE_NAMES = [chr(byte) if byte < 0x80 else f"<0x{byte:02X}>" for byte in range(256)]
 
 # In running text, a word begins with the white space before it.
@@ -111,10 +111,10 @@ class EncodedText:
 
 
 def truncation_windows(length: int, max_length: int, stride: int, side: str) -> list[Span]:
-    """The pieces, as `(start, stop)`, of at most `max_length` in which a sequence of `length` is kept: the first, then its overflow.
+    """The pieces `(start, stop)`, at most `max_length` long, of a truncated sequence: the kept one, then the overflow.
 
     Args:
-        stride: How much of a piece the next one repeats.
+        stride: Number of tokens that each piece repeats of the one before it.
         side: Which end is cut off, `"right"` or `"left"`.
 
     Raises:
@@ -136,7 +136,7 @@ def truncation_windows(length: int, max_length: int, stride: int, side: str) -> 
 
 
 def pair_lengths(first: int, second: int, room: int) -> tuple[int, int]:
-    """What is kept of a pair of sequences in `room` tokens if the longer one is cut first."""
+    """The lengths to which a pair of sequences is cut to fit `room` tokens, the longer one first."""
     shorter, longer = sorted((first, second))
     longer = max(shorter, room - shorter) if shorter <= room else shorter
     if shorter + longer > room:

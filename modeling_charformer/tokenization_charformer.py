@@ -1,4 +1,4 @@
-"""Tokenizer of the Charformer model: characters are bytes of UTF-8, and ids are the bytes themselves."""
+"""Tokenizer of the Charformer model: characters are UTF-8 bytes, and the ids are the byte values."""
 
 import re
 from collections.abc import Sequence
@@ -33,31 +33,31 @@ Row = tuple[int, Sequence[EncodedText], list[Span]]  # number of the sample, its
 
 
 class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
-    r"""Text to the ids 0..255 of its UTF-8 bytes and back; `bytes` are taken as they are.
+    r"""Converts text to the ids 0..255 of its UTF-8 bytes and back; it also accepts `bytes`.
 
-    `bytes(ids)` gives back exactly the bytes that went in, whatever they were. `decode` gives text.
+    `bytes(ids)` restores the input bytes exactly. `decode` returns text.
 
-    Pad (255), eos (254) and bos (253) take the place of byte values that never occur in UTF-8, so that no id lies outside
-    the model's 256. None is added to a text by itself. A name of theirs in a text is the token, as everywhere in
-    Transformers; those they have by default hold a character that Unicode keeps out of text, so that `"<pad>"` is five
-    characters. Only raw binary data can contain these bytes by itself.
+    Pad (255), eos (254) and bos (253) use byte values that never occur in UTF-8, so that every id is one of the model's
+    256. They are never added to a text automatically. Their names in a text become the tokens, like everywhere in
+    Transformers. The default names contain a Unicode noncharacter, so `"<pad>"` is five ordinary characters. Only binary
+    data can contain these bytes.
 
     Tokens beyond the bytes (`add_tokens`, other special tokens) get the ids from 256 on; the model then needs
     `resize_token_embeddings(len(tokenizer))`.
 
-    Words (`is_split_into_words=True`) are joined as they are: a space between them is part of a word. `word_ids()`, offsets
-    in characters and `return_overflowing_tokens` are those of Transformers' fast tokenizers; in a text that is not split,
-    a word begins with the white space before it.
+    Words (`is_split_into_words=True`) are joined without a separator. `word_ids()`, offsets in characters and
+    `return_overflowing_tokens` work like those of Transformers' fast tokenizers. In a text that is not split, the white
+    space before a word belongs to it.
 
     Args:
-        pad_token, eos_token, bos_token: What the special tokens are called; `None` is not to have them.
-        errors: What `decode` makes of bytes that are not UTF-8, as in `bytes.decode`: `"replace"` by U+FFFD, or
-            `"surrogateescape"`, which `encode` turns back into the same bytes.
-        kwargs: As for any tokenizer. With `split_special_tokens=True` names of special tokens in a text are text.
+        pad_token, eos_token, bos_token: Names of the special tokens; `None` means that there is none.
+        errors: How `decode` treats invalid UTF-8, like in `bytes.decode`: `"replace"` inserts U+FFFD;
+            `"surrogateescape"` inserts surrogates that `encode` turns back into the same bytes.
+        kwargs: Those of any tokenizer. With `split_special_tokens=True` the names of special tokens are encoded as text.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
-    padding_side = "left"  # generation goes on from the last position; the classifiers take either side
+    padding_side = "left"  # generation continues from the last position; classification models accept either side
 
     def __init__(
         self,
@@ -80,13 +80,13 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
 
     @classmethod
     def for_model(cls, config: PreTrainedConfig) -> "CharformerTokenizer":
-        """The tokenizer that agrees with a model's configuration: its window, and those special tokens that it has."""
+        """The tokenizer that fits a model's configuration: its window and its special tokens."""
         absent: dict[str, Any] = {name: None for name in SPECIAL_TOKEN_IDS if getattr(config, f"{name}_id") is None}
         return cls(model_max_length=config.max_position_embeddings, **absent)
 
     @property
     def is_fast(self) -> bool:
-        """True: clients ask this to know whether encodings have words, offsets and overflow."""
+        """True, because encodings have words, offsets and overflow, which clients infer from this property."""
         return True
 
     # --- Vocabulary ---------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
         return vocab | {token.content: index for index, token in self._added_tokens_decoder.items()}
 
     def _place(self, name: str, token: Token) -> None:
-        """Call the byte that is kept for the special token `name` by the name of `token`, if no other token has it."""
+        """Give the reserved byte of the special token `name` the name of `token`, unless another token has that name."""
         content = str(token)
         self._refuse_byte_names([content])
         if content in self._added_tokens_encoder or content in BYTES_BY_NAME:
@@ -144,10 +144,10 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
         super().__setattr__(key, value)
 
     def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
-        """As everywhere in Transformers; pad, eos and bos get the bytes that are kept for them, others ids from 256 on.
+        """Add special tokens: pad, eos and bos get their reserved bytes, others the ids from 256 on.
 
         Returns:
-            The number of ids that the vocabulary has grown by.
+            The number of ids added to the vocabulary.
         """
         before = len(self)
         super().add_special_tokens(special_tokens_dict, *args, **kwargs)
@@ -193,7 +193,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
     def _encode_without_added_tokens(self, text: str) -> list[int]:
         return list(byte_string(text))
 
-    def _encode_plus(  # type: ignore[override]  # strategies as the base class has resolved them
+    def _encode_plus(  # type: ignore[override]  # the base class passes resolved strategies
         self,
         text: Any,
         text_pair: Any = None,
@@ -249,7 +249,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
             data["length"] = [len(ids) for ids in data["input_ids"]]
         if not (is_batch or return_tensors or return_overflowing_tokens):
             data = {name: values[0] for name, values in data.items()}
-        return BatchEncoding(data, encodings, tensor_type=return_tensors)  # type: ignore[arg-type]  # like theirs
+        return BatchEncoding(data, encodings, tensor_type=return_tensors)  # type: ignore[arg-type]  # the interface of tokenizers.Encoding
 
     def _samples(self, text: Any, pair: Any, is_split: bool) -> tuple[list[Sample], bool]:
         """The texts, each with its pair or `None`, and whether they came as a batch."""
@@ -267,7 +267,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
 
     @staticmethod
     def _sample(part: Any, is_split: bool) -> Sample:
-        """What stands at one place of a batch: a text, ids, words, or a pair of them."""
+        """One entry of a batch as a pair; the entry is a text, ids, words, or a pair of these."""
         if isinstance(part, list | tuple) and part and not isinstance(part[0], int):
             if len(part) == 2 and (isinstance(part, tuple) if is_split else True):
                 return part[0], part[1]
@@ -316,7 +316,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
     def _pattern(self, split_special: bool) -> tuple[dict[str, int], re.Pattern[str], list[int]]:
         """The added tokens that count in a text, a pattern with a group for each, and their ids in that order.
 
-        At one place the longest counts; white space that a token takes with it (`lstrip`, `rstrip`) is part of it.
+        Of several tokens at one position the longest matches. The match includes white space that the token strips.
         """
         tokens = [
             (token.content, index, token)
@@ -340,7 +340,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
     def _windows(
         self, texts: Sequence[EncodedText], strategy: Any, room: int | None, stride: int, overflow: bool
     ) -> list[list[Span]]:
-        """For each row that a text, or a pair, becomes: what it keeps of them."""
+        """The rows that a text, or a pair, becomes: for each row the span of each text that it holds."""
         lengths = [len(encoded.ids) for encoded in texts]
         strategy = str(getattr(strategy, "value", strategy))
         if room is None or strategy == "do_not_truncate" or sum(lengths) <= room:
@@ -366,7 +366,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
         ]
 
     def _inputs(self, rows: Sequence[Row], add_special_tokens: bool, type_ids: bool | None) -> dict[str, Any]:
-        """What models read of the rows, before padding."""
+        """The model inputs of the rows, before padding."""
         data: dict[str, Any] = {"input_ids": [], "special_tokens_mask": []}
         with_types = type_ids or (type_ids is None and "token_type_ids" in self.model_input_names)
         for _, texts, windows in rows:
@@ -390,7 +390,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
     # --- Ids to text --------------------------------------------------------------------------------------------
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of `tokens`; what is none of the tokenizer's is text itself, such as words that a pipeline has put together."""
+        """The text of `tokens`. Unknown tokens are taken as text, such as words that a pipeline has joined."""
         added = self._added_tokens_encoder
         bytes_by_name = {name: bytes([byte]) for name, byte in BYTES_BY_NAME.items() if name not in added}
         raw = b"".join(bytes_by_name.get(token) or byte_string(token) for token in tokens)
@@ -410,7 +410,7 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
         return raw.decode("utf-8", errors=self.errors)
 
     def _decode_by_runs(self, ids: list[int]) -> str:
-        """Added tokens by their names, and what is between them as bytes."""
+        """Decode added tokens to their names, and the runs of bytes between them to text."""
         text, run = "", bytearray()
         for index in ids:
             if index in self._added_tokens_decoder:
@@ -423,10 +423,10 @@ class CharformerTokenizer(CharformerPushToHubMixin, PreTrainedTokenizer):
         return text + run.decode("utf-8", errors=self.errors)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Nothing to save: the vocabulary is the bytes."""
+        """Save nothing: the vocabulary is the 256 bytes."""
         return ()
 
 
-CharformerTokenizer.register_for_auto_class()  # its code goes along when it is saved
+CharformerTokenizer.register_for_auto_class()  # a saved tokenizer includes its code
 
 __all__ = ["CharformerTokenizer"]

@@ -1,15 +1,15 @@
-"""Do the auxiliary losses help? A grid of them, with seeds and retuned learning rates; a report drawn from the runs.
+"""Do the auxiliary losses help? A grid of runs with seeds and tuned learning rates, and a report on them.
 
     python -m benchmarks.ablation run cpu --data tinyshakespeare.txt [--workers 2] [--output benchmarks/results/ablation.jsonl]
     python -m benchmarks.ablation report benchmarks/results/ablation.jsonl
 
-`run` goes through the grid cell by cell and appends one JSON line for each finished run; runs that are there already, of the
-same settings, text, threads and device, are not run again, so that the same command goes on where it was stopped. First each
-cell is run with one seed at each learning rate of the grid, since a comparison at one rate favours the cell it was tuned for;
-then, at the cell's best rate, with other seeds, which alone count. The data order of a seed is the same in every cell, and so
-are the initial weights of what cells share. Last, the time of a training step is measured for all cells by turns.
+`run` goes through the grid cell by cell and appends one JSON line per finished run. It skips runs that are in the file with
+the same settings, text, threads and device, so the same command continues a stopped grid. Each cell is first run with one
+seed at each learning rate of the grid, since a comparison at one rate favours the cell for which it was tuned. The cell's best
+rate is then run with other seeds, and only these runs count. A seed gives every cell the same data order, and the same
+initial weights where cells share them. Finally the training steps of all cells are timed, taking turns.
 
-`report` writes a Markdown page and a figure beside the JSON lines.
+`report` writes a Markdown page and a figure next to the JSON file.
 """
 
 import argparse
@@ -29,14 +29,14 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="run what is missing of a grid")
+    running = commands.add_parser("run", help="run the missing runs of a grid")
     running.add_argument("grid", choices=GRIDS)
     running.add_argument("--data", required=True, help="tiny Shakespeare, 1,115,394 bytes, or another text")
-    running.add_argument("--workers", type=int, default=1, help="runs at a time, which share the cores")
+    running.add_argument("--workers", type=int, default=1, help="number of runs at a time, which share the cores")
     running.add_argument("--output", type=Path)
-    reporting = commands.add_parser("report", help="a page and figures of the runs in a file")
+    reporting = commands.add_parser("report", help="write a page and figures of the runs in a file")
     reporting.add_argument("runs", type=Path)
-    one = commands.add_parser("one", help="one run, in JSON; what `run` calls")
+    one = commands.add_parser("one", help="one run, with its result in JSON; called by `run`")
     one.add_argument("settings", type=json.loads)
     arguments = parser.parse_args()
     if arguments.command == "one":

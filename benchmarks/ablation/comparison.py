@@ -1,4 +1,4 @@
-"""Each cell compared with its baseline, seed by seed."""
+"""Comparison of each cell with its baseline, seed by seed."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error; not a number where a run diverged or there is one only."""
+    """Mean and its standard error; nan if a run diverged or there is only one."""
     if not all(map(math.isfinite, values)):
         return math.nan, math.nan
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -22,7 +22,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def reaches(curve: list[list[float]], bpc: float, axis: int) -> float | None:
-    """Steps (axis 0) or seconds (axis 1) until a curve is down at `bpc`, between two points along a straight line."""
+    """Steps (axis 0) or seconds (axis 1) until a curve falls to `bpc`, by linear interpolation."""
     for before, after in zip(curve, curve[1:], strict=False):
         if after[2] <= bpc < before[2]:
             return float(before[axis] + (after[axis] - before[axis]) * (before[2] - bpc) / (before[2] - after[2]))
@@ -31,13 +31,13 @@ def reaches(curve: list[list[float]], bpc: float, axis: int) -> float | None:
 
 @dataclass(frozen=True)
 class Row:
-    """A cell in the report. Ratios are to the cell's baseline, seed by seed, of how far each is when it first comes down to
-    the baseline's result; `None` if one seed never does."""
+    """A cell in the report. Ratios divide the cell's steps or seconds until it first reaches the baseline's result by the
+    baseline's, seed by seed. They are `None` if a seed never reaches it."""
 
     cell: str
     learning_rate: float
     at_edge: bool
-    """Whether the best learning rate is the grid's lowest or highest: a better one may lie beyond."""
+    """Whether the best learning rate is the lowest or highest of the grid, so that a better one may be outside."""
     seeds: int
     diverged: int
     bpc: float
@@ -48,13 +48,13 @@ class Row:
     seconds_ratio: float | None
     step_cost: float
     training_only: int
-    """Parameters that only training needs."""
+    """Number of parameters that only training needs."""
     gradient_shares: tuple[float, float]
-    """What of the norms of all terms' gradients on the layers is the auxiliary terms', at the first evaluation and the last."""
+    """The auxiliary terms' share of the gradient norms on the layers, at the first and at the last evaluation."""
 
     @property
     def verdict(self) -> str:
-        """By a paired t-test at 5%."""
+        """Whether the difference is significant in a paired t-test at 5%."""
         if self.diverged:
             return f"diverged with {self.diverged} of {self.seeds} seeds"
         if math.isnan(self.gain_error):
@@ -65,7 +65,7 @@ class Row:
 
 
 def auxiliary_share(norms: dict[str, float]) -> float:
-    """What of the norms of the terms' gradients, added up, is that of terms other than the language model's."""
+    """The share of the auxiliary terms in the sum of all terms' gradient norms."""
     terms = {name: norm for name, norm in norms.items() if name != "step"}
     main = sum(norm for name, norm in terms.items() if name in ("next_char", "last_position"))
     return 1 - main / sum(terms.values()) if any(terms.values()) else math.nan

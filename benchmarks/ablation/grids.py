@@ -1,4 +1,4 @@
-"""The cells of each grid: settings of the losses, by name, with the learning rates and seeds they are run at."""
+"""The cells of each grid: settings of the losses by name, with the learning rates and seeds of their runs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ JUDGED_BY = {"eval_bpc": "per character", "last_position": "of the last characte
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells by name, each with the fields of a recipe that make it; learning rates and seeds to run them at."""
+    """Cells by name, each given by fields of a recipe; the learning rates and seeds of their runs."""
 
     recipe: str
     fields: dict[str, Any]
@@ -32,13 +32,13 @@ class Grid:
     tuning_seed: int = 1
     seeds: tuple[int, ...] = (2, 3, 4)
     baselines: dict[str, str] = field(default_factory=dict)
-    """What a cell is compared with; `none` where nothing is said."""
+    """The baseline of a cell; the default is `none`."""
     metric: str = "eval_bpc"
-    """By what cells are judged: `"eval_bpc"`, all positions of a window, or `"last_position"`, bits of its last one."""
+    """The figure compared: `"eval_bpc"`, all positions of a window, or `"last_position"`, bits at the last one."""
     at_its_best: bool = False
-    """Whether a run counts as it was at its best evaluation, not at the end."""
+    """Whether the result of a run is its best evaluation, not its last."""
     cost_repeats: int = 30
-    """How often each step is timed for the costs."""
+    """How often each step is timed."""
 
     def baseline(self, cell: str) -> str:
         return self.baselines.get(cell, "none")
@@ -49,7 +49,7 @@ class Grid:
 
 
 def deep(layers: int, steps: int, window: int, batch: int) -> Grid:
-    """Width 64; norms, optimizer and warm-up as the paper's and as today's."""
+    """Width 64; norms, optimizer and warm-up of the paper, and those common today."""
     losses: dict[str, dict[str, Any]] = {
         "none": NONE,
         "layers, paper's schedule, 1": {**LAYERS, "intermediate_weight": 1.0},
@@ -70,7 +70,7 @@ def deep(layers: int, steps: int, window: int, batch: int) -> Grid:
             "per_device_train_batch_size": batch,
             "max_steps": steps,
             "eval_steps": steps // 10,
-            "max_eval_bytes": 20_000,  # all of them would take longer than training
+            "max_eval_bytes": 20_000,  # the whole split would take longer than training
         },
         {prefix + name: fields | more for prefix, more in variants.items() for name, fields in losses.items()},
         learning_rates=(5e-4, 2e-3, 8e-3),
@@ -114,7 +114,7 @@ GRIDS = {
             for losses in ("4 targets, 0.2 each", "8 targets, 0.1 each, sequential", "all of the paper's")
         },
     ),
-    # Twenty epochs of little text, which the model learns by heart: do the losses keep it from that?
+    # Twenty epochs of little text, on which the model overfits: do the losses reduce that?
     "small-data": Grid(
         "shakespeare-cpu.yaml",
         {"eval_steps": 100, "train_share": 0.05, "max_steps": 1500},
@@ -144,7 +144,7 @@ GRIDS = {
         learning_rates=(2e-3, 4e-3),
         metric="last_position",
     ),
-    # What `make ablation` has no time for.
+    # Grids that are too slow for `make ablation`.
     "cpu-more": Grid(
         "shakespeare-cpu.yaml",
         {"eval_steps": 200},

@@ -1,4 +1,4 @@
-"""One run of one cell, from start to end, with its learning curve and gradients."""
+"""One run of one cell, with its learning curve and gradients."""
 
 import json
 import math
@@ -26,7 +26,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "training" / "configs"
 
 
 class Curve(TrainerCallback):
-    """Validation bits per character, seconds of training alone, and the gradient that each term has on the layers."""
+    """Records validation bits per character, seconds of training alone, and each term's gradient on the layers."""
 
     def __init__(self, batch: dict[str, torch.Tensor], metric: str):
         self.batch, self.metric, self.seconds = batch, metric, 0.0
@@ -48,14 +48,14 @@ class Curve(TrainerCallback):
     ) -> None:
         metrics, model = kwargs["metrics"], kwargs["model"]
         if self.metric == "last_position":
-            bits = metrics["eval_loss_last_position"] / math.log(2)  # of windows of ASCII
+            bits = metrics["eval_loss_last_position"] / math.log(2)  # the windows are ASCII, so bytes are characters
         else:
             bits = metrics["eval_bpc"]
         self.points.append([state.global_step, round(self.seconds, 2), round(bits, 5)])
         self.gradients.append({"step": state.global_step, **self.gradient_norms(model, state)})
 
     def gradient_norms(self, model: Any, state: TrainerState) -> dict[str, float]:
-        """Norm of the weighted gradient of each term of the loss, on all layers together."""
+        """Norm of the weighted gradient of each loss term with respect to all layers."""
         progress = min(state.global_step / state.max_steps, 0.999)
         batch = {name: value.to(model.device) for name, value in self.batch.items()}
         model.train()
@@ -71,8 +71,8 @@ class Curve(TrainerCallback):
 
 
 def arguments_of(grid: str, cell: str, learning_rate: float, seed: int, data: str, folder: str) -> Arguments:
-    """What `charformer-train` would be called with, for one run."""
-    # The recipe's own choice of optimizer is not a cell's.
+    """The arguments of `charformer-train` for one run."""
+    # The cell chooses the optimizer, not the recipe.
     fields = {"muon": False, **GRIDS[grid].fields, **GRIDS[grid].cells[cell]}
     fields |= {"learning_rate": learning_rate, "seed": seed}
     fields |= {"data_path": data, "output_dir": folder, "sample_length": 0, "save_strategy": "no"}
@@ -85,7 +85,7 @@ def arguments_of(grid: str, cell: str, learning_rate: float, seed: int, data: st
 
 
 def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str, data_sha256: str) -> dict[str, Any]:
-    """A run from start to end, in this process."""
+    """A whole run, in this process."""
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         arguments = arguments_of(grid, cell, learning_rate, seed, data, f"{folder}/run")
@@ -95,7 +95,7 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str, da
         corpus = load_corpus(data_arguments)
         splits = split_corpus(corpus, data_arguments.train_share, data_arguments.validation_share)
         trainer = build_trainer(arguments, model, CharformerTokenizer.for_model(model.config), splits)
-        rows = [trainer.train_dataset[index] for index in range(training.per_device_train_batch_size)]  # type: ignore[index]
+        rows = [trainer.train_dataset[index] for index in range(training.per_device_train_batch_size)]  # type: ignore[index]  # may be None in general
         curve = Curve(
             {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}, GRIDS[grid].metric
         )

@@ -12,7 +12,7 @@ from .runs import of_cell, read
 
 
 def report(path: Path) -> str:
-    """A Markdown page of the runs in `path`; draws a figure of each grid beside it.
+    """A Markdown page of the runs in `path`; draws a figure of each grid into the same folder.
 
     Raises:
         ValueError: If there are no runs, or those of a grid are not of one text, device and number of threads.
@@ -66,7 +66,7 @@ def report(path: Path) -> str:
 
 
 def conclusions(table: list[Row], grid: Grid) -> list[str]:
-    """What the table says of each cell that is compared with another."""
+    """The rows of the table, one for each cell that is compared with another."""
     compared = [row for row in table if row.cell != grid.baseline(row.cell)]
     return [
         f"- {row.cell}, beside {grid.baseline(row.cell)}: {row.verdict} ({row.gain:+.4f} +- {row.gain_error:.4f} bpc,"
@@ -102,7 +102,7 @@ def draw(runs: list[dict[str, Any]], grid: Grid, costs: dict[str, float], path: 
         axes[1].plot([step * costs[cell] for step in steps], bpc, **style)
     axes[0].set(xlabel="steps", ylabel=f"validation bits {JUDGED_BY[grid.metric]}")
     axes[1].set(xlabel="seconds of training")
-    axes[0].set_ylim(lowest - 0.03, max(lowest + 0.6, highest + 0.3))  # the end of every curve is in the picture
+    axes[0].set_ylim(lowest - 0.03, max(lowest + 0.6, highest + 0.3))  # shows the end of every curve
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)

@@ -1,4 +1,4 @@
-"""All runs of a grid that are missing, some at a time, each in a process of its own; then the cost of its steps."""
+"""Runs the missing runs of a grid, several at a time, each in a separate process; then times the steps."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from .runs import KEY, best_rate, key_of, read
 
 
 class Sweep:
-    """Runs what is missing, some at a time, each in a process of its own."""
+    """Runs the missing runs, several at a time, each in a separate process."""
 
     def __init__(self, grid: str, data: str, output: Path, workers: int):
         self.grid, self.data, self.output, self.workers = grid, data, output, workers
@@ -30,9 +30,9 @@ class Sweep:
         self.threads = max(1, (os.cpu_count() or 1) // workers)
 
     def missing(self, wanted: Iterable[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
-        """Those of the wanted (cell, learning rate, seed) that the file does not hold yet."""
+        """The wanted (cell, learning rate, seed) that are not in the file yet."""
         done = [{name: run.get(name) for name in KEY} for run in read(self.output)]
-        here = {"threads": self.threads}  # those of a run, not of this process
+        here = {"threads": self.threads}  # the threads of a run, not of this process
         return [key for key in wanted if key_of(self.grid, *key, self.data_sha256) | here not in done]
 
     def _run(self, key: tuple[str, float, int]) -> None:
@@ -81,7 +81,7 @@ class Sweep:
 
 
 def step_costs(name: str, data: str) -> dict[str, float]:
-    """Seconds of a training step of each cell, averaged over its schedule. All take turns in this process.
+    """Seconds of a training step of each cell, averaged over its schedule. The cells take turns in this process.
 
     Cells of momentum SGD are timed with AdamW, as their baselines are: what differs is the losses.
     """

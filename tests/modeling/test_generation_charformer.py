@@ -253,6 +253,35 @@ def test_early_exit_of_a_padded_prompt(model):
     assert padded[:, 3:].equal(model.generate(PROMPT, **settings))
 
 
+@pytest.mark.parametrize(
+    "drafting", [{"use_extra_targets": True}, {"assistant_early_exit": 1}, {"prompt_lookup_num_tokens": 2}]
+)
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_drafts_after_a_prompt_of_embeddings_are_the_plain_text(make_model, drafting, padding, with_ids):
+    model = make_model(initializer_range=0.3).eval()
+    ids = torch.tensor([list(b"def foo")])
+    mask = torch.tensor([[0] * padding + [1] * (7 - padding)])
+    settings = {"attention_mask": mask, "max_new_tokens": 17, "do_sample": False}
+    plain = model.generate(ids, **settings)[0, 7:].tolist()
+    # The control: padding changes this text.
+    unpadded = model.generate(ids, **settings | {"attention_mask": torch.ones_like(mask)})[0, 7:].tolist()
+    assert (plain == unpadded) == (padding == 0)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    drafted = model.generate(ids if with_ids else None, inputs_embeds=embeddings, **settings, **drafting)
+    assert drafted[0, -17:].tolist() == plain
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_goes_on_from_a_cache_by_either_name(make_model, name):
+    model = make_model(initializer_range=0.3).eval()
+    ids = torch.tensor([list(b"def foo")])
+    plain = model.generate(ids, max_new_tokens=16, do_sample=False)
+    first = model.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    rest = model.generate(first.sequences, max_new_tokens=10, do_sample=False, **{name: first[CACHE]})
+    assert rest.tolist() == plain.tolist()
+
+
 def test_an_error_while_drafting_leaves_the_model_as_it_was(model):
     def fails(*_):
         raise RuntimeError("in the draft")

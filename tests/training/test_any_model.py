@@ -230,7 +230,7 @@ class LlamaForCausalLMWithAPrior(LlamaForCausalLM):
 def test_a_model_that_changes_its_logits_in_its_own_way_is_refused_or_has_its_own_heads():
     config, ids = build("llama").config, make_ids()
     model = LlamaForCausalLMWithAPrior(config).train()
-    with pytest.raises(ValueError, match="does not know what else this model does to them. Choose heads='own'"):
+    with pytest.raises(ValueError, match="does not know the further operations of this model; choose heads='own'"):
         add_auxiliary_losses(model)
     assert type(model) is LlamaForCausalLMWithAPrior and not hasattr(model, "loss_settings")
     output = add_auxiliary_losses(model, "own")(input_ids=ids, labels=ids)

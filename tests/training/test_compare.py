@@ -135,8 +135,8 @@ def test_wrong_folder_is_refused_in_one_sentence(runs, tmp_path, capsys, content
 def test_wrong_arguments_are_refused(runs, tmp_path, capsys):
     for words, message in (
         ([*runs, "nowhere"], "there is no folder nowhere"),
-        (runs[:1], "give two runs or more, each once"),
-        ([*runs, f"{runs[0]}/."], "give two runs or more, each once"),
+        (runs[:1], "give two or more different runs"),
+        ([*runs, f"{runs[0]}/."], "give two or more different runs"),
         ([*runs, "--output", str(tmp_path / "no" / "a.png")], "give a PNG file in a folder that exists"),
         ([*runs, "--output", str(tmp_path / "a.pdf")], "give a PNG file in a folder that exists"),
     ):

@@ -214,7 +214,7 @@ class TestProgram:
         [
             (["--stride", "0"], "stride is 0; it must be 1 or more"),
             (["--stride", "8", "25"], "stride is 25; it must be 1 to the window, 24"),
-            (["--device", "no_such"], "device is 'no_such', which is not there or not known"),
+            (["--device", "no_such"], "device is 'no_such', which is not available or not known"),
             (["--device", "meta:x"], "device is 'meta:x'"),
             (["--strid", "8"], "there is no option --strid; meant --stride?"),
             (["--batch_size", "-1"], "batch_size is -1; it must be 1 or more"),
@@ -225,7 +225,7 @@ class TestProgram:
         ],
     )
     def test_wrong_values_are_one_clear_line(self, model_folder, text_file, capsys, words, message):
-        assert main([model_folder, str(text_file), "--device", "cpu", *words]) == 1
+        assert main([model_folder, str(text_file), *words]) == 1
         assert message in capsys.readouterr().err
 
     def test_what_is_missing_is_named(self, model_folder, tmp_path, capsys):
@@ -259,6 +259,10 @@ class TestProgram:
             assert main(["no_model", "no_text", option, str(place)]) == 1  # neither is looked for
             assert message in capsys.readouterr().err
 
+    def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(self, tmp_path, capsys):
+        assert main(["no_model", "no_text", "--plots", str(tmp_path / "curves.jpgg")]) == 1
+        assert "curves.jpgg does not end in .png, .pdf or .svg" in capsys.readouterr().err
+
     def test_the_text_of_the_training_is_evaluated_on_its_validation_split(self, model_folder, tmp_path, capsys):
         corpus = TEXT * 4
         (tmp_path / "text").write_bytes(corpus)
@@ -272,7 +276,7 @@ class TestProgram:
             ([], corpus[250:330], "text, the validation split: 80 bytes"),
             (["--split", "test"], corpus[330:], "text, the test split: 70 bytes"),
             (["--split", "test", "--train_share", "0.9"], corpus[380:], "text, the test split: 20 bytes"),
-            (["--split", "all"], corpus, "a part of this text is what the model was trained on"),
+            (["--split", "all"], corpus, "the model was trained on a part of this text"),
         ):
             assert main([model_folder, str(tmp_path / "text"), "--stride", "24", *words]) == 0
             out = capsys.readouterr().out

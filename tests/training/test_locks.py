@@ -54,6 +54,8 @@ def test_a_run_that_ended_by_itself_leaves_nothing_to_notice(tmp_path):
         assert not was_killed
         with run_lock(tmp_path):  # as the Trainer does inside of the program
             pass
+    with pytest.raises(ValueError, match="refused"), run_lock(tmp_path):  # said already, and no kill
+        raise ValueError("refused")
     with run_lock(tmp_path) as was_killed:
         assert not was_killed
 

@@ -1,4 +1,4 @@
-"""Bits per character as a metric of the library Evaluate; the figures are `charformer_training.bits_per_character`'s."""
+"""Bits per character as a metric of the library Evaluate, computed by `charformer_training.bits_per_character`."""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,18 +13,18 @@ from modeling_charformer import CharformerForCausalLM
 
 _DESCRIPTION = """
 The code length of texts under a character-level language model, in bits per character of UTF-8 and bits per byte. The
-model's window slides over each text by `stride` bytes, and each byte but the first of a text is counted once; stride 1 is
-the protocol of Al-Rfou et al. (2018): each character is predicted with the full window before it.
+model's window slides over each text by `stride` bytes, and every byte except the first of a text counts once. Stride 1 is
+the protocol of Al-Rfou et al. (2018): each character is predicted from the full window before it.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (list of str): The texts, each of two bytes or more.
-    model_id (str): A Charformer: a folder, or an id on the Hub.
-    stride (int): By how many bytes the window slides, 1 to the window.
-    window (int): Bytes that the model sees at once; by default all it can.
-    batch_size (int): Windows at a time.
-    device (str): By default "cuda" where there is one, else "cpu".
+    model_id (str): The folder of a Charformer, or its id on the Hub.
+    stride (int): Number of bytes by which the window slides, 1 to `window`.
+    window (int): Number of bytes that the model sees at once; default: all it can.
+    batch_size (int): Number of windows in a batch.
+    device (str): Default: "cuda" if available, else "cpu".
 
 Returns:
     bpc (float): Bits per character of UTF-8, over all texts.

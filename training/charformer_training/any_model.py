@@ -1,4 +1,4 @@
-"""The auxiliary losses for models of Transformers: any causal language model, any classifier of sequences."""
+"""The auxiliary losses for any causal language model and any sequence classification model of Transformers."""
 
 import functools
 import inspect
@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils.generic import ModelOutput
+from transformers.utils.hub import cached_file
 
 from modeling_charformer.auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, ResidualBlock, UncertaintyWeighting
 from modeling_charformer.auxiliary_losses import (
@@ -30,36 +31,37 @@ from .probe import Anatomy, anatomy_of, logit_scale, own_loss_of, probe_ids
 
 
 OWN_ARGUMENTS = ("training_progress", "training_step", "target_counts")
-# What earlier versions called the settings, also in the configurations that they saved.
+# Names of the settings in earlier versions, and in configurations that these saved.
 FORMER_NAMES = {"classifiers": "heads", "loss_weights": "term_weights"}
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any) -> Model:
-    """Train `model`, a causal language model or a classifier of sequences of Transformers, with auxiliary losses too.
+    """Add auxiliary losses to `model`, a causal language model or sequence classification model of Transformers.
 
-    The model is changed and returned. In training, its `forward` takes `training_progress` and `training_step` (which
-    `AuxiliaryLossTrainer` gives it), and its output has `loss_dict` and `loss_weights`, like a Charformer's. Without labels
-    and in evaluation it is what it was; `save_pretrained` writes the plain model, loadable anywhere, with the auxiliary
-    heads in a subfolder (`auxiliary_heads/`), from which `load_auxiliary_losses` goes on.
+    The model is changed and returned. In training, `forward` also takes `training_progress` and `training_step`, which
+    `AuxiliaryLossTrainer` passes. Its output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without
+    labels, and in evaluation, the model computes what it did before. `save_pretrained` writes the plain model, with the
+    auxiliary heads in the subfolder `auxiliary_heads/`; `load_auxiliary_losses` loads these.
 
-    All heads read the output of their layer after the model's final norm, and after whatever else the model does to its
-    last layer's output. Both are found by running the model on six tokens, as is what its own loss and logits are.
+    Every head reads the output of its layer after the model's final norm, and after any further module that the model
+    applies to the output of its last layer. These modules are found by running the model on six tokens.
 
     Args:
         model: The model, or a PEFT model around it.
-        heads: `"shared"` (the default for language models): the head of an intermediate layer is the model's own, which
-            costs no parameters (as in LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710); a further target has a residual
-            block before it, which begins as the identity (as in Medusa, Cai et al. 2024, arXiv 2401.10774). `"own"`: each
-            term has a linear head of its own, as in Al-Rfou et al. (2018); the only kind for classifiers of sequences.
-        settings: The fields of `AuxiliaryLossSettings`, with the same meaning and defaults as those of
-            `CharformerConfig`; the main term is called `next_token`. For a classifier of sequences
-            `intermediate_layers` (by default `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule`
-            (`"constant"`), `term_weights` and `loss_weighting`; the main term is called `classification`.
+        heads: `"shared"` or `"own"`. `"shared"`, the default for language models, uses the model's output embeddings on
+            intermediate layers (like LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710). Further targets have a residual
+            block before them, which begins as the identity (like Medusa, Cai et al. 2024, arXiv 2401.10774). `"own"`
+            gives each term a separate linear head, like Al-Rfou et al. (2018). Sequence classification models accept
+            `"own"` only.
+        settings: The fields of `AuxiliaryLossSettings`, with the meaning and defaults that they have in
+            `CharformerConfig`; the main term is called `next_token`. A sequence classification model accepts
+            `intermediate_layers` (default `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule`
+            (`"constant"`), `term_weights` and `loss_weighting`; its main term is called `classification`.
 
     Raises:
-        ValueError: If the model or a setting is not accepted, before anything is changed.
+        ValueError: If the model or a setting is not accepted; the model is then unchanged.
     """
     base = _checked(unwrap_peft(model))
     mixin = _CausalLM if is_causal_lm(type(base)) else _SequenceClassifier
@@ -71,7 +73,7 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any
     if heads not in mixin.accepted_heads:
         raise ValueError(f"heads is {heads!r}; for {type(base).__name__} it must be one of {mixin.accepted_heads}")
     losses = mixin.settings_for(base.config.get_text_config().num_hidden_layers, **settings)
-    losses.weights_at(0.0)  # a schedule that returns nonsense does so here already, not after hours of training
+    losses.weights_at(0.0)  # a schedule that returns an impossible value raises here, not after hours of training
     losses.weights_at(1.0)
     anatomy = anatomy_of(base)
     checked = mixin.check(base, anatomy, heads)
@@ -82,12 +84,12 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any
     return model
 
 
-def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike) -> Model:
-    """Give a loaded plain model the auxiliary losses and heads that were saved beside it; the model is changed.
+def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) -> Model:
+    """Add to a loaded plain model the auxiliary losses and heads that were saved with it; the model is changed.
 
     Args:
-        model: What `from_pretrained(name_or_path)` returned.
-        name_or_path: A folder, or an id on the Hub.
+        model: The model that `from_pretrained(name_or_path)` returned.
+        name_or_path: A folder, or the id of a repository on the Hub.
 
     Raises:
         ValueError: If the model was saved without auxiliary losses.
@@ -104,7 +106,7 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike) -> Mode
 def _cached_heads(name_or_path: str) -> Path:
     try:
         return Path(str(cached_file(name_or_path, Path(HEADS_FILE).name, subfolder=str(Path(HEADS_FILE).parent))))
-    except OSError as error:  # whatever is missing
+    except OSError as error:  # raised whatever is missing
         try:
             return Path(str(cached_file(name_or_path, OLD_HEADS_FILE)))
         except OSError:
@@ -112,13 +114,13 @@ def _cached_heads(name_or_path: str) -> Path:
 
 
 class _WithAuxiliaryLosses(PreTrainedModel):
-    """What `add_auxiliary_losses` puts before the class of a model."""
+    """The base class that `add_auxiliary_losses` adds in front of a model's class."""
 
     accepted_settings: list[str]
     accepted_heads: tuple[str, ...]
     main: str
     loss_settings: AuxiliaryLossSettings
-    # Of the class that was made for a model: what it was made of, and its output with a breakdown of the loss.
+    # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
 
@@ -128,10 +130,10 @@ class _WithAuxiliaryLosses(PreTrainedModel):
 
     @staticmethod
     def check(model: PreTrainedModel, anatomy: Anatomy, heads: str) -> dict[str, Any]:
-        """What else the losses need to know of a plain model, to be kept as attributes.
+        """Attributes that the losses need in addition to the anatomy, by name.
 
         Raises:
-            ValueError: If the model is not one whose losses these can be.
+            ValueError: If the auxiliary losses do not fit the model.
         """
         raise NotImplementedError
 
@@ -178,25 +180,26 @@ class _WithAuxiliaryLosses(PreTrainedModel):
     def _add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
-        """Add the values of all active terms; returns what tells how much of the optimizer step is in this batch."""
+        """Add the values of all active terms; returns a function that computes this batch's share of the optimizer step."""
         raise NotImplementedError
 
     def _head_input(self, term: LossTerm, outputs: Any) -> Tensor:
-        """The output of a term's layer, `(B, S, hidden_size)`; that of the last layer is final already."""
+        """The output of a term's layer, `(B, S, hidden_size)`; for the last layer, the model's last hidden state."""
         last = term.layer == self.loss_settings.num_layers
-        return outputs.hidden_states[-1 if last else self._anatomy.layers[term.layer]]
+        states: tuple[Tensor, ...] = outputs.hidden_states
+        return states[-1 if last else self._anatomy.layers[term.layer]]
 
     def _finished(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
-        """What the model makes of the output of its last layer, the final norm above all, made of that of the term's."""
+        """Apply to the output of a term's layer what the model applies to that of its last layer, like the final norm."""
         if term.layer < self.loss_settings.num_layers:
             for name in self._anatomy.tail or ():
                 hidden_states = self.get_submodule(name)(hidden_states)
         return hidden_states
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made anew where the model is loaded: pickle looks classes up by name, and this one has none."""
+        """Loading makes the class again, since pickle finds classes by name and this one cannot be imported."""
         for module in self.modules():
-            # Transformers' hooks that record hidden states cannot be pickled; the next call that asks for some makes new ones.
+            # Transformers' hooks that record hidden states cannot be pickled; the next call that needs them adds new ones.
             for key, hook in [*module._forward_hooks.items()]:
                 if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
                     del module._forward_hooks[key]
@@ -204,20 +207,22 @@ class _WithAuxiliaryLosses(PreTrainedModel):
         state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
         return (_empty_model, self._made_of, *state)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As everywhere in Transformers, the plain model; and the auxiliary heads beside it."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the plain model, like `save_pretrained` of any model, and the auxiliary heads in a subfolder."""
         weights = kwargs.pop("state_dict", None) or self.state_dict()
         plain = {name: weight for name, weight in weights.items() if not name.startswith(TRAINING_ONLY)}
-        super().save_pretrained(save_directory, *args, **kwargs, state_dict=plain)  # type: ignore[misc]  # taken out above
+        super().save_pretrained(save_directory, *args, **kwargs, state_dict=plain)  # type: ignore[misc]  # the plain class takes state_dict, which kwargs no longer holds
         if kwargs.get("is_main_process", True):
             self.save_auxiliary_heads(save_directory, weights)
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """`save_pretrained(push_to_hub=True)` pushes before it returns, and the heads too."""
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Save the heads first, since `save_pretrained(push_to_hub=True)` pushes before it returns."""
         self.save_auxiliary_heads(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def save_auxiliary_heads(self, folder: str | os.PathLike, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_auxiliary_heads(
+        self, folder: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Write the weights that only training needs into `folder`, as `auxiliary_heads/model.safetensors`."""
         weights = self.state_dict() if state_dict is None else state_dict
         heads = {name: weight.contiguous() for name, weight in weights.items() if name.startswith(TRAINING_ONLY)}
@@ -226,13 +231,13 @@ class _WithAuxiliaryLosses(PreTrainedModel):
         unfinished = path.with_name(f".{path.name}")
         save_file(heads, unfinished, metadata={"format": "pt"})
         os.replace(unfinished, path)
-        Path(folder, OLD_HEADS_FILE).unlink(missing_ok=True)  # of an earlier model: engines would load it
+        Path(folder, OLD_HEADS_FILE).unlink(missing_ok=True)  # of an earlier version; engines would load it
 
-    def load_auxiliary_heads(self, folder: str | os.PathLike) -> None:
-        """Load what `save_auxiliary_heads` wrote.
+    def load_auxiliary_heads(self, folder: str | os.PathLike[str]) -> None:
+        """Load the heads that `save_auxiliary_heads` wrote.
 
         Raises:
-            ValueError: If it is missing, or was written with other settings.
+            ValueError: If the file is missing or was written with other settings.
         """
         path = saved_heads(folder)
         if path is None:
@@ -241,7 +246,7 @@ class _WithAuxiliaryLosses(PreTrainedModel):
 
     def _load_heads(self, path: Path) -> None:
         saved = load_file(path)
-        if isinstance(self, _SequenceClassifier):  # earlier versions saved it, though nothing could train it
+        if isinstance(self, _SequenceClassifier):  # saved by earlier versions, but never trained
             saved.pop(f"loss_uncertainty.log_variances.{LAST_POSITION}", None)
         expected = {name for name in self.state_dict() if name.startswith(TRAINING_ONLY)}
         if saved.keys() != expected:
@@ -268,19 +273,19 @@ class _CausalLM(_WithAuxiliaryLosses):
         name = type(model).__name__
         if not anatomy.reads_forward:
             raise ValueError(
-                f"{name} reads in both directions: its layers see the tokens that they would have to predict"
+                f"{name} reads in both directions: its layers see the tokens that the heads would have to predict"
             )
         own_loss = own_loss_of(model)
         if not own_loss.is_shifted:
             raise ValueError(
-                f"the loss of {name} is not the mean cross-entropy of its logits for the next token; the auxiliary losses"
-                " would not be of the same kind"
+                f"the loss of {name} is not the mean cross-entropy of its logits for the next token, so the auxiliary losses"
+                " would not be comparable"
             )
         scale = _logit_scale_of(model) if heads == "shared" else 1.0
         if scale is None:
             raise ValueError(
-                f"the logits of {name} are not what its output embeddings make of its last hidden state; heads='shared'"
-                " does not know what else this model does to them. Choose heads='own'"
+                f"the logits of {name} are not its output embeddings applied to its last hidden state. heads='shared' does not"
+                " know the further operations of this model; choose heads='own'"
             )
         return {"_logit_scale": scale, "_follows_shift_labels": own_loss.follows_shift_labels}
 
@@ -313,16 +318,18 @@ class _CausalLM(_WithAuxiliaryLosses):
             raise ValueError(f"the loss of {type(self).__name__} does not follow shift_labels; give labels alone")
         targets = Targets(inputs, self.loss_settings.num_targets, inputs.get("num_items_in_batch"), target_counts)
 
+        own_loss: Tensor = outputs.loss
+
         def loss_of(term: LossTerm) -> Tensor:
             if term.name == self.main:
-                return outputs.loss
+                return own_loss
             logits_of = functools.partial(self._logits_of, term)
-            # One term at a time: with a large vocabulary, several at once would run on smaller pieces.
+            # One term at a time: with a large vocabulary, several at once would run on smaller chunks.
             losses = causal_lm_losses(self._head_input(term, outputs), logits_of, [term], targets, self._vocab_size)
             return losses[term.name]
 
         if not self.training:
-            step.add({self.main: outputs.loss})  # at no cost beyond the plain model's
+            step.add({self.main: outputs.loss})  # no further head runs in evaluation
             return targets.share_of_step
         step.add_main(loss_of)
         for term in step.terms:
@@ -341,7 +348,7 @@ class _SequenceClassifier(_WithAuxiliaryLosses):
     ]
     accepted_heads = ("own",)
     main = "classification"
-    accepts_loss_kwargs = False  # Transformers' classifiers take means over their batch, whatever the whole step holds
+    accepts_loss_kwargs = False  # Transformers' classifiers take means over the batch
 
     @staticmethod
     def settings_for(num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
@@ -369,7 +376,7 @@ class _SequenceClassifier(_WithAuxiliaryLosses):
         return lambda: 1.0
 
     def _pooled(self, hidden_states: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """The first state of a model that reads in both directions, the last of text in one that reads forward."""
+        """The state at the first position if the model reads in both directions, else at the last position of text."""
         if not self._anatomy.reads_forward:
             return hidden_states[:, 0]
         mask, pad = inputs.get("attention_mask"), self.config.get_text_config().pad_token_id
@@ -390,20 +397,23 @@ def _logit_scale_of(model: PreTrainedModel) -> float | None:
 
 
 @functools.cache
-def _class_with_losses(kind: type, mixin: type, output_kind: type[ModelOutput]) -> type:
-    """A class of the same name as `kind`, which configurations, Trainer and loss functions go by."""
+def _class_with_losses(
+    kind: type[PreTrainedModel], mixin: type[_WithAuxiliaryLosses], output_kind: type[ModelOutput]
+) -> type[_WithAuxiliaryLosses]:
+    """A class with the name of `kind`, since configurations, Trainer and loss functions look at the name."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return mixin.forward(self, *args, **kwargs)
 
-    forward.__doc__ = kind.forward.__doc__  # type: ignore[attr-defined]
-    signature = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = kind.forward.__doc__
+    signature = inspect.signature(kind.forward)
     parameters = list(signature.parameters.values())
     end = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
     own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN_ARGUMENTS]
     if mixin is _SequenceClassifier:
         own = own[:2]
-    forward.__signature__ = signature.replace(parameters=[*parameters[:end], *own, *parameters[end:]])  # type: ignore[attr-defined]
+    extended = signature.replace(parameters=[*parameters[:end], *own, *parameters[end:]])
+    forward.__signature__ = extended  # type: ignore[attr-defined]  # functions accept it, their type does not say so
     content = {
         "__module__": kind.__module__,
         "forward": forward,
@@ -413,15 +423,18 @@ def _class_with_losses(kind: type, mixin: type, output_kind: type[ModelOutput]) 
     return type(kind.__name__, (mixin, kind), content)
 
 
-def _empty_model(kind: type, mixin: type, output_kind: type[ModelOutput]) -> Any:
-    made: Any = _class_with_losses(kind, mixin, output_kind)
+def _empty_model(
+    kind: type[PreTrainedModel], mixin: type[_WithAuxiliaryLosses], output_kind: type[ModelOutput]
+) -> Any:
+    make_class: Any = _class_with_losses  # mypy does not take classes for hashable in calls of cached functions
+    made: Any = make_class(kind, mixin, output_kind)
     return made.__new__(made)
 
 
 @functools.cache
 def _output_class(kind: type[ModelOutput]) -> type[ModelOutput]:
     @dataclass
-    class OutputWithBreakdown(kind):  # type: ignore[misc,valid-type]
+    class OutputWithBreakdown(kind):  # type: ignore[misc,valid-type]  # a base class known only at run time
         loss_dict: dict[str, Tensor] | None = None
         loss_weights: dict[str, Any] | None = None
 
@@ -436,22 +449,22 @@ def _output(kind: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
 
 
 def _check_layers(model: PreTrainedModel, anatomy: Anatomy, layers: tuple[int, ...]) -> None:
-    """That each layer's output is known for what it is, and what the model would make of it if it were the last one's."""
+    """Check that the outputs of `layers` are among the hidden states, and that the model's tail can be applied to them."""
     missing = [layer for layer in layers if layer not in anatomy.layers]
     if missing:
         raise ValueError(
-            f"the hidden states that {type(model).__name__} returns do not hold the outputs of its layers {missing}, so"
-            " these cannot have losses; choose intermediate_layers=None"
+            f"the hidden states that {type(model).__name__} returns do not contain the outputs of its layers {missing}, so"
+            " these layers cannot have losses; choose intermediate_layers=None"
         )
     if layers and anatomy.tail is None:
         raise ValueError(
-            f"{type(model).__name__} makes its last hidden state of its last layer's output by more than modules one after"
-            " the other, so heads on other layers cannot do the same; choose intermediate_layers=None"
+            f"{type(model).__name__} does not compute its last hidden state from its last layer's output by a chain of"
+            " modules, so heads on other layers cannot do the same; choose intermediate_layers=None"
         )
 
 
 def _checked(model: nn.Module) -> PreTrainedModel:
-    """The model, if it is one that `add_auxiliary_losses` takes."""
+    """The model, if `add_auxiliary_losses` accepts it."""
     name = type(model).__name__
     if hasattr(model, "loss_settings"):
         raise ValueError(f"this {name} has auxiliary losses already")
@@ -459,12 +472,12 @@ def _checked(model: nn.Module) -> PreTrainedModel:
         raise ValueError(f"add_auxiliary_losses takes a model of Transformers (a PreTrainedModel), not {name}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{name} is an encoder-decoder; add_auxiliary_losses takes causal language models and classifiers of sequences"
+            f"{name} is an encoder-decoder; add_auxiliary_losses takes causal language models and sequence classification models"
         )
     if is_causal_lm(type(model)):
         head = model.get_output_embeddings()
         if head is None:
-            raise ValueError(f"{name} has no output embeddings, which predict the next token")
+            raise ValueError(f"{name} has no output embeddings, so nothing predicts the next token")
         rows, vocab_size = cast(Tensor, head.weight).shape[0], model.config.get_text_config().vocab_size
         if rows != vocab_size:
             raise ValueError(
@@ -472,7 +485,7 @@ def _checked(model: nn.Module) -> PreTrainedModel:
             )
     elif not name.endswith("ForSequenceClassification"):
         raise ValueError(
-            f"add_auxiliary_losses takes causal language models (...ForCausalLM) and classifiers of sequences"
+            f"add_auxiliary_losses takes causal language models (...ForCausalLM) and sequence classification models"
             f" (...ForSequenceClassification), not {name}"
         )
     return model

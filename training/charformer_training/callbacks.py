@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a line for each log entry, TensorBoard, text that the model writes."""
+"""What a run shows while it trains: a line for each log entry, TensorBoard, text written by the model."""
 
 import json
 import logging
@@ -30,14 +30,14 @@ SHOWN_OF_EVALUATIONS = ("eval_loss", "eval_bpc", "eval_bpb")
 
 
 def show_in_use(trainer: Trainer, bytes_per_step: int) -> None:
-    """Let `trainer`, of a model of bytes, show `LossTermProgress` and write `GroupedTensorBoard` in place of the usual.
+    """Replace the progress bar and TensorBoard callback of `trainer` by `LossTermProgress` and `GroupedTensorBoard`.
 
     Args:
-        trainer: Not begun yet. Where `disable_tqdm` is set, its lines stay those of Transformers.
-        bytes_per_step: How many bytes an optimizer step trains on, in all processes together.
+        trainer: A Trainer of a byte-level model, before training. With `disable_tqdm` it keeps Transformers' lines.
+        bytes_per_step: Number of bytes in an optimizer step, over all processes.
     """
     speed = Speed(bytes_per_step)
-    trainer.add_callback(speed)  # before those that read it
+    trainer.add_callback(speed)  # before the callbacks that read it
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -47,16 +47,14 @@ def show_in_use(trainer: Trainer, bytes_per_step: int) -> None:
 
 
 class Speed(TrainerCallback):
-    """Steps per second of training alone, and the time left at the pace so far, evaluations included.
-
-    Read by other callbacks when they log.
-    """
+    """Measures training steps per second and the time left; other callbacks read both when they log."""
 
     def __init__(self, bytes_per_step: int):
         self.bytes_per_step = bytes_per_step
         self.steps_per_second: float | None = None
-        """Since the log entry before, without evaluations and checkpoints; `None` before the first."""
+        """Since the previous log entry, without evaluations and checkpoints; `None` before the first entry."""
         self.seconds_left: float | None = None
+        """At the mean pace so far, with evaluations and checkpoints; `None` before the first log entry."""
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -96,7 +94,7 @@ class Speed(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not history.is_training(logs or {}):  # an evaluation may come without any training
+        if not history.is_training(logs or {}):  # an evaluation may run without any training
             return
         steps = state.global_step - self._logged_step
         if not steps:
@@ -111,8 +109,8 @@ class Speed(TrainerCallback):
 class LossTermProgress(ProgressCallback):
     """One readable line for each log entry: the terms of the loss, the learning rate, the speed and the time left.
 
-    A line of its own says from which step on a layer has no losses any more. On a terminal there is a progress bar
-    besides; a log file holds the lines alone.
+    A separate line reports the step from which a layer has no losses any more. On a terminal there is also a progress
+    bar; a log file holds the lines alone.
     """
 
     def __init__(self, speed: Speed):
@@ -188,7 +186,7 @@ class LossTermProgress(ProgressCallback):
     def _tell_dropped_layers(self, step: int) -> None:
         for layer, at in self._drops.items():
             if self._told_step < at <= step:
-                self._show(f"layer_{layer} dropped out at step {at}: from there on the weight of its losses is 0")
+                self._show(f"layer_{layer} dropped out at step {at}: from this step on the weight of its losses is 0")
         self._told_step = step
 
     def _show(self, line: str) -> None:
@@ -199,10 +197,10 @@ class LossTermProgress(ProgressCallback):
 
 
 class GroupedTensorBoard(TensorBoardCallback):
-    """The usual TensorBoard callback, with groups for what would bury `train/loss` and `train/learning_rate`.
+    """Transformers' TensorBoard callback, with groups of curves, so that `train/loss` stays easy to find.
 
-    `loss_terms` and `eval_loss_terms` hold the terms of the loss, unweighted; `loss_weights` the weights of the terms;
-    `speed` what was measured of steps, bytes and seconds.
+    `loss_terms` and `eval_loss_terms` hold the unweighted terms of the loss, `loss_weights` their weights. `speed` holds
+    runtimes and the rates of steps, samples and bytes.
     """
 
     def __init__(self, speed: Speed):
@@ -237,7 +235,7 @@ class GroupedTensorBoard(TensorBoardCallback):
 
 
 def _grouped(logs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What belongs to a group of `GroupedTensorBoard`, under its name there; and the rest as it is."""
+    """Split `logs` into the figures of a group, renamed to `group/name`, and all others, unchanged."""
     grouped, others = {}, {}
     for name, value in logs.items():
         if name.endswith(("_runtime", "_per_second")):
@@ -252,10 +250,10 @@ def _grouped(logs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class SampleText(TrainerCallback):
-    """Prints text the model writes at each evaluation, and appends it to a file of JSON lines.
+    """At each evaluation, prints text written by the model and appends it to a file of JSON lines.
 
-    Random numbers are drawn from a seed of their own, so that training is the same with and without samples. A run
-    that goes on from a checkpoint begins with the samples up to there.
+    The random numbers have a separate seed, so that training is the same with and without samples. A resumed run keeps
+    the samples up to its checkpoint and removes later ones.
     """
 
     def __init__(self, tokenizer: CharformerTokenizer, path: Path, prompt: str, length: int, seed: int):
@@ -266,7 +264,7 @@ class SampleText(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and (self.path.is_symlink() or self.path.exists()):
             kept = _lines_up_to(self.path, state.global_step)
-            with whole_files(self.path.parent) as scratch:  # replaces a link instead of following it
+            with whole_files(self.path.parent) as scratch:  # replaces a symbolic link, does not follow it
                 (scratch / self.path.name).write_text(kept, encoding="utf-8")
 
     def on_evaluate(
@@ -285,12 +283,12 @@ class SampleText(TrainerCallback):
         try:
             with open(self.path, "a", encoding="utf-8", opener=_open_no_link) as file:
                 file.write(line)
-        except OSError as error:  # a sample is not worth a run
+        except OSError as error:  # a lost sample must not end the run
             logger.warning("The sample of step %d is not in %s: %s", state.global_step, self.path, error)
 
 
 def _lines_up_to(path: Path, step: int) -> str:
-    """The samples of a file up to a step. A line that was cut off by a kill is of a later one."""
+    """The lines of a file of samples up to a step, without lines that a killed run left incomplete."""
     kept = []
     if not path.is_symlink():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -303,7 +301,7 @@ def _lines_up_to(path: Path, step: int) -> str:
 
 
 def _json_line(entry: Mapping[str, Any]) -> str:
-    """Letters as they are; controls, and what some programs take for a line's end, escaped."""
+    """One line of JSON; control characters, and those that some programs treat as a line break, are escaped."""
     text = json.dumps(entry, ensure_ascii=False)
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text) + "\n"
 
@@ -315,7 +313,7 @@ def _open_no_link(path: str, flags: int) -> int:
 def sample_text(
     model: CharformerForCausalLM, tokenizer: CharformerTokenizer, prompt: str, length: int, seed: int
 ) -> str:
-    """`prompt` and `length` bytes of text that follow, past the window too, at temperature 0.8."""
+    """`prompt` and a continuation of `length` bytes at temperature 0.8; it may be longer than the window."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), evaluating(model):

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 STATE_FILE = "trainer_state.json"
 EVALUATIONS = ("eval_bpc", "eval_loss")
 MOST_TERMS = 9
-"""Above this many terms in common, those that differ in the layer alone are shown as their mean."""
-# What two configurations always may differ in without being another model or training.
+"""With more common terms than this, terms that differ only in the layer are shown as their mean."""
+# Fields of a configuration that change neither the model nor its training.
 UNIMPORTANT = ("architectures", "auto_map", "dtype", "transformers_version", "use_cache")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run has left in its folder."""
+    """A training run, as read from its folder."""
 
     name: str
     log: list[Entry]
@@ -38,14 +38,14 @@ class Run:
     """Optimizer steps done."""
     max_steps: int
     settings: dict[str, Any]
-    """The model's configuration, and what is known of the training and the data, by name."""
+    """The model's configuration, and the known settings of training and data, by name."""
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
-    """The run in an output folder, as far as it or its newest checkpoint tells; or that of a checkpoint's folder.
+    """Read the run in an output folder, from the folder or its newest checkpoint, or in the folder of a checkpoint.
 
     Raises:
-        ValueError: If there is no such folder, it holds no run, or what it holds cannot be read.
+        ValueError: If the folder does not exist, holds no run, or holds a file that cannot be read.
     """
     name, path = one_line(folder), Path(folder)
     if not path.is_dir():
@@ -65,7 +65,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether it is a mapping with a step, and its losses are numbers."""
+    """Whether `entry` is a mapping with a step whose losses are numbers."""
     if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
         return False
     used = [value for name, value in entry.items() if "loss" in name or name in (*EVALUATIONS, "learning_rate")]
@@ -107,11 +107,11 @@ def _settings(folder: Path, state: Mapping[str, Any], log: Sequence[Entry]) -> d
 
 
 def figures(runs: Sequence[Run]) -> dict[str, list[Curve]]:
-    """What the runs have in common, each with a curve per run: the evaluation, the loss, and the terms of the loss."""
+    """A curve per run for each figure that all runs have: the evaluation, the loss and its terms."""
     found = {key: [curve(run.log, key) for run in runs] for key in (*EVALUATIONS, "loss")}
     found = {key: curves for key, curves in found.items() if all(steps for steps, _ in curves)}
     if "eval_bpc" in found:
-        found.pop("eval_loss")  # the same in another unit
+        found.pop("eval_loss")  # the same figure in another unit
     names = _common_terms([run.log for run in runs])
     logs = [run.log for run in runs]
     if len(names) > MOST_TERMS:
@@ -127,7 +127,7 @@ def _common_terms(logs: Sequence[Sequence[Entry]]) -> list[str]:
 
 
 def _place(name: str) -> tuple[int, list[int]]:
-    """The main term first, then the further targets, then layer by layer; `last_position` is only looked at."""
+    """Sort key: the main term first, then further targets, then layer by layer, then `last_position`."""
     kinds = ("target", "layer", "last_position")
     kind = next((number for number, kind in enumerate(kinds, 1) if name.startswith(kind)), 0)
     return kind, [int(number) for number in re.findall(r"\d+", name)]
@@ -141,9 +141,9 @@ def _grouped(entry: Entry) -> Entry:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """The figures of each run, its steps, and the settings in which the runs differ; a column per run.
+    """A table with a column per run: figures, steps, and the settings in which the runs differ.
 
-    A figure is the last one logged, with the best in brackets. What a run does not tell of itself does not differ.
+    A figure is the last one logged, with the best one in parentheses. A setting that only one run knows is left out.
     """
     rows = [["last (best at step)", *(run.name for run in runs)]]
     rows.append(["steps", *(f"{run.step:,} of {run.max_steps:,}" for run in runs)])
@@ -155,7 +155,7 @@ def table(runs: Sequence[Run]) -> str:
         for name, values in known.items()
         if len({_shown(value) for value in values if value is not None}) > 1
     ]
-    rows += [[], ["Settings that differ:" if differing else "Settings that differ: none that is known"], *differing]
+    rows += [[], ["Settings that differ:" if differing else "Settings that differ: none known"], *differing]
     widths = [max((len(row[column]) for row in rows if len(row) > 1), default=0) for column in range(len(runs) + 1)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
     return "\n".join(lines)
@@ -176,7 +176,7 @@ def _shown(value: Any) -> str:
 
 
 def draw(runs: Sequence[Run]) -> "Figure":
-    """A panel for each of `figures`: the runs' curves against steps."""
+    """A figure with a panel for each of `figures`: the curves of all runs against steps."""
     from matplotlib.figure import Figure
 
     panels = figures(runs)
@@ -202,7 +202,7 @@ def draw(runs: Sequence[Run]) -> "Figure":
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a picture, whole or not at all.
+    """Write a figure to a PNG file; a file that is there is replaced only by a complete one.
 
     Raises:
         OSError: If it cannot be written.
@@ -216,16 +216,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console program; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="charformer-compare",
-        description="Draws the learning curves of several training runs beside each other and prints a table of them.",
+        description="Draws the learning curves of several training runs in one figure and prints a table of their results.",
         epilog="Example: charformer-compare runs/with-losses runs/without --output losses.png",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, finished or not; two or more")
-    parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="the picture (comparison.png)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("comparison.png"), help="PNG file to write (comparison.png)"
+    )
     use_safe_streams()
     arguments = parser.parse_args(argv)
     try:
         if len({os.path.realpath(run) for run in arguments.runs}) < max(2, len(arguments.runs)):
-            raise ValueError("give two runs or more, each once")
+            raise ValueError("give two or more different runs")
         if arguments.output.suffix != ".png" or arguments.output.is_dir() or not arguments.output.parent.is_dir():
             raise ValueError(f"--output is {one_line(arguments.output)}; give a PNG file in a folder that exists")
         runs = [read_run(run) for run in arguments.runs]

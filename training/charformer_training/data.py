@@ -286,7 +286,7 @@ def _dataset_texts(arguments: DataArguments) -> Iterator[bytes]:
                 f"text_column is {one_line(arguments.text_column)!r}; {arguments.source} has the columns"
                 f" {one_line(columns)}"
             )
-        rows = tqdm(dataset, desc=f"Reading {arguments.source}", unit=" rows")
+        rows = tqdm(dataset, desc=f"Reading {arguments.source}", unit=" rows", disable=None)
         for number, row in enumerate(rows, 1):
             yield from text_of_row(row, arguments.text_column, f"row {number} of {arguments.source}")
     except DatasetsError as error:

@@ -1,4 +1,4 @@
-"""`charformer-evaluate MODEL TEXT [--stride s ...] [--field value ...]`: bits per character of a text, exactly."""
+"""`charformer-evaluate MODEL TEXT [--stride s ...] [--field value ...]`: exact bits per character of a text."""
 
 import json
 import os
@@ -29,11 +29,11 @@ USAGE = "charformer-evaluate MODEL TEXT [--stride s ...] [--field value ...]"
 
 
 def evaluate(model_path: str, text: str, arguments: EvaluateArguments) -> list[Evaluation]:
-    """Evaluate at each stride; prints a table, writes the JSON and the picture that are asked for.
+    """Evaluate at each stride and print a table; write a JSON file and a figure if `arguments` name them.
 
     Raises:
         ValueError: If an argument is not accepted, the model is no language model, or the text is too short.
-        OSError: If the model, the text or a place for the results is not there.
+        OSError: If the model or the text does not exist, or a result cannot be written.
     """
     check_places(arguments)
     processes = PartialState(cpu=arguments.device == "cpu")
@@ -43,7 +43,9 @@ def evaluate(model_path: str, text: str, arguments: EvaluateArguments) -> list[E
     with processes.main_process_first():
         corpus = load_corpus(data_arguments, write=processes.is_local_main_process)
     part, data = choose_part(model_path, corpus, arguments)
-    data = np.array(data[: arguments.max_bytes])  # a map would follow changes of the file, or crash when it is cut
+    data = np.array(
+        data[: arguments.max_bytes]
+    )  # a memory map would see changes of the file, and crash if it is truncated
     model: Any = load_language_model(model_path, dtype=getattr(torch, arguments.dtype))
     model.to(device)
 
@@ -76,10 +78,11 @@ def evaluate(model_path: str, text: str, arguments: EvaluateArguments) -> list[E
 
 
 def check_places(arguments: EvaluateArguments) -> None:
-    """Refuse a place for results that cannot be written, before hours of work.
+    """Check that all results can be written, before hours of work.
 
     Raises:
-        OSError: If it is a folder, a device or a link to one, or its folder cannot be written to.
+        OSError: If a path is a folder, a device or a link to a device, or its folder is not writable.
+        ValueError: If a picture's name has an unknown ending.
     """
     for name in ("output", "plots", "state_file"):
         if getattr(arguments, name) is None:
@@ -96,6 +99,8 @@ def check_places(arguments: EvaluateArguments) -> None:
             raise OSError(f"{name}: the folder of {shown} cannot be made: {error.strerror}") from error
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(f"{name}: the folder of {shown} cannot be written to")
+        if name == "plots" and path.suffix not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"plots: {shown} does not end in .png, .pdf or .svg, the pictures that are drawn")
 
 
 def _device(name: str) -> torch.device:
@@ -104,7 +109,7 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = one_line(str(error).split("\n")[0])
-        raise ValueError(f"device is {one_line(name)!r}, which is not there or not known: {reason}") from error
+        raise ValueError(f"device is {one_line(name)!r}, which is not available or not known: {reason}") from error
     return device
 
 
@@ -118,16 +123,16 @@ def _check_windows(arguments: EvaluateArguments, limit: int) -> None:
 
 
 def choose_part(model_path: str, corpus: np.ndarray, arguments: EvaluateArguments) -> tuple[str, np.ndarray]:
-    """The name of the part to evaluate (`all`, or that of a split), and its bytes.
+    """The name of the part to evaluate, `all` or a split, and its bytes.
 
-    A folder that a run left tells by checksums whether this is the text that the model was trained on. Of that text the
-    splits are those of the run, and the default is the validation split; of any other text it is all.
+    Checksums in the output folder of a run show whether the model was trained on this text. If so, the splits are those
+    of the run, and the default is the validation split. For any other text the default is the whole text.
     """
     ends = _ends_in_training(model_path, corpus)
     part = arguments.split or ("all" if ends is None else "validation")
     if part == "all":
         if ends is not None:
-            print("Note: a part of this text is what the model was trained on (--split validation leaves it out).")
+            print("Note: the model was trained on a part of this text (--split validation leaves that part out).")
         return part, corpus
     if ends is None or arguments.train_share is not None or arguments.validation_share is not None:
         shares = [
@@ -140,7 +145,7 @@ def choose_part(model_path: str, corpus: np.ndarray, arguments: EvaluateArgument
 
 
 def _ends_in_training(model_path: str, corpus: np.ndarray) -> list[tuple[int, int]] | None:
-    """Where the splits of the run begin and end, if `corpus` is the one it had."""
+    """Beginning and end of each split of the run, if the run was trained on `corpus`; else `None`."""
     path = Path(model_path).expanduser() / "metrics.json"
     if not path.is_file():
         return None
@@ -149,7 +154,7 @@ def _ends_in_training(model_path: str, corpus: np.ndarray) -> list[tuple[int, in
         lengths = [int(described[name][0]) for name in SPLIT_NAMES]
         checksums = [described[name][1] for name in SPLIT_NAMES]
     except (KeyError, IndexError, RecursionError, TypeError, ValueError):
-        print(f"Note: {one_line(path)} is damaged, so the text is not compared with that of the training.")
+        print(f"Note: {one_line(path)} is damaged, so the text is not compared with the training text.")
         return None
     if sum(lengths) != len(corpus) or min(lengths) < 0:
         return None
@@ -164,7 +169,7 @@ def _in_words(part: str) -> str:
 
 
 def table(results: Sequence[Evaluation], source: str) -> str:
-    """Results at several strides, for people."""
+    """A table of the results at several strides, as text."""
     first = results[0]
     counted = f"{first.counted_bytes:,} bytes"
     if first.counted_characters is None:
@@ -176,7 +181,7 @@ def table(results: Sequence[Evaluation], source: str) -> str:
         counted, note = f"{counted}, {first.counted_characters:,} characters", []
     lines = [
         f"{source}: {first.bytes:,} bytes, sha256 {first.sha256}",
-        f"window {first.window}; counted are all bytes but the first: {counted}",
+        f"window {first.window}; all bytes but the first are counted: {counted}",
         *note,
         "",
         "  stride  bits per character         bits per byte          seconds",
@@ -195,16 +200,16 @@ def parse_arguments(words: Sequence[str]) -> tuple[str, str, EvaluateArguments]:
     """Model, text and settings from the command line.
 
     Raises:
-        ValueError: If one is missing or not accepted.
+        ValueError: If an argument is missing or not accepted.
         SystemExit: After `--help`.
     """
     parser = Parser(
-        [EvaluateArguments],  # type: ignore[list-item]  # typed for one class
+        [EvaluateArguments],  # type: ignore[list-item]  # the parser accepts a list, its annotation does not
         prog="charformer-evaluate",
         usage=USAGE,
         allow_abbrev=False,
     )
-    parser.format_help = lambda: evaluation_help(USAGE, EvaluateArguments)  # type: ignore[method-assign]
+    parser.format_help = lambda: evaluation_help(USAGE, EvaluateArguments)  # type: ignore[method-assign]  # the help of argparse cannot be configured otherwise
     if "-h" in words or "--help" in words:
         parser.parse(["--help"])
     if len(words) < 2 or any(word.startswith("-") for word in words[:2]):

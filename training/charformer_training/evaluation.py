@@ -1,7 +1,7 @@
-"""Bits per character of a whole text, exactly: each byte predicted once, in a window that slides.
+"""Exact bits per character of a whole text: the model predicts each byte once, in a sliding window.
 
-The papers' protocol is `stride=1`: each character is predicted with the full window before it (Al-Rfou et al. 2018,
-section 3). A larger stride costs that many times less and gives characters less context.
+`stride=1` is the protocol of the papers: each character is predicted from the full window before it (Al-Rfou et al.
+2018, section 3). A stride of `s` is `s` times as fast and gives most characters less context.
 """
 
 import hashlib
@@ -31,19 +31,20 @@ from .terminal import one_line
 from .units import NATS_PER_BIT, count_characters, is_utf8
 
 
-# Standard errors are taken from means over so many bytes in a row: neighbours depend on each other.
+# Standard errors are computed from means over blocks of this many bytes, since neighbouring bytes are correlated.
 BYTES_PER_BLOCK = 1000
 SECONDS_BETWEEN_SAVES = 20.0
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `bits_per_character` found out, and under which conditions.
+    """The result of `bits_per_character`, and its settings.
 
-    `bpb` is in bits per byte, `bpc` in bits per character of UTF-8 (one and the same in ASCII text). Of a text that is
-    not UTF-8 characters cannot be counted: `bpc` and `counted_characters` are `None`. `standard_error` is that of `bpc`
-    (of `bpb` without one), from means over blocks of 1,000 bytes (`None` for a text of fewer than two). `counted_bytes`
-    is one less than the text's `bytes`: nothing comes before the first. `sha256` is the text's checksum.
+    `bpb` is in bits per byte, `bpc` in bits per character of UTF-8; they are equal in ASCII text. In a text that is not
+    UTF-8, characters cannot be counted, so `bpc` and `counted_characters` are `None`. `standard_error` is that of `bpc`,
+    or of `bpb` if there is no `bpc`. It is computed from means over blocks of 1,000 bytes, and is `None` for a single
+    block. `counted_bytes` is one less than `bytes`, because the first byte is not predicted. `sha256` is the checksum of
+    the text.
     """
 
     bpc: float | None
@@ -60,34 +61,34 @@ class Evaluation:
 
 def bits_per_character(
     model: CharformerForCausalLM,
-    text: str | bytes | np.ndarray | os.PathLike,
+    text: str | bytes | np.ndarray | os.PathLike[str],
     window: int | None = None,
     stride: int = 1,
     batch_size: int = 32,
     progress: bool = True,
-    state_file: str | os.PathLike | None = None,
+    state_file: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
     """The code length of a text under a model, in a window that slides by `stride` bytes.
 
-    The first window counts all its predictions, each from the bytes before it; every later one its last `stride`, each
-    from `window - stride + 1` bytes or more (all of `window` with stride 1). The last window ends with the text. So each
-    byte but the text's first counts once. A vocabulary with added tokens codes bytes all the same: what the model gives to
-    those tokens is lost to it. Under torchrun or accelerate launch the windows are shared out among the
-    processes, and each returns the whole result.
+    In the first window all predictions count, each from the bytes before it. In every later window the last `stride`
+    predictions count, each from at least `window - stride + 1` bytes. The last window ends with the text. Every byte
+    except the first therefore counts once. Probability that the model gives to added tokens counts as lost, because
+    the text is coded in bytes. Under torchrun or accelerate launch the processes share the windows, and each returns
+    the whole result.
 
     Args:
         model: On its device, in any dtype; bits are added up in double precision.
-        text: The text itself, its bytes (an array of uint8 may be memory-mapped), or the path of a file.
-        window: Bytes that the model sees at once; by default all it can.
+        text: The text, its bytes (an array of uint8 may be memory-mapped), or the path of a file.
+        window: Number of bytes that the model sees at once; default: `max_position_embeddings`.
         stride: 1 to `window`.
-        batch_size: Windows at a time.
-        progress: Whether to show a bar with the time left.
-        state_file: Where to keep what is done; a call that finds it there, for the same text, model and settings, goes on
-            from it, and removes it at the end.
+        batch_size: Number of windows in a batch.
+        progress: Whether to show a progress bar with the time left.
+        state_file: File that keeps the progress. A later call with the same text, model and settings continues from it
+            and removes it at the end.
 
     Raises:
-        ValueError: If the text is shorter than two bytes or than two characters, or window, stride or batch size are out
-            of range.
+        ValueError: If the text has fewer than two bytes or two characters, or if window, stride or batch size are out of
+            range.
     """
     data = _bytes_of(text)
     limit = model.config.max_position_embeddings
@@ -99,11 +100,11 @@ def bits_per_character(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
     if len(data) < 2:
-        raise ValueError(f"the text has {len(data)} bytes; it must have 2 or more: nothing comes before the first")
+        raise ValueError(f"the text has {len(data)} bytes; it must have 2 or more, because the first is not predicted")
     characters = count_characters(data) if is_utf8(data) else None
     if characters == 0:
         raise ValueError(
-            "the text is a single character; bits per character need one that begins after the first byte"
+            "the text is a single character; bits per character need a character that begins after the first byte"
         )
     windows = _Windows(len(data) - 1, window, stride, batch_size)
     processes = PartialState()
@@ -121,7 +122,7 @@ def bits_per_character(
             unit="batch",
             initial=state.done,
             total=len(own),
-            disable=not progress or rank > 0,
+            disable=True if not progress or rank > 0 else None,  # None: not in a log file
         )
         for number in todo:
             positions, bits = _bits(model, data, *windows[number])
@@ -143,18 +144,18 @@ def bits_per_character(
 def bits_by_position(
     model: CharformerForCausalLM, data: np.ndarray, window: int | None = None, batch_size: int = 32
 ) -> dict[str, np.ndarray]:
-    """Mean bits per byte by the number of bytes seen before, for the model and for the classifiers of its layers.
+    """Mean bits per byte by position in the window, for the model and for the heads of its intermediate layers.
 
-    What context buys is the fall along the window, what depth buys that from layer to layer.
+    The fall along the window shows the gain from context, the fall from layer to layer the gain from depth.
 
     Args:
-        model: Layers whose classifiers it has are reported; those of a model for inference alone are none.
-        data: `(num_bytes,)` uint8, more than `window`; cut into windows one after the other, the rest is left out.
-        window: Bytes that the model sees at once; by default all it can.
-        batch_size: Windows at a time.
+        model: A model with or without auxiliary heads; layers without a head are not reported.
+        data: `(num_bytes,)` uint8, longer than `window`. It is cut into consecutive windows; the rest is left out.
+        window: Number of bytes that the model sees at once; default: `max_position_embeddings`.
+        batch_size: Number of windows in a batch.
 
     Returns:
-        `next_char`, `layer_1`, ... to `(window,)`, the mean at each position.
+        `next_char`, `layer_1`, ... to float64 `(window,)`, the mean at each position.
     """
     window = window or model.config.max_position_embeddings
     count = (len(data) - 1) // window
@@ -163,7 +164,8 @@ def bits_by_position(
     terms = [term for term in model.loss_settings.terms if term.offset == 1 and term.name != LAST_POSITION]
     sums = {term.name: np.zeros(window) for term in terms}
     with evaluating(model):
-        for start in tqdm(range(0, count, batch_size), desc="bits by position and layer", unit="batch"):
+        starts = range(0, count, batch_size)
+        for start in tqdm(starts, desc="bits by position and layer", unit="batch", disable=None):
             rows = np.arange(start, min(start + batch_size, count))[:, None] * window + np.arange(window + 1)
             ids = torch.from_numpy(data[rows].astype(np.int64)).to(model.device)
             layers: dict[int, torch.Tensor] = {}
@@ -180,9 +182,10 @@ def bits_by_position(
 
 
 class _Windows:
-    """The batches of windows; each `(ends, counted)`: the number of the last prediction of each, and how many count.
+    """The batches of windows, as a sequence of `(ends, counted, length)`.
 
-    Prediction `t` is that of byte `t + 1`, from the bytes up to `t`. The windows of a batch are equally long.
+    `ends` are the numbers of the windows' last predictions, `counted` how many of their last predictions count.
+    Prediction `t` predicts byte `t + 1` from the bytes up to `t`. All windows of a batch have the same `length`.
     """
 
     def __init__(self, num_predictions: int, window: int, stride: int, batch_size: int):
@@ -195,7 +198,7 @@ class _Windows:
         return 1 + -(-self.later // self.batch_size)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """`ends`, `counted`, both `(B,)`, and the length of the windows."""
+        """`ends` and `counted`, both `(B,)`, and `length`."""
         if number == 0:
             return np.array([self.first - 1]), np.array([self.first]), self.first
         index = np.arange((number - 1) * self.batch_size, min(number * self.batch_size, self.later))
@@ -206,7 +209,7 @@ class _Windows:
 def _bits(
     model: CharformerForCausalLM, data: np.ndarray, ends: np.ndarray, counted: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The places in the text of the bytes that a batch of windows counts, and the bits of each, float64."""
+    """The positions in the text of the bytes that count in a batch of windows, and the bits of each, float64."""
     inputs = ends[:, None] + np.arange(1 - length, 1)
     keep = int(counted.max())
     ids = torch.from_numpy(data[inputs].astype(np.int64)).to(model.device)
@@ -220,7 +223,7 @@ def _bits(
 
 
 class _State:
-    """Bits by block, and how many batches are done; kept in a file now and then, if there is to be one."""
+    """Bits by block and the number of finished batches; regularly saved to a file if there is a path."""
 
     def __init__(self, path: Path | None, key: str, num_blocks: int):
         self.path, self.key = path, key
@@ -255,7 +258,7 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
         if values["bits"].dtype != np.float64 or int(values["done"]) < 0 or float(values["seconds"]) < 0:
             raise ValueError("its values have another type")
         return values
-    except Exception as error:  # damaged archives end in errors of many kinds
+    except Exception as error:  # damaged archives raise errors of many kinds
         raise ValueError(
             f"state_file: {one_line(path)} is damaged or not that of an evaluation; delete it, or give another file"
         ) from error
@@ -271,7 +274,7 @@ def _evaluation(
     sizes[-1] -= len(bits) * BYTES_PER_BLOCK - len(data)
     error = None
     if len(bits) > 1:
-        # Of a ratio of sums over blocks (Cochran 1977, section 6.3): blocks may differ in size.
+        # The standard error of a ratio of sums over blocks of different sizes (Cochran 1977, section 6.3).
         residuals = bits - bits.sum() / counted * sizes
         error = math.sqrt(len(bits) / (len(bits) - 1) * float((residuals**2).sum())) / units
     total = float(bits.sum())
@@ -289,7 +292,7 @@ def _evaluation(
     )
 
 
-def _bytes_of(text: str | bytes | np.ndarray | os.PathLike) -> np.ndarray:
+def _bytes_of(text: str | bytes | np.ndarray | os.PathLike[str]) -> np.ndarray:
     if isinstance(text, str):
         check_text("text", text)
         text = text.encode()
@@ -304,7 +307,7 @@ def _bytes_of(text: str | bytes | np.ndarray | os.PathLike) -> np.ndarray:
         raise FileNotFoundError(f"text: there is no file {str(path)!r}")
     if path.stat().st_size == 0:
         raise ValueError(f"the file {path} is empty")
-    return np.fromfile(path, np.uint8)  # a map would follow changes of the file, or crash when it is cut
+    return np.fromfile(path, np.uint8)  # a memory map would see changes of the file, and crash if it is truncated
 
 
 def _fingerprint(model: CharformerForCausalLM) -> str:

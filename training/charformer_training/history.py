@@ -1,7 +1,7 @@
-"""Reading what a Trainer has logged: entries of training, evaluations, terms of the loss.
+"""Reads the log of a Trainer: training entries, evaluations, terms of the loss.
 
-An entry of training has `loss`, and `loss_<name>` for each term; an evaluation has `eval_loss`. A log history is
-`trainer.state.log_history`, or the `log_history` of a `trainer_state.json`. Losses are in nats, unweighted.
+A training entry has `loss`, and `loss_<name>` for each term; an evaluation has `eval_loss`. A log history is
+`trainer.state.log_history`, or the `log_history` in `trainer_state.json`. Terms are in nats, unweighted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,21 +12,21 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 Entry = Mapping[str, Any]
 Curve = tuple[list[int], list[float]]
-"""Steps, and a value at each."""
+"""Steps, and the value at each step."""
 
 
 def is_training(entry: Entry) -> bool:
-    """Whether it was logged by the training loop."""
+    """Whether the training loop logged the entry."""
     return "loss" in entry
 
 
 def is_evaluation(entry: Entry) -> bool:
-    """Whether it was logged by an evaluation."""
+    """Whether an evaluation logged the entry."""
     return "eval_loss" in entry
 
 
 def terms(entry: Entry) -> dict[str, float]:
-    """The terms of the loss in an entry of training, by name (without `loss_`)."""
+    """The terms of the loss in a training entry, by name (without `loss_`)."""
     return {name.removeprefix("loss_"): value for name, value in entry.items() if name.startswith("loss_")}
 
 
@@ -39,7 +39,7 @@ def final_terms(log_history: Sequence[Entry]) -> dict[str, tuple[int, float]]:
 
 
 def last_evaluation(log_history: Sequence[Entry]) -> dict[str, float]:
-    """The figures of the last evaluation, without those that tell of its speed; empty if there was none."""
+    """The figures of the last evaluation, without runtime and rates; empty if there was no evaluation."""
     evaluations = [entry for entry in log_history if is_evaluation(entry)]
     return {
         name: value
@@ -49,12 +49,12 @@ def last_evaluation(log_history: Sequence[Entry]) -> dict[str, float]:
 
 
 def term_curves(log_history: Sequence[Entry]) -> dict[str, Curve]:
-    """Each term of the training loss by its name."""
+    """The curve of each term of the training loss, by name."""
     return _curves((entry["step"], terms(entry)) for entry in log_history if is_training(entry))
 
 
 def curve(log_history: Sequence[Entry], key: str) -> Curve:
-    """One key of the log, such as `loss` or `eval_bpc`; without points if it was never logged."""
+    """The curve of one key of the log, such as `loss` or `eval_bpc`; it is empty if the key was never logged."""
     return _curves((entry["step"], {key: entry[key]}) for entry in log_history if key in entry).get(key, ([], []))
 
 
@@ -69,10 +69,10 @@ def _curves(entries: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Cur
 
 
 def drop_steps(settings: AuxiliaryLossSettings, max_steps: int) -> dict[int, int]:
-    """The first step (from 1) of a run of `max_steps` that has no loss of an intermediate layer any more, by layer.
+    """By intermediate layer, the first step (from 1) without losses of that layer, in a run of `max_steps`.
 
-    Layers that lose and regain theirs, as in rotation, are left out. In a run of more than 4,000 steps an absence of
-    less than a two-thousandth of it may go unseen.
+    Layers whose losses come back, like in a rotating schedule, are left out. In a run of more than 4,000 steps, an
+    absence shorter than 1/2000 of the run may be missed.
     """
 
     def with_losses(step: int) -> set[int]:
@@ -86,7 +86,7 @@ def drop_steps(settings: AuxiliaryLossSettings, max_steps: int) -> dict[int, int
         active = with_losses(step)
         returned |= active & dropped.keys()
         for layer in set(settings.layers) - active - dropped.keys():
-            # Between two of the steps looked at, there is one change to be found.
+            # The layer drops out at one of the steps since the last step looked at.
             earlier = range(max(0, step - stride + 1), step)
             dropped[layer] = 1 + next((seen for seen in earlier if layer not in with_losses(seen)), step)
     return {layer: dropped[layer] for layer in settings.layers if layer in dropped and layer not in returned}

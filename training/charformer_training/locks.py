@@ -44,14 +44,19 @@ def run_lock(folder: str | os.PathLike[str], first: bool = True) -> Iterator[boo
     if fcntl is None or path in _held:
         yield False
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"output_dir {folder} cannot be made: {error.strerror}") from error
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         earlier = _lock(descriptor, path, first)
         _held[path] = descriptor
-        yield earlier is not None
-        if first:
-            os.ftruncate(descriptor, 0)  # this run was not killed
+        try:
+            yield earlier is not None
+        finally:
+            if first:
+                os.ftruncate(descriptor, 0)  # ended by itself, if with an error
     finally:
         _held.pop(path, None)
         os.close(descriptor)

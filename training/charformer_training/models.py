@@ -1,4 +1,4 @@
-"""Questions about any model, and a moment of evaluation mode."""
+"""Helpers for any model: its kind, its saved auxiliary heads, temporary evaluation mode."""
 
 import contextlib
 import os
@@ -10,32 +10,32 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-# In the folder of a saved plain model: the weights of its auxiliary heads. Not beside `config.json`, as engines such as
-# vLLM load every *.safetensors that lies there into the model.
+# The weights of the auxiliary heads, in the folder of a saved plain model. They are in a subfolder because engines such
+# as vLLM load every *.safetensors next to `config.json` into the model.
 HEADS_FILE = "auxiliary_heads/model.safetensors"
-# Where they were before.
+# The path in earlier versions.
 OLD_HEADS_FILE = "auxiliary_heads.safetensors"
 
 
-def saved_heads(folder: str | os.PathLike) -> Path | None:
-    """The file of the auxiliary heads in a folder, at its present or its old place; `None` if there is none."""
+def saved_heads(folder: str | os.PathLike[str]) -> Path | None:
+    """The file of the auxiliary heads in a folder, at its present or former path; `None` if there is none."""
     paths = (Path(folder, name) for name in (HEADS_FILE, OLD_HEADS_FILE))
     return next((path for path in paths if path.is_file()), None)
 
 
 def unwrap_peft(model: nn.Module) -> nn.Module:
-    """The model of Transformers inside a PEFT model; any other model as it is."""
+    """The model of Transformers inside a PEFT model; any other model is returned unchanged."""
     base = getattr(model, "get_base_model", None)
     return base() if callable(base) else model
 
 
 def is_causal_lm(kind: type) -> bool:
-    """Whether it is a class of causal language models, whose labels are their input, by its name."""
+    """Whether a class is a causal language model of Transformers, by its name."""
     return "ForCausalLM" in kind.__name__ or kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def loss_unit(model: nn.Module) -> str | None:
-    """What a language model's loss is a mean over, `"byte"` or `"token"`; `None` for other models."""
+    """The unit over which a language model's loss is a mean, `"byte"` or `"token"`; `None` for other models."""
     base = unwrap_peft(model)
     if not is_causal_lm(type(base)):
         return None
@@ -44,7 +44,7 @@ def loss_unit(model: nn.Module) -> str | None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients, for a look at what a model does."""
+    """Put a model into evaluation mode, without gradients; its former mode is restored at the end."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Bits per byte of models that count: what a trained model has to beat to have learned anything."""
+"""Bits per byte of n-gram models, the baseline that a trained model must beat."""
 
 import numpy as np
 
@@ -9,14 +9,14 @@ _CHUNK = 1 << 22
 def ngram_bits_per_byte(train: np.ndarray, text: np.ndarray, order: int) -> float:
     """Mean code length in bits of each byte of `text` but the first, under an n-gram model counted on `train`.
 
-    Orders are interpolated by Witten and Bell's method (as described in Chen and Goodman 1998, section 2.5): the
-    distribution of order n mixes in that of order n - 1 with a weight that grows with the number of different bytes
-    seen after the context. The lowest order mixes in the uniform one, so no byte has probability 0.
+    Orders are interpolated by Witten and Bell's method (Chen and Goodman 1998, section 2.5). The distribution of order n
+    is mixed with that of order n - 1, whose weight grows with the number of different bytes seen after the context.
+    The lowest order is mixed with the uniform distribution, so no byte has probability 0.
 
     Args:
         train: `(num_bytes,)` uint8.
         text: `(num_bytes,)` uint8, two bytes or more.
-        order: 1 (bytes alone, unigram) to 3 (two bytes of context, trigram).
+        order: 1 (unigram, no context) to 3 (trigram, two bytes of context).
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order is {order}; it must be 1, 2 or 3")
@@ -48,7 +48,7 @@ def ngram_bits_per_byte(train: np.ndarray, text: np.ndarray, order: int) -> floa
 
 
 def _ngram_counts(data: np.ndarray, length: int) -> np.ndarray:
-    """How often each string of `length` bytes occurs, `(256 ** length,)` int64, by its big-endian number."""
+    """Number of occurrences of each string of `length` bytes, `(256 ** length,)` int64, indexed by its big-endian value."""
     counts = np.zeros(256**length, dtype=np.int64)
     for start in range(0, len(data) - length + 1, _CHUNK):
         chunk = np.asarray(data[start : start + _CHUNK + length - 1], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Pictures of a training run."""
+"""Figures of a training run."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ Values = np.ndarray[Any, np.dtype[np.float64]]
 
 PICTURE = "loss_terms.png"
 MOST_NAMES = 16
-"""How many layers are named in a picture."""
+"""The largest number of layers that a figure names."""
 
 
 def plot_loss_terms(
@@ -30,15 +30,16 @@ def plot_loss_terms(
 ) -> None:
     """Draw every term of the loss against steps, unweighted, into a PNG file.
 
-    Above: the final layer, whose `next_char` is the language-model loss, with the validation loss. Below, if there
-    are any: the intermediate layers, from dark (first) to bright (last), with the steps at which they drop out marked.
+    The upper panel shows the final layer, whose `next_char` is the language-model loss, and the validation loss. The
+    lower panel shows the intermediate layers, if there are any, from dark (first) to bright (last). Dotted lines mark
+    the steps at which they drop out.
 
     Args:
         log_history: `trainer.state.log_history`.
         drops: Layer to the step at which its losses drop out, see `history.drop_steps`.
-        path: File to write.
-        title: What the run is.
-        unit: What the losses are means over, such as `"byte"` or `"token"`; `None` if that is not said.
+        path: The file to write.
+        title: Title of the figure.
+        unit: The unit over which the losses are means, such as `"byte"` or `"token"`; `None` leaves it out.
     """
     import matplotlib
 
@@ -116,9 +117,10 @@ def _draw_intermediate_layers(axis: "Axes", curves: Mapping[str, Curve], drops: 
 
 
 def plot_bits_by_position(bits: Mapping[str, Values], path: str | Path) -> None:
-    """Draw what context and what depth buy, `evaluation.bits_by_position`, into a PNG file.
+    """Draw the result of `evaluation.bits_by_position` into a PNG file: the gain from context and from depth.
 
-    Left: bits per byte by position in the window, for the model and each layer's classifier. Right: their means by layer.
+    The left panel shows bits per byte by position in the window, for the model and the head of each layer. The right
+    panel shows their means by layer.
     """
     import matplotlib
 
@@ -135,7 +137,7 @@ def plot_bits_by_position(bits: Mapping[str, Values], path: str | Path) -> None:
         left.plot(_smoothed(values), color=colors(0.9 * layer / (deepest + 1)), linewidth=1, label=f"layer {layer}")
     left.plot(_smoothed(bits["next_char"]), color="black", linewidth=1.5, label="the model")
     left.set_xscale("symlog", linthresh=1)
-    left.set(xlabel="bytes of context, besides the last one", ylabel="bits per byte", title="What context buys")
+    left.set(xlabel="bytes of context before the last byte", ylabel="bits per byte", title="Gain from context")
     if len(layers) <= MOST_NAMES:
         left.legend(fontsize=8)
     if layers:
@@ -144,7 +146,9 @@ def plot_bits_by_position(bits: Mapping[str, Values], path: str | Path) -> None:
         means[deepest + 1] = float(bits["next_char"].mean())
         right.plot(*zip(*sorted(means.items()), strict=True), "o-", color="black")
         right.set(
-            xlabel="layer (the last: the model)", ylabel="bits per byte, mean of the window", title="What depth buys"
+            xlabel="layer (the last is the model)",
+            ylabel="bits per byte, mean over the window",
+            title="Gain from depth",
         )
         right.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[0]:
@@ -154,7 +158,7 @@ def plot_bits_by_position(bits: Mapping[str, Values], path: str | Path) -> None:
 
 
 def _smoothed(values: Values) -> Values:
-    """Means over a twentieth of the way to either side: far positions are alike, near ones are not."""
+    """Means over neighbouring positions, at position `p` over `p // 20` to either side, as late positions differ little."""
     sums = np.concatenate([[0.0], values.cumsum()])
     places = np.arange(len(values))
     low, high = places - places // 20, np.minimum(places + places // 20, len(values) - 1) + 1

@@ -57,6 +57,23 @@ def check_size(fields: Mapping[str, Any]) -> None:
         )
 
 
+def check_batch(fields: Mapping[str, Any], batch_size: int, on_cpu: bool) -> None:
+    """Refuse a batch that this machine cannot hold: its ids and labels, and where the model is `on_cpu`, its logits.
+
+    Raises:
+        ValueError: Names the fields, their values and what is accepted.
+    """
+    window, vocab_size = (
+        fields.get(name, getattr(CharformerConfig, name)) for name in ("max_position_embeddings", "vocab_size")
+    )
+    needed, memory = batch_size * window * (16 + (4 * vocab_size if on_cpu else 0)), _memory()
+    if needed > memory:
+        raise ValueError(
+            f"per_device_train_batch_size is {batch_size:,}: with max_position_embeddings={window:,} a batch needs more than"
+            f" {needed / 1e9:,.0f} GB; it must fit into the {memory / 1e9:,.0f} GB of memory here"
+        )
+
+
 def _memory() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""What a model of Transformers computes, found by running it on a few ids rather than by knowing its name."""
+"""The structure of a model of Transformers, found by running it on a few ids and not by its name."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,42 +9,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .models import evaluating
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where the parts of a model are that heads on its layers need."""
+    """The parts of a model that heads on its layers need."""
 
     output_kind: type[ModelOutput]
     width: int
-    """Of the last hidden state, which the model's own head reads."""
+    """Width of the last hidden state."""
     layers: Mapping[int, int]
-    """By a layer's number (1..n), the index in `hidden_states` at which its output is; only layers that were found."""
+    """Layer number (1..n) to the index of its output in `hidden_states`; holds only the layers that were found."""
     tail: tuple[str, ...] | None
-    """Names of the modules that make the last hidden state of the last layer's output; `None` if they are not all."""
+    """Names of the modules that turn the last layer's output into the last hidden state; `None` if not only modules do."""
     reads_forward: bool
-    """Whether no position sees what comes after it."""
+    """Whether no position sees later positions."""
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
-    """Run the model and compare what its layers return with the hidden states that it returns.
+    """Run the model and compare the outputs of its layers with the hidden states that it returns.
 
     Raises:
-        ValueError: If it returns no hidden states.
+        ValueError: If the model returns no hidden states.
     """
     ids = probe_ids(model)
     with _looking_at(model), _watched(model) as (layer_lists, between):
         outputs = model(input_ids=ids, output_hidden_states=True, return_dict=True)
     states = getattr(outputs, "hidden_states", None)
     if not states:
-        raise ValueError(f"{type(model).__name__} returns no hidden states, which the heads on its layers read")
+        raise ValueError(f"{type(model).__name__} returns no hidden states, so heads on its layers have no input")
     other = ids.clone()
     other[0, -1] = ids[0, 0]
     with _looking_at(model):
-        changed = model(input_ids=other, output_hidden_states=True, return_dict=True).hidden_states[-1]
+        changed: Tensor = model(input_ids=other, output_hidden_states=True, return_dict=True).hidden_states[-1]
     before, after = states[-1][:, :-1].float(), changed[:, :-1].float()
     num_layers = model.config.get_text_config().num_hidden_layers
     layers, tail = _layers_and_tail(layer_lists, between, states, num_layers)
@@ -53,19 +53,20 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         width=states[-1].shape[-1],
         layers=layers,
         tail=tail,
-        # The same operations on the same numbers: what differs by more than rounding has seen the last token.
+        # Both runs do the same operations; a difference beyond rounding means that a position saw the last token.
         reads_forward=bool((before - after).abs().max() <= 1e-5 * before.abs().max()),
     )
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
-    """Ids `(1, 6)`; 0 is left out where it can be, since it may be padding, embedded as nothing."""
-    return (torch.arange(1, 7, device=model.device) % model.config.get_text_config().vocab_size)[None]
+    """Ids `(1, 6)`, without 0 if the vocabulary allows it: 0 may be padding, whose embedding is zero."""
+    vocab_size: int = model.config.get_text_config().vocab_size
+    return (torch.arange(1, 7, device=model.device) % vocab_size)[None]
 
 
 @contextmanager
 def _looking_at(model: nn.Module) -> Iterator[None]:
-    # Whatever a model draws, the rest of the program has the random numbers that it had without this look.
+    # A model may draw random numbers; those of the rest of the program must not change.
     with evaluating(model), torch.random.fork_rng(devices=[]):
         yield
 
@@ -75,7 +76,7 @@ Call = tuple[str, Tensor, Tensor]
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[tuple[dict[str, list[Tensor]], list[Call]]]:
-    """What the modules in each list of modules return, in order; and name, input and output of those in no list."""
+    """Record the outputs of the modules in each module list, and the name, input and output of modules in no list."""
     layer_lists: dict[str, list[Tensor]] = {
         name: [] for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
     }
@@ -134,7 +135,7 @@ def _layers_and_tail(
 
 
 def _path(between: list[Call], start: Tensor, end: Tensor) -> tuple[str, ...] | None:
-    """Names of the modules through which `start` becomes `end`, one after the other."""
+    """Names of a chain of modules that turns `start` into `end`; `None` if there is none."""
     names: list[str] = []
     for name, given, returned in between:
         if _same(start, end):
@@ -150,13 +151,13 @@ class OwnLoss:
     """How a causal language model computes its own loss."""
 
     is_shifted: bool
-    """Whether it is the mean cross-entropy of each position's logits for the next token."""
+    """Whether the loss is the mean cross-entropy of each position's logits for the next token."""
     follows_shift_labels: bool
-    """Whether it takes targets that are shifted already as `shift_labels`."""
+    """Whether the loss follows `shift_labels`, targets that are shifted already."""
 
 
 def own_loss_of(model: PreTrainedModel) -> OwnLoss:
-    """Compare the model's loss with the cross-entropy of its own logits, on the label that these make least likely."""
+    """Compare the model's loss with the cross-entropy of its logits, on the label that these make least likely."""
     ids = probe_ids(model)
     labels = torch.full_like(ids, -100)
     with _looking_at(model):
@@ -167,7 +168,7 @@ def own_loss_of(model: PreTrainedModel) -> OwnLoss:
         aligned[0, 0] = logits[0, 0].argmin()
         try:
             follows = _agrees(model, logits[0, 0], aligned[0, 0], input_ids=ids, labels=labels, shift_labels=aligned)
-        except Exception:  # it does not take them
+        except Exception:  # the model does not accept them
             follows = False
     return OwnLoss(is_shifted, follows)
 
@@ -182,14 +183,14 @@ def _agrees(model: PreTrainedModel, logits: Tensor, label: Tensor, **inputs: Ten
 
 
 def logit_scale(made: Tensor, logits: Tensor, cap: float | None) -> float | None:
-    """The factor on what the output embeddings make of the last hidden state, by which it becomes the model's logits.
+    """The factor that turns the output embeddings' product with the last hidden state into the model's logits.
 
     Args:
-        made: What they make of it.
-        logits: The model's, squashed into `-cap..cap` by a tanh if there is a cap.
+        made: The output embeddings applied to the last hidden state, `(B, S, V)`.
+        logits: The model's logits `(B, S, V)`; a tanh has limited them to `-cap..cap` if there is a cap.
 
     Returns:
-        `None` if no factor does.
+        The factor, or `None` if there is none.
     """
     made, logits = made.double(), logits.double()
     wanted = logits if cap is None else torch.atanh((logits / cap).clamp(-1 + 1e-9, 1 - 1e-9)) * cap
@@ -198,5 +199,5 @@ def logit_scale(made: Tensor, logits: Tensor, cap: float | None) -> float | None
     scale = 1.0 if abs(scale - 1.0) < 1e-4 else scale
     found = made * scale
     found = found if cap is None else torch.tanh(found / cap) * cap
-    # Half precision is no better than that.
+    # The tolerance is that of half precision.
     return scale if bool((found - logits).abs().max() <= 0.02 * logits.abs().max()) else None

@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, trainer_log_levels
 
 from modeling_charformer import CharformerConfig
 
@@ -31,7 +31,7 @@ from .arguments import (
 )
 from .checks import check_ranges, check_type, shown
 from .command_help import training_help
-from .pretrained import check_size
+from .pretrained import check_batch, check_size
 from .strict_yaml import MAX_LENGTH, read_yaml
 from .terminal import one_line
 
@@ -65,6 +65,10 @@ class Parser(HfArgumentParser):
         Raises:
             ValueError: If a word is not an option or its value.
         """
+        given = [word.split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+        twice = [name for name in given if given.count(name) > 1 and name.strip("_") in self.known()]
+        if twice:
+            raise ValueError(f"{twice[0].strip('_')} is given twice; give it once")
         namespace, left = self.parse_known_args(list(words))
         for word in left:
             if word.startswith("--"):
@@ -119,6 +123,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"the Trainer does not accept its settings: {error}") from error
     _check_optimizer(training)
+    if model.model_name_or_path is None:
+        check_batch(model.config_fields(), training.per_device_train_batch_size, training.device.type == "cpu")
     # The windows themselves are random; shuffling their numbers would only cost memory.
     training.train_sampling_strategy = "sequential"
     return Arguments(model, data, run, training)
@@ -238,6 +244,9 @@ def _check_trainer(values: dict[str, Any]) -> None:
                 fits = False
             if not fits:
                 raise ValueError(f"{name} is {shown(name, value)}; it must be a mapping in JSON")
+    for name in ("log_level", "log_level_replica"):
+        if values[name] not in trainer_log_levels:
+            raise ValueError(f"{name} is {shown(name, values[name])}; it must be one of {list(trainer_log_levels)}")
     names = values["report_to"] if isinstance(values["report_to"], list) else [values["report_to"]]
     for name in names:
         if name in (None, "none", "all"):
@@ -294,6 +303,13 @@ def _check_model(model: ModelArguments) -> None:
         config = CharformerConfig(**fields)
     except (StrictDataclassError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(one_line(error.__cause__ or error)) from error
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        for token in value if isinstance(value, list | tuple) else [value]:
+            if token is not None and not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"{name} is {value}; it must be null or from 0 to below vocab_size, {config.vocab_size}"
+                )
     terms = config.language_model_losses().terms
     if not any(term.weight for term in terms):
         raise ValueError(

@@ -93,6 +93,10 @@ def _check_choices(run: RunArguments, resume_from_checkpoint: str | None, save_o
         )
     if run.resume == "":
         raise ValueError("resume is ''; it must be 'auto', 'never', or a checkpoint's folder")
+    if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():
+        raise ValueError(
+            f"resume is {run.resume!r}; it must be 'auto', 'never', or a checkpoint's folder, and there is no such folder"
+        )
     if run.resume != "never" and run.overwrite_output_dir:
         raise ValueError(f"resume is {run.resume!r} and overwrite_output_dir is on; give one of the two")
     if run.resume == "auto" and save_only_model:

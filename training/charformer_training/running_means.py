@@ -1,4 +1,4 @@
-"""Running sums of loss terms, kept on the device so that nothing waits for it between two log entries."""
+"""Running sums of loss terms, kept on the device: between two log entries nothing synchronizes with it."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,15 +15,16 @@ T = TypeVar("T")
 class TrainingTerms:
     """Sums of the loss terms over the optimizer steps since the last log entry.
 
-    A term that is present in some steps only, because its head has dropped out, is averaged over those steps.
+    A term whose head drops out is present in some steps only, and is averaged over those steps.
 
     Args:
-        state: What `state` gave of a process, to go on from there.
-        device: Where the terms are.
+        state: Sums to continue from, as returned by `state`.
+        device: Device of the terms.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None, device: torch.device | None = None) -> None:
-        # By the names of the terms that came together, whose values are one tensor; the last two by each name.
+        # The first two are keyed by the names of terms added together, whose values form one tensor `(len(names),)`.
+        # The last two are keyed by a single name.
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._first_bad_step: dict[tuple[str, ...], Tensor] = {}
         self._num_steps: dict[str, int] = {}
@@ -35,12 +36,12 @@ class TrainingTerms:
                 self._first_bad_step[tuple(names)] = torch.full((len(values),), float("inf"), device=device)
 
     def state(self) -> dict[str, Any]:
-        """All of it as JSON can hold it, to the last digit; of terms that are finite."""
+        """The sums as JSON values, exactly; all terms must be finite."""
         sums = [[list(names), values.tolist()] for names, values in self._sums.items()]
         return {"sums": sums, "num_steps": self._num_steps, "last_step": self._last_step}
 
     def add(self, step: int, terms: Mapping[str, Tensor], scale: float) -> None:
-        """Add one micro-batch's share of the terms of optimizer step `step`; the shares of a step add up to its value."""
+        """Add one micro-batch's share of each term in optimizer step `step`; a step's shares add up to its value."""
         names = tuple(terms)
         values = torch.stack([value.detach().float() for value in terms.values()]) * scale
         bad_step = torch.where(values.isfinite(), float("inf"), float(step))
@@ -55,7 +56,7 @@ class TrainingTerms:
                 self._num_steps[name] = self._num_steps.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """The mean of each term over its steps and over the processes, by name; all processes call this together."""
+        """The mean of each term over its steps and over processes, by name; all processes call this together."""
         totals: dict[str, float] = {}
         for names, sums in self._sums.items():
             for name, value in zip(names, sums.tolist(), strict=True):
@@ -64,7 +65,7 @@ class TrainingTerms:
         return {name: sum(values) / len(values) for name, values in _by_name(gather_object([own])).items()}
 
     def first_not_finite(self) -> tuple[int, list[str]] | None:
-        """The first step at which a term was nan or infinite on any process, and the names of those that were."""
+        """The first step at which a term was nan or infinite on any process, and the names of these terms."""
         own: dict[str, float] = {}
         for names, steps in self._first_bad_step.items():
             for name, step in zip(names, steps.tolist(), strict=True):
@@ -83,7 +84,7 @@ class EvaluationTerms:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor, count: Tensor | int) -> None:
-        # Double precision: an evaluation may add up millions of characters. (Not on devices that lack it.)
+        # Double precision, since an evaluation may add up millions of characters. MPS does not support it.
         dtype = torch.float32 if value.device.type == "mps" else torch.float64
         count = torch.as_tensor(count, device=value.device)
         total = torch.where(count > 0, value.detach().to(dtype) * count, 0.0)
@@ -93,7 +94,7 @@ class EvaluationTerms:
     def totals(self) -> dict[str, tuple[float, int]]:
         """`(sum, count)` of each term over all processes, by name; all processes call this together.
 
-        A process that had no batch at all has no terms to add.
+        A process without a batch adds nothing.
         """
         own = {name: tuple(entry.tolist()) for name, entry in self._sums.items()}
         return {
@@ -103,7 +104,7 @@ class EvaluationTerms:
 
 
 def _by_name(processes: Iterable[Mapping[str, T]]) -> dict[str, list[T]]:
-    """The values of each name over the processes that have it."""
+    """The values of each name, from the processes that have it."""
     values: dict[str, list[T]] = {}
     for own in processes:
         for name, value in own.items():
@@ -112,7 +113,7 @@ def _by_name(processes: Iterable[Mapping[str, T]]) -> dict[str, list[T]]:
 
 
 def group_by_layer(terms: Mapping[str, float]) -> dict[str, float]:
-    """Terms that differ in the layer's number only (`layer_1`, `layer_2`, ...), as one mean (`layers`)."""
+    """Replace terms that differ only in the layer number (`layer_1`, `layer_2`, ...) by their mean (`layers`)."""
     groups: dict[str, list[float]] = {}
     for name, value in terms.items():
         groups.setdefault(re.sub(r"^layer_\d+", "layers", name), []).append(value)

@@ -2,13 +2,15 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 from modeling_charformer.loss_settings import ScheduleContext, scheduled
@@ -21,7 +23,7 @@ from .units import NATS_PER_BIT, begins_character
 
 
 class UserTerm(NamedTuple):
-    """A term of the loss that the user of a Trainer has added."""
+    """A loss term added by the user of a Trainer."""
 
     function: Callable[[Any, Mapping[str, Any]], Tensor]
     weight: float
@@ -29,30 +31,39 @@ class UserTerm(NamedTuple):
 
 
 class AuxiliaryLossTrainer(SafeTrainer):
-    """`transformers.Trainer` for models with several losses: Charformer's, those of `add_auxiliary_losses`, any other's.
+    """A `transformers.Trainer` for models whose loss has several terms; it logs each of them.
 
-    - Passes `training_progress` (share of training done, 0..1), `training_step` (optimizer steps done) and
-      `target_counts` (how many targets each term has in the whole optimizer step) to models whose `forward` takes them.
-    - Logs each term of the output's `loss_dict`, and each further scalar of the output whose name ends in `loss` (such
-      as `aux_loss` of mixtures of experts), raw and unweighted, as `loss_<name>` (or by its own name, if that begins so)
-      beside `loss`: the mean per optimizer step, the same however a batch is split over accumulation steps and
-      processes. A term that has dropped out is absent.
-    - Adds terms of your own to the loss, see `add_loss_term`.
-    - Counts the targets of every causal language model right. (`transformers.Trainer` counts one too many in each row of
-      GPT-2's and others whose name does not end in `ForCausalLM`, whose losses come out that much too low.)
-    - A model that is handed `num_items_in_batch` and takes no notice of it, as Transformers' classifiers, is trained on
-      the mean over the parts of a step. (`transformers.Trainer` would add them up.)
-    - Evaluation reports `eval_loss` and `eval_loss_<name>` as means over targets, not over batches. For a byte-level
-      model (256 symbols, a `next_char` term) also `eval_bpb`, bits per byte, and `eval_bpc`, bits per character of
-      UTF-8; the two are the same in ASCII text. Rows that are only there to fill the last batch are not counted.
-    - Stops with a `FloatingPointError` when a loss is not finite, at the next log entry and in an evaluation; the message
-      names the step and the term.
-    - What is saved is whole and finite, see `SafeTrainer`; what is pushed to the Hub is whole, see `HubTrainer`.
+    It tells the model how far training is and how many targets the whole optimizer step has. The log holds each
+    term, unweighted, as `loss_<name>`. An evaluation holds the terms of the model's output head as `eval_loss_<name>`,
+    means over targets. No value depends on how a batch is split over accumulation steps and processes. An evaluation of a model of bytes also reports `eval_bpb`,
+    bits per byte, and `eval_bpc`, bits per character of UTF-8. A loss that is not finite ends training with a
+    `FloatingPointError`.
 
-    `args` may be plain `TrainingArguments` or `AuxiliaryLossTrainingArguments`.
+    Two corrections of `transformers.Trainer` apply to any model. It counts one target too many in each row of causal
+    language models whose class name does not end in `ForCausalLM`, such as GPT-2's. It also adds up the micro-batch
+    losses of models that accept `num_items_in_batch` and ignore it; this Trainer averages them.
+
+    Example:
+
+        from transformers import AutoModelForCausalLM
+        from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, add_auxiliary_losses
+
+        model = add_auxiliary_losses(AutoModelForCausalLM.from_pretrained("openai-community/gpt2"))
+        row = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}
+        args = AuxiliaryLossTrainingArguments(output_dir="run", max_steps=10, logging_steps=1)
+        AuxiliaryLossTrainer(model, args, train_dataset=[row] * 80).train()
+
+    Args:
+        model: A Charformer, a model from `add_auxiliary_losses`, or any other model of Transformers. Terms are taken from
+            `loss_dict` in the model's output and from scalars whose name ends in `loss`.
+        args: `AuxiliaryLossTrainingArguments`, or plain `TrainingArguments`.
+        kwargs: Further arguments of `transformers.Trainer`, such as `train_dataset` and `data_collator`.
+
+    Raises:
+        ValueError: If a setting would replace or distort the model's losses, or does not fit the optimizer Muon.
     """
 
-    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs):
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any):
         if args is not None and args.ddp_find_unused_parameters is None and _takes(model, "training_progress"):
             # Heads that drop out in the middle of training leave parameters without a gradient.
             args.ddp_find_unused_parameters = True
@@ -60,20 +71,20 @@ class AuxiliaryLossTrainer(SafeTrainer):
         if getattr(self.args, "muon", False):
             self._check_muon()
         if is_causal_lm(type(unwrap_peft(cast(nn.Module, self.model)))):
-            # The Trainer goes by a name that ends in ForCausalLM, and so counts a target too many in rows of GPT-2's.
+            # Transformers looks for ForCausalLM at the end of the class name, and counts one target too many in GPT-2's rows.
             self._loss_shifts_labels = True
         if _takes(self.model, "training_progress"):
             self._check_model_losses()
         settings = getattr(self.model, "loss_settings", None)
         if settings is not None:
-            for percent in range(101):  # what a schedule gets wrong, it does so before anything is trained
+            for percent in range(101):  # a wrong schedule raises here, before anything is trained
                 settings.weights_at(percent / 100, percent)
         if self.args.torch_compile and settings is not None:
-            # Each layer that drops out makes a new graph; past its limit torch would silently run eagerly.
+            # Each layer that drops out causes a recompilation; above its limit torch would silently run eagerly.
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
         self._user_terms: dict[str, UserTerm] = {}
-        # Known for our own losses, and where a Trainer of one's own says it (`loss_is_scaled_for_ga`, Transformers 5.19).
+        # Known for this project's losses, and if a subclass sets `loss_is_scaled_for_ga` (Transformers 5.19).
         self._knows_how_losses_are_scaled = (
             settings is not None
             or getattr(self, "loss_is_scaled_for_ga", None) is not None
@@ -97,13 +108,13 @@ class AuxiliaryLossTrainer(SafeTrainer):
         """Add `weight * function(outputs, inputs)` to the loss in training, and log its raw value as `loss_<name>`.
 
         Args:
-            name: What the term is called; none that the model has already.
-            function: Of the model's output and the batch, to a scalar: the mean over what it counts in this batch. The
-                parts of an optimizer step, over accumulation and processes, weigh the same.
+            name: Name of the term; the model must not have a term of that name.
+            function: Takes the model's output and the batch; returns a scalar, the mean over this batch. All
+                micro-batches of an optimizer step, on all processes, have the same weight.
             weight: Any finite number.
-            schedule: How the weight changes in training, by its name in `modeling_charformer.schedule_names()`; asked
-                about layer 1 of 1, so that `"paper"` drops the term after half of training and `"linear"` and
-                `"cosine"` fade it out until then.
+            schedule: How the weight changes in training: one of `modeling_charformer.schedule_names()`. The term counts
+                as layer 1 of 1. So `"paper"` drops it after half of training, and `"linear"` and `"cosine"` reduce it
+                to 0 by then.
 
         Raises:
             ValueError: If the name is taken, the weight not finite or the schedule unknown.
@@ -112,12 +123,12 @@ class AuxiliaryLossTrainer(SafeTrainer):
         taken = [term.name for term in settings.terms] if settings is not None else []
         if name in (*taken, *self._user_terms):
             raise ValueError(
-                f"a loss term {name!r} exists already, beside {[*taken, *self._user_terms]}; choose another"
+                f"a loss term {name!r} exists already; choose a name other than {[*taken, *self._user_terms]}"
             )
         if not math.isfinite(weight):
             raise ValueError(f"the weight of the loss term {name!r} is {weight}; it must be a finite number")
         term = UserTerm(function, weight, schedule)
-        for progress in (0.0, 0.5, 1.0):  # what a schedule gets wrong it does so now
+        for progress in (0.0, 0.5, 1.0):  # a wrong schedule raises here
             self._user_weight(term, progress)
         self._user_terms[name] = term
 
@@ -131,36 +142,36 @@ class AuxiliaryLossTrainer(SafeTrainer):
         if self.args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.args.label_smoothing_factor}; it would replace the model's own losses,"
-                " auxiliary ones and all, by one of the Trainer's. It must be 0"
+                " including the auxiliary ones, by a loss of the Trainer. It must be 0"
             )
         if self.compute_loss_func is not None:
             raise ValueError(
-                "compute_loss_func would replace the model's own losses, auxiliary ones and all; leave it out, and add a term"
-                " to the loss with add_loss_term"
+                "compute_loss_func would replace the model's own losses, including the auxiliary ones; leave it out, and add"
+                " a term to the loss with add_loss_term"
             )
         if not _takes(self.model, "target_counts"):
             return
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and (getattr(parallel, "cp_enabled", False) or getattr(parallel, "sp_enabled", False)):
             raise ValueError(
-                "parallelism_config cuts rows into pieces (context or sequence parallelism); targets further ahead and last"
-                " positions would be those of the pieces. Leave both out"
+                "parallelism_config splits rows over processes (context or sequence parallelism); targets 2..K and last"
+                " positions would be wrong at the borders. Leave both kinds of parallelism out"
             )
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"this process sees {self.args.n_gpu} GPUs, which Transformers would use by torch's DataParallel: that"
-                " cannot split what the losses need. Start one process for each GPU with torchrun or accelerate launch,"
-                " or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+                f"this process sees {self.args.n_gpu} GPUs, on which Transformers would use torch's DataParallel. That cannot"
+                " split the inputs of the losses. Start one process per GPU with torchrun or accelerate launch, or make"
+                " a single GPU visible (CUDA_VISIBLE_DEVICES=0)"
             )
 
     def _check_muon(self) -> None:
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
-            raise ValueError("muon is on, and the Trainer was given an optimizer too; leave out one of the two")
+            raise ValueError("muon is on, and the Trainer was given an optimizer too; leave one of the two out")
         if self.is_deepspeed_enabled or (
             self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2
         ):
             raise ValueError(
-                "muon is on, and DeepSpeed or FSDP 1 would cut the matrices into vectors; use FSDP 2"
+                "muon is on, and DeepSpeed or FSDP 1 would flatten the matrices that Muon needs; use FSDP 2"
                 " (training/accelerate/fsdp2.yaml), or leave muon out"
             )
 
@@ -189,7 +200,9 @@ class AuxiliaryLossTrainer(SafeTrainer):
             )
         return super().create_optimizer(model)
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if num_items_in_batch is not None and not self._knows_how_losses_are_scaled:
             self._knows_how_losses_are_scaled = True
@@ -205,10 +218,10 @@ class AuxiliaryLossTrainer(SafeTrainer):
         return batch_samples, num_items_in_batch
 
     def _is_scaled_by_items(self, batch: dict[str, Any]) -> bool:
-        """Whether the model divides its loss by `num_items_in_batch`: it is tried with one number and its double.
+        """Whether the model divides its loss by `num_items_in_batch`, found by running it with 1 and with 2 items.
 
-        A loss that is divided by it halves; any other stays as it is. (Transformers' `loss_is_scaled_for_ga` is what a
-        Trainer is told, not found out by it: a model that takes the number and ignores it counts as scaled there.)
+        A loss that is divided by the number halves; any other stays the same. Transformers does not test this: it
+        treats the loss of every model that accepts the argument as divided.
         """
         model = cast(nn.Module, self.model)
         was_training = model.training
@@ -231,15 +244,14 @@ class AuxiliaryLossTrainer(SafeTrainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor, Any]:
         if model.training:
             loss, outputs = super().compute_loss(
                 model, {**inputs, **self._progress_inputs()}, True, num_items_in_batch=num_items_in_batch
             )
             loss = self._add_training_terms(loss, outputs, inputs, num_items_in_batch)
         else:
-            # Alone, a batch's losses are its own means, which are weighted below. (Counts over all processes would
-            # make them shares.)
+            # Without counts of the whole step, the losses are means over this batch; they are weighted below.
             inputs = self._without_repeated_rows(inputs)
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=None)
             self._add_evaluation_terms(loss, outputs, inputs)
@@ -247,7 +259,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
 
     @property
     def _training_progress(self) -> float:
-        # Before training has begun there are no steps yet.
+        # max_steps is 0 before training.
         return min(1.0, self.state.global_step / self.state.max_steps) if self.state.max_steps > 0 else 0.0
 
     def _progress_inputs(self) -> dict[str, Any]:
@@ -263,26 +275,23 @@ class AuxiliaryLossTrainer(SafeTrainer):
     def _add_training_terms(
         self, loss: Tensor, outputs: Any, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
     ) -> Tensor:
-        """Keep the terms of a part of a step for the log; returns the loss with the terms of the user's own."""
+        """Keep the terms of a micro-batch for the log; returns the loss with the user's terms added."""
         terms, means = _loss_dict(outputs), _further_losses(outputs)
-        part = 1 / self.current_gradient_accumulation_steps
-        is_scaled = getattr(
-            self, "loss_is_scaled_for_ga", None
-        )  # a Trainer of one's own may say so, from Transformers 5.19
+        # Training sets it; before training, a batch counts as a whole optimizer step.
+        part = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # subclasses may set it, from Transformers 5.19
         if is_scaled is None:
             is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         if is_scaled:
-            # The terms were divided by the counts of the whole step; the mean over processes is taken when they are
-            # logged, as the Trainer does it with the loss.
+            # The model has divided the terms by the counts of the whole step. Logging takes the mean over processes,
+            # like the Trainer does for the loss.
             scale = float(self.accelerator.num_processes) if self.args.average_tokens_across_devices else 1.0
             loss_scale = 1.0  # the Trainer has scaled it already
         else:
             scale = loss_scale = part
         for name, term in self._user_terms.items():
             if name in terms or name in means:
-                raise ValueError(
-                    f"the model has a loss term {name!r} of its own; give the one that was added another name"
-                )
+                raise ValueError(f"the model has a loss term {name!r} too; give the term that was added another name")
             if weight := self._user_weight(term, self._training_progress):
                 means[name] = _scalar(name, term.function(outputs, inputs))
                 loss = loss + weight * means[name] * (part / loss_scale)
@@ -294,11 +303,12 @@ class AuxiliaryLossTrainer(SafeTrainer):
         loss = super().training_step(*args, **kwargs)
         if self._terms_of_part is None and (self._user_terms or self._takes_training_progress):
             raise ValueError(
-                f"compute_loss of {type(self).__name__} does not call super().compute_loss(), which tells the model how far"
-                " training is, adds the terms of add_loss_term and keeps all terms for the log"
+                f"compute_loss of {type(self).__name__} does not call super().compute_loss(). That call passes the progress of"
+                " training to the model, adds the terms of add_loss_term and keeps all terms for the log"
             )
-        # Only now: a part whose backward pass ran out of memory is tried again, and counts once.
-        for terms, scale in self._terms_of_part or ():
+        # After the backward pass: a micro-batch that ran out of memory there runs again, and must count once.
+        parts: list[tuple[dict[str, Tensor], float]] = self._terms_of_part or []
+        for terms, scale in parts:
             if terms:
                 self._training_terms.add(self.state.global_step + 1, terms, scale)
         self._terms_of_part = None
@@ -307,7 +317,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
     # ---- Evaluation ----
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On several processes the last batches are filled up with rows from the beginning: these count for nothing."""
+        """Leave out the rows that fill the last batches on several processes; they are repeats of the first rows."""
         labels, loader = inputs.get("labels"), self.accelerator.gradient_state
         if self.args.world_size == 1 or not isinstance(labels, Tensor):
             return inputs
@@ -342,7 +352,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ):
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if ignore_keys is None:
             config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
             ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
@@ -352,12 +362,12 @@ class AuxiliaryLossTrainer(SafeTrainer):
 
     def evaluation_loop(
         self,
-        dataloader,
+        dataloader: DataLoader[Any],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
-    ):
+    ) -> EvalLoopOutput:
         self._evaluation_terms = EvaluationTerms()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         totals = self._evaluation_terms.totals()
@@ -366,7 +376,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
         if characters:
             nats, num_bytes = totals["loss_next_char"]
             metrics["bpb"] = nats / NATS_PER_BIT / num_bytes
-            if getattr(dataloader.dataset, "is_utf8", True):  # characters of other encodings cannot be counted
+            if getattr(dataloader.dataset, "is_utf8", True):  # characters can be counted in UTF-8 only
                 metrics["bpc"] = nats / NATS_PER_BIT / characters
         if self.is_in_train and (names := [name for name, value in metrics.items() if not math.isfinite(value)]):
             raise self._not_finite_error(self.state.global_step, [f"{metric_key_prefix}_{name}" for name in names])
@@ -375,7 +385,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
 
     # ---- Logs ----
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:  # an entry of the training loop
             self._raise_if_not_finite()
             means = self._training_terms.means()
@@ -400,7 +410,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
 def _takes(model: nn.Module | None, parameter: str) -> bool:
     if model is None:
         return False
-    model = unwrap_peft(model)  # a PEFT wrapper hands everything through
+    model = unwrap_peft(model)  # a PEFT wrapper passes all arguments on
     return parameter in inspect.signature(model.forward).parameters
 
 
@@ -409,7 +419,7 @@ def _log_key(term: str) -> str:
 
 
 def _further_losses(outputs: Any) -> dict[str, Tensor]:
-    """Scalars of the output that are losses by their name, such as `aux_loss`: means over a batch."""
+    """Scalars of the output whose name ends in `loss`, such as `aux_loss`: means over the batch."""
     values = outputs.items() if isinstance(outputs, Mapping) else ()
     return {
         name: value

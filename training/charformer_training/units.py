@@ -1,4 +1,4 @@
-"""Nats, bits, bytes and characters: one definition of each."""
+"""Conversions between nats, bits, bytes and characters."""
 
 import codecs
 import math
@@ -12,21 +12,24 @@ _CHUNK = 1 << 22
 
 
 def begins_character(data: Any) -> Any:
-    """Which bytes of an array or tensor begin a character of UTF-8: all but continuation bytes (10xxxxxx)."""
+    """Whether each byte begins a character of UTF-8, i.e. is no continuation byte (10xxxxxx).
+
+    Works on numbers, arrays and tensors.
+    """
     return data & 0xC0 != 0x80
 
 
 def count_characters(data: np.ndarray) -> int:
-    """How many characters of UTF-8 begin after the first byte of `data`, `(num_bytes,)` uint8."""
+    """Number of UTF-8 characters that begin after the first byte of `data`, `(num_bytes,)` uint8."""
     return sum(
         int(begins_character(np.asarray(data[start : start + _CHUNK])).sum()) for start in range(1, len(data), _CHUNK)
     )
 
 
 def is_utf8(data: np.ndarray) -> bool:
-    """Whether `data`, `(num_bytes,)` uint8, is a part of a text in UTF-8; either end may cut a character.
+    """Whether `data`, `(num_bytes,)` uint8, is part of a UTF-8 text; a character may be cut at either end.
 
-    Zero bytes do not occur in text, but do in UTF-16, which can pass for UTF-8 otherwise.
+    Zero bytes mean no: text has none, while UTF-16, which may otherwise decode as UTF-8, has many.
     """
     begin = 0
     while begin < min(3, len(data)) and not begins_character(int(data[begin])):
