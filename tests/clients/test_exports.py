@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, QuantoConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, QuantoConfig
 
 
 ort = pytest.importorskip("onnxruntime")
@@ -134,7 +134,7 @@ def test_layers_that_lie_on_the_disk(make_folder, model, tmp_path):
 def test_continuous_batches(model):
     prompts = [list(b"the cat"), list(b"a"), list(b"one two")]
     settings = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=254, pad_token_id=255)
-    found = model.generate_batch(inputs=prompts, generation_config=settings)
+    found = model.generate_batch(prompts, settings, ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64))
     expected = [
         model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
         for ids in prompts

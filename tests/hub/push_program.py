@@ -71,7 +71,8 @@ def train(repo: str, strategy: str, text: str, output_dir: str, *more: str) -> d
         "hub_strategy": strategy,
         "hub_always_push": True,
     }
-    if status := main([*small_command(data_path=text, output_dir=output_dir, save_total_limit=1, **hub), *more]):
+    settings = hub | dict(zip((name.removeprefix("--") for name in more[::2]), more[1::2], strict=True))
+    if status := main(small_command(data_path=text, output_dir=output_dir, save_total_limit=1, **settings)):
         sys.exit(status)
     return outputs(CharformerForCausalLM.from_pretrained(output_dir).eval())
 

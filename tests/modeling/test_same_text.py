@@ -33,7 +33,7 @@ OTHERS = ("padded batch", "rolling padded batch", "embeddings", "embeddings, dra
 def texts(model: Any, prompts: list[list[int]], modes: dict[str, dict]) -> dict[str, list]:
     """The new ids of every mode; of both prompts where they make a batch. This source also runs beside the saved code."""
     import torch
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     def new(count=20, **settings):
         settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0} | settings
@@ -55,7 +55,9 @@ def texts(model: Any, prompts: list[list[int]], modes: dict[str, dict]) -> dict[
         rest = new(12, input_ids=first["sequences"], **{cache_name: first[cache_name]}, **drafting)[0]
         found["going on" + name] = first["sequences"][0, -8:].tolist() + rest
     settings = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    results = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+    # By default the paged cache takes a share of all memory that is free.
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    results = model.generate_batch(prompts, settings, small, progress_bar=False)
     found["continuous batching"] = [results[name].generated_tokens for name in sorted(results)]
     return found
 
