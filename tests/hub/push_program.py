@@ -64,14 +64,16 @@ def added_losses(repo: str) -> list[list[float]]:
 
 
 def train(repo: str, strategy: str, text: str, output_dir: str, *more: str) -> dict[str, Any]:
-    """`charformer-train` with the flags that push."""
+    """`charformer-train` with the flags that push, and `more`; `--field=value` there replaces one of a small run."""
     hub: dict[str, Any] = {
         "push_to_hub": True,
         "hub_model_id": repo,
         "hub_strategy": strategy,
         "hub_always_push": True,
     }
-    if status := main([*small_command(data_path=text, output_dir=output_dir, save_total_limit=1, **hub), *more]):
+    hub |= dict(word[2:].split("=", 1) for word in more if "=" in word)
+    further = [word for word in more if "=" not in word]
+    if status := main([*small_command(data_path=text, output_dir=output_dir, save_total_limit=1, **hub), *further]):
         sys.exit(status)
     return outputs(CharformerForCausalLM.from_pretrained(output_dir).eval())
 
