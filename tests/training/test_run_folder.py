@@ -67,9 +67,9 @@ class TestOneCommandGivenAgain:
     def test_what_fails_after_training_leaves_the_weights_and_is_made_up_for(
         self, command, tmp_path, monkeypatch, capsys, failing
     ):
-        once = {"resume": "auto", "save_strategy": "no", "eval_strategy": "no"}
-        arguments = command(**once)
-        assert main(command(**once, output_dir=tmp_path / "whole")) == 0
+        settings = {"resume": "auto", "save_strategy": "no", "eval_strategy": "no"}
+        arguments = command(**settings)
+        assert main(command(**settings, output_dir=tmp_path / "whole")) == 0
 
         def fail(*args, **kwargs):
             raise UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates not allowed")

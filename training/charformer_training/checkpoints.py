@@ -388,7 +388,7 @@ class SafeTrainer(HubTrainer):
                 self.state.best_model_checkpoint = str(best)  # the run's folder may have moved
             elif self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
                 raise ValueError(
-                    f"resume: {name} is missing; load_best_model_at_end needs it, since it holds the best model so far"
+                    f"resume: {name} is missing, which holds the best model so far (load_best_model_at_end)"
                 )
         states: Any = self.state.stateful_callbacks
         for callback in self.callback_handler.callbacks:
