@@ -1,12 +1,13 @@
 """Every example runs as its first lines say."""
 
+import ast
 import subprocess
 import sys
 
 import pytest
 
 from charformer_training import bits_per_character
-from modeling_charformer import CharformerTokenizer
+from modeling_charformer import CharformerForCausalLM, CharformerTokenizer
 from tests.conftest import ROOT
 
 
@@ -18,6 +19,12 @@ def run(name: str, *arguments: object) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def printed_figures(shown: str) -> list[dict[str, str]]:
+    """The dictionaries that the Trainer prints: log entries and evaluations."""
+    lines = [ast.literal_eval(line) for line in shown.splitlines() if line.startswith("{")]
+    return [{name: str(value) for name, value in line.items()} for line in lines]
 
 
 def refused(name: str, *arguments: object) -> str:
@@ -54,13 +61,27 @@ def test_own_training_loop():
 
 @pytest.mark.filterwarnings("ignore")
 def test_train_with_trainer(text_file, tmp_path):
-    shown = run("train_with_trainer.py", text_file, tmp_path / "run")
-    assert "eval_bpc" in shown and (tmp_path / "run" / "model.safetensors").exists()
+    shown = printed_figures(run("train_with_trainer.py", text_file, tmp_path / "run"))
+    first, last = (entry for entry in shown if "loss_next_char" in entry and entry["epoch"] in ("0.1667", "1"))
+    assert (
+        float(last["loss_next_char"]) < float(first["loss_next_char"]) and "loss_layer_1" in first.keys() - last.keys()
+    )
+    final = shown[-1]
+    # The text is not ASCII, so a character has more bits than a byte; the trained model knows more than its trigrams.
+    assert float(final["eval_bpb"]) < float(final["eval_bpc"]) < 2.0
+    model = CharformerForCausalLM.from_pretrained(tmp_path / "run")
+    assert bits_per_character(model, text_file, stride=32, progress=False).bpb < 2.0
 
 
 def test_any_model(tmp_path):
     shown = run("any_model.py", tmp_path / "run")
-    assert "loss_layer_2" in shown and "loss_confidence" in shown and "'eval_loss_next_token'" in shown
+    entries = printed_figures(shown)
+    logged = [entry for entry in entries if "loss_next_token" in entry]
+    assert float(logged[-1]["loss_next_token"]) < float(logged[0]["loss_next_token"]) / 2
+    # "paper" drops the term after half of training; "random" leaves every layer some of the steps.
+    assert ["loss_confidence" in entry for entry in logged] == [True, True, False, False]
+    assert all({"loss_layer_1", "loss_layer_2", "loss_layer_3"} <= entry.keys() for entry in logged)
+    assert float(entries[-1]["eval_loss_next_token"]) < 1.5  # chance is ln 100 = 4.6
     assert "GPT2LMHeadModel" in shown and "(layer_3_target_2): ResidualBlock(" in shown
 
 
