@@ -152,7 +152,7 @@ def test_card_of_a_run(hub, run, text_file, tmp_path):
         "README.md",
         card.replace("license: apache-2.0", "license: mit") + "\n## My notes\n\nWritten by me.\n",
     )
-    run(*arguments, tmp_path / "second", "--max_steps=3")
+    run(*arguments, tmp_path / "second", "--max_steps", "3")
     renewed = hub.files("user/card", "main")["README.md"].decode()
     assert "Written by me." in renewed and "license: mit" in renewed
     assert "After 3 optimizer steps" in renewed and "After 4 optimizer steps" not in renewed
