@@ -95,7 +95,7 @@ def test_interrupted_upload_and_killed_process(hub, run, start, existing, train,
     hub.release()
     assert hub.files(existing, "main") == before
     hub.fail("PUT ", times=1, kind="drop", after_bytes=1000)  # which the client tries again by itself
-    run(*train(existing, "end", "run", "--seed", "8", "--overwrite_output_dir"))
+    run(*train(existing, "end", "run", "--seed", "8", "--overwrite_output_dir", "true"))
     saved = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert hub.files(existing, "main")["model.safetensors"] == saved != before["model.safetensors"]
     assert not list((tmp_path / "run").glob("_push-*"))
