@@ -22,6 +22,14 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_charformer.CharformerForTokenClassification",
 }
 TARGET_HEADS = ("linear", "residual", "sequential")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 # Limits far above what a character-level model needs, so that a wrong configuration raises before it fills the memory.
 MAX_LAYERS, MAX_HEADS, MAX_LABELS, MAX_PARAMETERS = 10_000, 100_000, 1_000_000, 10**11
 
@@ -163,14 +171,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         return loaded
 
     def validate_architecture(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ):
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         self._check_size()

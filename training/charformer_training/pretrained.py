@@ -10,20 +10,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
+from modeling_charformer.configuration_charformer import SIZES
 
 from .checks import shown
 from .terminal import one_line
 
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "num_targets",
-)
+_SIZES = (*SIZES, "num_targets")
 # The paper's largest model has 64. Building a layer takes time and memory even if it is tiny.
 _MAX_LAYERS = 2_000
 
