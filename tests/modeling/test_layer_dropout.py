@@ -1,5 +1,7 @@
 """Layer dropout: rates, rows that are skipped, and everything that it must leave as it is."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import set_seed
@@ -9,10 +11,16 @@ from modeling_charformer.layers_charformer import rows_to_run
 from tests.helpers import TINY
 
 
+def draws(config: CharformerConfig, rows: int, progress: float | None = None) -> torch.Tensor:
+    """Which layers run on which rows, `(layers, rows)`."""
+    drawn: Any = rows_to_run(config, torch.zeros(rows, 1, 1), progress, True)
+    return torch.stack(drawn)[:, :, 0, 0]
+
+
 def draw(model, ids, progress=None, seed=3) -> torch.Tensor:
-    """The draws `(layers, rows)` that a forward pass makes after `set_seed(seed)`."""
+    """The draws that a forward pass makes after `set_seed(seed)`."""
     set_seed(seed)
-    return torch.stack([*rows_to_run(model.config, ids[..., None].float(), progress, True)])[:, :, 0, 0]
+    return draws(model.config, len(ids), progress)
 
 
 @pytest.mark.parametrize(
@@ -22,15 +30,15 @@ def draw(model, ids, progress=None, seed=3) -> torch.Tensor:
 def test_rates_rise_with_depth_and_follow_the_schedule(schedule, progress, scale):
     config = CharformerConfig(num_hidden_layers=5, layer_dropout=0.4, layer_dropout_schedule=schedule)
     rows = 20_000
-    runs = torch.stack([*rows_to_run(config, torch.zeros(rows, 1, 1), progress, True)])
-    assert runs.shape == (5, rows, 1, 1)
-    dropped = 1 - runs.flatten(1).float().mean(1)
+    runs = draws(config, rows, progress)
+    assert runs.shape == (5, rows)
+    dropped = 1 - runs.float().mean(1)
     assert dropped[0] == 0
     expected = 0.4 * scale * torch.tensor([0.0, 0.189207, 0.414214, 0.681793, 1.0])  # 2^(l / 4) - 1
     standard_errors = (expected * (1 - expected) / rows).sqrt()
     assert ((dropped - expected).abs() <= 4 * standard_errors).all()
     # Rows are drawn one by one, and so are layers.
-    assert torch.corrcoef(runs[1:].flatten(1).float()).fill_diagonal_(0).abs().max() < 0.03
+    assert torch.corrcoef(runs[1:].float()).fill_diagonal_(0).abs().max() < 0.03
 
 
 def test_exponential_schedule_begins_without_dropout(make_model, make_ids):
@@ -131,7 +139,8 @@ def test_checkpointed_layers_find_the_same_draw(make_model, make_ids, reentrant)
 
 @pytest.mark.parametrize("embedded", [False, True])
 def test_classifiers_and_the_body_pass_on_the_progress(make_ids, embedded):
-    config = CharformerConfig(**TINY, num_labels=2, layer_dropout=0.9, layer_dropout_schedule="exponential")
+    fields: dict[str, Any] = {"num_labels": 2, "layer_dropout": 0.9, "layer_dropout_schedule": "exponential"}
+    config = CharformerConfig(**(TINY | fields))
     model, ids, states = CharformerForSequenceClassification(config).train(), make_ids(batch=30), []
     inputs = {"inputs_embeds": model.model.embed_tokens(ids)} if embedded else {"input_ids": ids}
     for progress in (0.0, 1.0):
