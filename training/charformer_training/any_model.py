@@ -24,7 +24,13 @@ from modeling_charformer.auxiliary_losses import (
     last_of_text,
     sequence_problem_type,
 )
-from modeling_charformer.loss_settings import LAST_POSITION, AuxiliaryLossSettings, LossTerm, classifier_settings
+from modeling_charformer.loss_settings import (
+    LAST_POSITION,
+    AuxiliaryLossSettings,
+    LossFields,
+    LossTerm,
+    classifier_settings,
+)
 
 from .models import HEADS_FILE, OLD_HEADS_FILE, evaluating, is_causal_lm, saved_heads, unwrap_peft
 from .probe import Anatomy, anatomy_of, logit_scale, own_loss_of, probe_ids
@@ -55,8 +61,7 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any
             block before them, which begins as the identity (like Medusa, Cai et al. 2024, arXiv 2401.10774). `"own"`
             gives each term a separate linear head, like Al-Rfou et al. (2018). Sequence classification models accept
             `"own"` only.
-        settings: The fields of `AuxiliaryLossSettings`, with the meaning and defaults that they have in
-            `CharformerConfig`; the main term is called `next_token`. A sequence classification model accepts
+        settings: The fields of `LossFields`, with the defaults that they have there; the main term is called `next_token`. A sequence classification model accepts
             `intermediate_layers` (default `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule`
             (`"constant"`), `term_weights` and `loss_weighting`; its main term is called `classification`.
 
@@ -256,9 +261,7 @@ class _WithAuxiliaryLosses(PreTrainedModel):
 
 
 class _CausalLM(_WithAuxiliaryLosses):
-    accepted_settings = [
-        field.name for field in fields(AuxiliaryLossSettings) if field.name not in ("num_layers", "main", "prefix")
-    ]
+    accepted_settings = [field.name for field in fields(LossFields)]
     accepted_heads = ("shared", "own")
     main = "next_token"
     _logit_scale: float
@@ -266,7 +269,7 @@ class _CausalLM(_WithAuxiliaryLosses):
 
     @staticmethod
     def settings_for(num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
-        return AuxiliaryLossSettings(num_layers, main="next_token", **settings)
+        return AuxiliaryLossSettings(num_layers=num_layers, main="next_token", **settings)
 
     @staticmethod
     def check(model: PreTrainedModel, anatomy: Anatomy, heads: str) -> dict[str, Any]:
