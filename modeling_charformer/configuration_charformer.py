@@ -86,6 +86,10 @@ class CharformerConfig(LossFields, CharformerPushToHubMixin, PreTrainedConfig):
         hidden_act: Activation of the feed-forward layers, by its name in Transformers.
         attention_dropout: Dropout of the attention weights.
         activation_dropout: Dropout after the activation of the feed-forward layers.
+        layer_dropout: Probability that the last layer is skipped for a row of the batch in training. It falls to 0 at the
+            first layer (LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710, section 4.1.1).
+        layer_dropout_schedule: `"constant"`, for fine-tuning, or `"exponential"`, for training from scratch: layer
+            dropout then rises from 0 to its value in the course of training.
         initializer_range: Standard deviation of the initial weights (not stated in the paper).
         layer_norm_eps: Epsilon of the layer norms.
         norm_placement: `"pre"` (norms before attention and feed-forward, and one after the last layer) or `"post"`
@@ -126,6 +130,8 @@ class CharformerConfig(LossFields, CharformerPushToHubMixin, PreTrainedConfig):
     hidden_act: str = "relu"
     attention_dropout: float | int = 0.55
     activation_dropout: float | int = 0.55
+    layer_dropout: float | int = 0.0
+    layer_dropout_schedule: str = "constant"
     initializer_range: float | int = 0.02
     layer_norm_eps: float | int = 1e-5
     norm_placement: str = "pre"
@@ -179,9 +185,17 @@ class CharformerConfig(LossFields, CharformerPushToHubMixin, PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) does not divide hidden_size ({self.hidden_size})"
             )
-        for name in ("attention_dropout", "activation_dropout"):
+        for name in ("attention_dropout", "activation_dropout", "layer_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in the range from 0 to below 1")
+        if self.layer_dropout and self.num_hidden_layers == 1:
+            raise ValueError(
+                f"layer_dropout is {self.layer_dropout}; a model of 1 layer has none to drop, so it must be 0"
+            )
+        if self.layer_dropout_schedule not in ("constant", "exponential"):
+            raise ValueError(
+                f"layer_dropout_schedule is {self.layer_dropout_schedule!r}; it must be 'constant' or 'exponential'"
+            )
         for name in ("initializer_range", "layer_norm_eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number above 0")
