@@ -73,6 +73,10 @@ class CausalLMWithLosses(ModelWithLosses):
         head, hidden_states = self.auxiliary_heads[term.name], self._finished(term, hidden_states)
         return [head(hidden_states) if isinstance(head, AuxiliaryHead) else self._logits(head(hidden_states))]
 
+    def logits_of_head(self, term: LossTerm, outputs: Any) -> Tensor:
+        """Logits `(B, S, V)` of a term's head, from the model's output with its hidden states."""
+        return self._logits_of(term, self._head_input(term, outputs))[0]
+
     def _add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
