@@ -52,27 +52,24 @@ class GumbelNoise:
         self.drawn: Tensor | None = None
         self.begin = 0
 
-    def at(self, places: list[int], count: int, like: Tensor) -> Tensor:
-        """`(B, count, V)` for `count` places from `places` (one for each row) on; `like` is `(B, ..., V)`.
+    def at(self, places: list[int], offset: int, count: int, like: Tensor) -> Tensor:
+        """`(B, count, V)`, in type like `like` `(B, ..., V)`, for the places from `offset` after each row's next one on.
 
-        No place may lie before the first of an earlier call.
+        The next places of a later call may not lie before the lowest of these.
         """
-        low, high = min(places), max(places) + count
+        low, high = min(places), max(places) + offset + count
         if self.drawn is None:
             self.generator = torch.Generator(like.device).manual_seed(self.seed)
             self.drawn = like.new_empty(0, like.shape[0], like.shape[-1])
         kept = self.drawn[low - self.begin :]
-        new = [
-            torch.empty_like(like[:, -1] if like.dim() == 3 else like)
-            .exponential_(generator=self.generator)
-            .log_()
-            .neg_()
-            for _ in range(high - low - kept.shape[0])
-        ]
-        self.drawn, self.begin = torch.cat([kept, torch.stack(new)]) if new else kept, low
+        missing = max(0, high - low - kept.shape[0])
+        # Drawn one place after the other, so that the numbers do not depend on how many are drawn at once.
+        new = [kept.new_empty(kept.shape[1:]).exponential_(generator=self.generator) for _ in range(missing)]
+        self.drawn, self.begin = torch.cat([kept, torch.stack(new).log_().neg_()]) if new else kept, low
         if len(places) == 1:
-            return self.drawn[:count].transpose(0, 1)
-        at = torch.tensor(places, device=like.device)[:, None] - low + torch.arange(count, device=like.device)
+            return self.drawn[offset : offset + count].transpose(0, 1)
+        steps = torch.arange(offset, offset + count, device=like.device)
+        at = torch.tensor(places, device=like.device)[:, None] - low + steps
         return self.drawn[at, torch.arange(len(places), device=like.device)[:, None]]
 
 
@@ -136,7 +133,7 @@ class VerifiedDecoding:
 
     def run(self) -> Any:
         """The text `(B, S)`, or the output of `generate` with it."""
-        handle = self.model.base_model.register_forward_hook(self._keep_states)
+        handle = self.model.get_decoder().register_forward_hook(self._keep_states)
         try:
             self.kwargs[CACHE].activate_past_recording()
             outputs = self.model._prefill(self.text, self.config, self.kwargs)
@@ -270,8 +267,8 @@ class VerifiedDecoding:
     def _picked(self, scores: Tensor, offset: int) -> Tensor:
         """The tokens `(B, n)` that are picked by scores `(B, n, V)` of the places from `offset` after each row on."""
         if self.noise is not None:
-            places = [length - self.prompt + offset for length in self.lengths]
-            scores = scores + self.noise.at(places, scores.shape[1], scores)
+            places = [length - self.prompt for length in self.lengths]
+            scores = scores + self.noise.at(places, offset, scores.shape[1], scores)
         return scores.argmax(-1)
 
     def _accept(self, logits: Tensor, drafts: Tensor) -> None:
