@@ -115,8 +115,8 @@ class Pace:
         """The probability below which a draft, together with those before it, does not pay."""
         if len(self.extra) < PATIENCE or not self.recent:
             return CONFIDENCE
-        _, tokens, seconds = (sum(values) for values in zip(*self.recent, strict=True))
-        return min(max(statistics.median(self.extra) * tokens / seconds, LOWEST), HIGHEST)
+        rate = sum(tokens for _, tokens, _ in self.recent) / sum(seconds for *_, seconds in self.recent)
+        return min(max(statistics.median(self.extra) * rate, LOWEST), HIGHEST)
 
     def looked_up(self, confidence: float, threshold: float) -> int:
         """How many tokens that were looked up, one after the other, are worth their cost."""

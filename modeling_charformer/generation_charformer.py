@@ -83,7 +83,8 @@ class CharformerGenerationMixin(SelfDraftingMixin):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
         rolling_context = kwargs.pop("rolling_context", None)
-        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's, a later base
+        prepared: Any
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         # It may also stand in a GenerationConfig, or in the model's.
         rolling_context = getattr(prepared, "rolling_context", None) if rolling_context is None else rolling_context
         self._settle_length(prepared, generation_config, kwargs, rolls=rolling_context not in (None, False))
@@ -239,7 +240,7 @@ class CharformerGenerationMixin(SelfDraftingMixin):
             # Transformers would cut the mask to the ids, which are fewer. The cache tells how far it goes.
             kwargs["prompt_mask"] = kwargs.pop("attention_mask", None)
         own = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)]
-        decode: Any = super()._assisted_decoding  # type: ignore[misc]  # GenerationMixin's, a later base
+        decode: Any = super()._assisted_decoding
         if not own:
             return decode(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         first = FirstStop(StoppingCriteriaList(own), input_ids)

@@ -93,12 +93,12 @@ class Stops:
             length = before + number
             if token in self.eos or length >= self.max_length:
                 return length
-            if self.others and bool(self.others(text[:, :length], scores).all()):  # type: ignore[arg-type]  # LongTensor
+            if self.others and bool(self.others(text[:, :length], scores).all()):
                 return length
         return 0
 
     def time_is_up(self, text: Tensor) -> bool:
-        return any(bool(clock(text, None).all()) for clock in self.clocks)  # type: ignore[arg-type]  # LongTensor
+        return any(bool(clock(text, None).all()) for clock in self.clocks)
 
 
 class VerifiedDecoding:
@@ -125,6 +125,7 @@ class VerifiedDecoding:
         self.kwargs, self.text, self.stops = model_kwargs, input_ids, Stops(criteria, int(config.max_length or 0))
         self.rows, self.prompt = input_ids.shape
         self.lengths, self.ends = [self.prompt] * self.rows, [0] * self.rows
+        self.padding_id = int(getattr(config, "_pad_token_tensor", None) or 0)
         self.noise = GumbelNoise() if config.do_sample else None
         self.pace = Pace()
         self.states = torch.empty(0)
@@ -337,14 +338,15 @@ class VerifiedDecoding:
         if self.stops.pads:
             for row, length in enumerate(self.ends):
                 if length < end:
-                    self.text[row, length:end] = self.config._pad_token_tensor
+                    self.text[row, length:end] = self.padding_id
         else:
             end = min(end, *self.lengths)  # when the time is up, rows differ in length
         text = self.text[:, :end]
         if not self.config.return_dict_in_generate:
             return text
         count = end - self.prompt
-        return GenerateDecoderOnlyOutput(
+        output: Any = GenerateDecoderOnlyOutput
+        return output(
             sequences=text,
             scores=tuple(self.scores[:count]) if self.config.output_scores else None,
             logits=tuple(self.logits[:count]) if self.config.output_logits else None,

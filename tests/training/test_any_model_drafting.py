@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ PROMPT = TEXT[:, :3]
 # Position embeddings that are learned, rotary, linear biases; sliding windows; experts.
 KINDS = ["gpt2", "llama", "qwen3", "gpt_neox", "gemma2", "mistral", "mixtral", "bloom", "opt"]
 SLIDING = {"sliding_window": 6}
-MORE = {
+MORE: dict[str, dict[str, Any]] = {
     "mistral": SLIDING,
     "gemma2": SLIDING,
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
@@ -132,7 +133,12 @@ class Collect(BaseStreamer):
 
 def test_streamed_scored_and_stopped_text_is_the_plain_one():
     model, streamer = half_trained("qwen3"), Collect()
-    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": 60, "return_dict_in_generate": True}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "eos_token_id": 60,
+        "return_dict_in_generate": True,
+    }
     settings |= {"output_scores": True, "output_logits": True, "repetition_penalty": 1.05}
     plain = model.generate(PROMPT, **settings)
     drafted = model.generate(PROMPT, use_extra_targets=True, streamer=streamer, **settings)

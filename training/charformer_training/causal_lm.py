@@ -19,7 +19,7 @@ from .models import evaluating
 from .probe import Anatomy, logit_scale, own_loss_of, probe_ids
 
 
-class CausalLMWithLosses(SelfDraftingMixin, ModelWithLosses):  # type: ignore[misc]  # bases differ in `generate`
+class CausalLMWithLosses(SelfDraftingMixin, ModelWithLosses):
     accepted_settings = [field.name for field in fields(LossFields)]
     accepted_heads = ("shared", "own")
     main = "next_token"
