@@ -86,6 +86,8 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             of it is done), `"constant"`, `"linear"`, `"cosine"`, `"random"` (one layer a step), `"rotate_2"`,
             `"rotate_4"`, `"rotate_8"` (every second, fourth or eighth layer, in rotation), or a name given to `register_schedule`.
         position_loss: `"all"`: every position of the window counts equally; `"last"`: only the last one counts.
+        position_share: Share of the positions on which training computes each auxiliary term, above 0 to 1 (all). They are
+            drawn anew for each step and term. Expected values and gradients stay the same; the cost falls with the share.
         term_weights: Weights of terms by name (`{"target_2": 0.4, "layer_1": 0.8}`), in place of those that follow from
             the fields above.
         loss_weighting: `"fixed"`, or `"uncertainty"`: training learns the weight of each term from its uncertainty.
@@ -133,6 +135,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     intermediate_weight: float | int = 1.0
     intermediate_schedule: str = "paper"
     position_loss: str = "all"
+    position_share: float | int = 1.0
     term_weights: dict[str, float | int] | None = None
     loss_weighting: str = "fixed"
 
@@ -244,6 +247,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
                 intermediate_weight=self.intermediate_weight,
                 intermediate_schedule=self.intermediate_schedule,
                 position_loss=self.position_loss,
+                position_share=self.position_share,
                 loss_weighting=self.loss_weighting,
             )
         )

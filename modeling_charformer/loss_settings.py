@@ -189,6 +189,8 @@ class AuxiliaryLossSettings:
         intermediate_schedule: How that factor changes in training.
         position_loss: `"all"`: every position counts equally; `"last"`: only the last one counts; `None`: the model does not
             predict at every position, so there is no term `last_position`.
+        position_share: Share of the positions on which training computes each auxiliary term, above 0 to 1. They are drawn
+            anew for each step and term; the expected values and gradients stay the same. See `position_sampling`.
         term_weights: Weights of terms by name, in place of those that follow from the fields above; before schedules.
         loss_weighting: `"fixed"`: as above; `"uncertainty"`: in addition, training learns a factor for each term from the
             term's homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115).
@@ -207,6 +209,7 @@ class AuxiliaryLossSettings:
     intermediate_weight: float = 1.0
     intermediate_schedule: str = "paper"
     position_loss: str | None = "all"
+    position_share: float = 1.0
     term_weights: Mapping[str, float] | None = None
     loss_weighting: str = "fixed"
     main: str = "next_char"
@@ -228,6 +231,7 @@ class AuxiliaryLossSettings:
         self._check_schedules()
         if self.position_loss not in ("all", "last", None):
             raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
+        _check_position_share(self.position_share, self.position_loss)
         if self.loss_weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
         names = [term.name for term in self.terms]
@@ -348,3 +352,14 @@ def classifier_settings(
 def _check_weight(field: str, weight: float) -> None:
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"{field} {weight}; a weight is a finite number that is 0 or more")
+
+
+def _check_position_share(share: float, position_loss: str | None) -> None:
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not is_number or not (math.isfinite(share) and 0 < share <= 1):
+        raise ValueError(f"position_share is {share!r}; it must be a number above 0, at most 1 (all positions)")
+    if share < 1 and position_loss == "last":
+        raise ValueError(
+            f"position_share is {share} and position_loss 'last': a loss at the last position alone has no positions to"
+            " choose from. Give position_share=1, or position_loss='all'"
+        )

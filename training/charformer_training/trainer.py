@@ -92,6 +92,7 @@ class AuxiliaryLossTrainer(SafeTrainer):
         )
         self._takes_training_progress = _takes(self.model, "training_progress")
         self._takes_training_step = _takes(self.model, "training_step")
+        self._takes_training_seed = _takes(self.model, "training_seed")
         self._takes_target_counts = _takes(self.model, "target_counts")
         self._target_counts: Tensor | None = None
         self._training_terms = TrainingTerms()
@@ -268,6 +269,8 @@ class AuxiliaryLossTrainer(SafeTrainer):
             inputs["training_progress"] = self._training_progress
         if self._takes_training_step:
             inputs["training_step"] = self.state.global_step
+        if self._takes_training_seed:  # the same on all processes, and in a run that was resumed
+            inputs["training_seed"] = self.args.seed
         if self._takes_target_counts:
             inputs["target_counts"] = self._target_counts
         return inputs
