@@ -251,6 +251,24 @@ class AuxiliaryLossSettings:
                 " train the final layer's targets; give it as intermediate_schedule, or take 'constant' or 'forward' here"
             )
 
+    def check_schedules_are_on(self, num_steps: int) -> None:
+        """
+        Raises:
+            ValueError: If the factor of a schedule is 0 for all its terms throughout a training of that many steps.
+        """
+        of_layers = [(layer, 1) for layer in self.layers]
+        of_targets = [(self.num_layers, offset) for offset in range(2, self.num_targets + 1)]
+        for name, schedule, terms in (
+            (f"{self.prefix}_schedule", self.intermediate_schedule, of_layers),
+            ("target_schedule", self.target_schedule, of_targets),
+        ):
+            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps + 1) for term in terms)
+            if terms and not any(scheduled(schedule, at) for at in moments):
+                raise ValueError(
+                    f"{name} is {schedule!r}, whose factor is 0 at each of the {num_steps} steps: it would never train the"
+                    f" terms that it weighs. Give one of {schedule_names()}, or leave these terms out"
+                )
+
     def _check_intermediate_layers(self) -> None:
         layers, last = self.intermediate_layers, self.num_layers - 1
         if layers is None or layers == "all":
@@ -302,6 +320,9 @@ class AuxiliaryLossSettings:
         """The weights in evaluation: the loss is the main one alone, at all positions."""
         return {term.name: float(term.positions == "all") for term in self.terms if term.is_main}
 
+    def _moment(self, layer: int, offset: int, progress: float, step: int) -> ScheduleContext:
+        return ScheduleContext(layer, offset, self.num_layers, self.num_targets, self.layers, progress, step)
+
     def weights_at(self, progress: float | None, step: int | None = None) -> dict[str, float]:
         """The weight of each term by name when the share `progress` of training, and `step` steps, are done.
 
@@ -311,11 +332,9 @@ class AuxiliaryLossSettings:
         progress = 0.0 if progress is None else progress
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"training_progress is {progress}; it is the share of training done, from 0 to 1")
-        weights, layers = {}, self.layers
+        weights = {}
         for term in self.terms:
-            at = ScheduleContext(
-                term.layer, term.offset, self.num_layers, self.num_targets, layers, progress, step or 0
-            )
+            at = self._moment(term.layer, term.offset, progress, step or 0)
             factor = 1.0 if term.offset == 1 else scheduled(self.target_schedule, at)
             if term.layer < self.num_layers:
                 factor *= scheduled(self.intermediate_schedule, at)

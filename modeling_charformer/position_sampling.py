@@ -52,7 +52,7 @@ class PositionSampler:
     """
 
     def __init__(self, settings: AuxiliaryLossSettings, seed: int | None, step: int | None):
-        self._parts = max(1, round(settings.position_share * _PARTS))
+        self._parts = max(1, int(settings.position_share * _PARTS))
         self._seed, self._step = (seed or 0) % (_32_BITS + 1), step
         self._key: Tensor | None = None
 

@@ -185,7 +185,10 @@ class AuxiliaryLossTrainer(SafeTrainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         # Training that begins again, with a smaller batch because memory ran out, logs no part of its first try.
         self._training_terms = TrainingTerms()
-        return super()._init_training_state(*args, **kwargs)
+        begins_at = super()._init_training_state(*args, **kwargs)
+        if (settings := getattr(self.model, "loss_settings", None)) is not None:
+            settings.check_schedules_are_on(self.state.max_steps)
+        return begins_at
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and getattr(self.args, "muon", False):
