@@ -30,7 +30,7 @@ from .compatibility import CACHE, check_arguments, check_ids, check_range, one_c
 from .configuration_charformer import CharformerConfig
 from .generation_charformer import CharformerGenerationMixin
 from .heads_charformer import CharformerHeadsMixin
-from .layers_charformer import CharformerLayer
+from .layers_charformer import CharformerLayer, rows_to_run
 from .loss_settings import AuxiliaryLossSettings, LossTerm
 from .pretrained_charformer import CharformerCausalLMOutput, CharformerClassifierOutput, CharformerPreTrainedModel
 
@@ -62,6 +62,7 @@ class CharformerModel(CharformerPreTrainedModel):
         on_layer_output: Mapping[int, Callable[[Tensor], None]] | None = None,
         positions_to_keep: int = 0,
         num_layers: int | None = None,
+        training_progress: float | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -76,6 +77,7 @@ class CharformerModel(CharformerPreTrainedModel):
                 their layer, so only one layer's auxiliary gradient is in memory at a time.
             positions_to_keep: Number of last positions that the last layer computes; 0 means all.
             num_layers: Run only this many layers (1..n). `last_hidden_state` is then their output after the final norm.
+            training_progress: Share of training done, 0 to 1, for the schedule of layer dropout; `None` means 0.
 
         Raises:
             TypeError: If an unknown argument could change the result.
@@ -105,12 +107,12 @@ class CharformerModel(CharformerPreTrainedModel):
         )
         position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, cache)
 
-        hidden_states = inputs_embeds
-        on_layer_output = on_layer_output or {}
+        hidden_states, on_layer_output = inputs_embeds, on_layer_output or {}
         last_mask = self._mask_of_last_positions(causal_mask, hidden_states, positions_to_keep)
         if num_layers is not None and not 1 <= num_layers <= len(self.layers):
             raise ValueError(f"num_layers is {num_layers}; it must be 1 to {len(self.layers)}")
         layers = self.layers[:num_layers]
+        runs = rows_to_run(self.config, hidden_states, training_progress, self.training)
         for number, layer in enumerate(layers, start=1):
             is_last = number == len(layers)
             hidden_states = layer(
@@ -120,6 +122,7 @@ class CharformerModel(CharformerPreTrainedModel):
                 cache=cache,
                 positions_to_keep=positions_to_keep if is_last else 0,
                 input_is_kept=number - 1 in on_layer_output,
+                runs=runs[number - 1],
                 **kwargs,
             )
             if number in on_layer_output:
@@ -266,6 +269,7 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             on_layer_output=step.on_layer_output(losses_of),
+            training_progress=training_progress,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -363,6 +367,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=False,
             on_layer_output=step.on_layer_output(losses_of),
+            training_progress=training_progress,
             **kwargs,
         )
         logits = self.score(self._select(outputs.last_hidden_state, attention_mask))

@@ -16,7 +16,7 @@ TERM = LossTerm("layer_1_target_2", 1, 2, 0.5, False)
 
 
 def sampler(share: float, step: int | None = 0, seed: int | None = 0) -> PositionSampler:
-    return PositionSampler(AuxiliaryLossSettings(3, position_share=share), seed, step)
+    return PositionSampler(AuxiliaryLossSettings(num_layers=3, position_share=share), seed, step)
 
 
 def ragged_labels() -> torch.Tensor:
@@ -207,7 +207,7 @@ def test_compiled_draws_are_the_eager_ones_in_one_graph(make_model, make_ids):
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan"), float("inf"), True, "half", None])
 def test_wrong_shares_are_refused(share):
     with pytest.raises(ValueError, match="position_share is .*; it must be a number above 0, at most 1"):
-        AuxiliaryLossSettings(4, position_share=share)
+        AuxiliaryLossSettings(num_layers=4, position_share=share)
 
 
 def test_share_does_not_fit_a_loss_at_the_last_position(make_model):

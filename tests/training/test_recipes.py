@@ -22,6 +22,7 @@ from charformer_training.arguments import (
 from charformer_training.recipes import field_types, parse_arguments
 from charformer_training.train import main
 from modeling_charformer import CharformerConfig
+from modeling_charformer.configuration_charformer import OWN_FIELDS
 from tests.helpers import QUICKSTART
 
 
@@ -52,7 +53,7 @@ def refused(words: list[str]) -> str:
 
 def test_every_field_of_the_configuration_is_a_field_of_recipes_and_the_command_line(recipe):
     trainers = AuxiliaryLossTrainingArguments.__dataclass_fields__  # use_cache is one of theirs
-    own = [name for name in CharformerConfig.__annotations__ if name not in trainers]
+    own = [name for name in OWN_FIELDS if name not in trainers]
     assert list(CONFIG_TYPES) == own and set(own) < set(field_types())
     assert {item for item in ModelArguments.__dataclass_fields__} == {*own, "model_name_or_path"}
     assert all(ModelArguments.__dataclass_fields__[name].metadata["help"] for name in own)

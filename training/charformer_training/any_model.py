@@ -38,8 +38,7 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any
             block before them, which begins as the identity (like Medusa, Cai et al. 2024, arXiv 2401.10774). `"own"`
             gives each term a separate linear head, like Al-Rfou et al. (2018). Sequence classification models accept
             `"own"` only.
-        settings: The fields of `AuxiliaryLossSettings`, with the meaning and defaults that they have in
-            `CharformerConfig`; the main term is called `next_token`. A sequence classification model accepts
+        settings: The fields of `LossFields`, with the defaults that they have there; the main term is called `next_token`. A sequence classification model accepts
             `intermediate_layers` (default `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule`
             (`"constant"`), `term_weights` and `loss_weighting`; its main term is called `classification`.
 

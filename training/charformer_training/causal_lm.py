@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from modeling_charformer.auxiliary_heads import AuxiliaryHead, ResidualBlock
 from modeling_charformer.auxiliary_losses import LossStep, Targets, causal_lm_losses, sampled_loss
-from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm
+from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossFields, LossTerm
 
 from .added_losses import ModelWithLosses
 from .models import evaluating
@@ -19,9 +19,7 @@ from .probe import Anatomy, logit_scale, own_loss_of, probe_ids
 
 
 class CausalLMWithLosses(ModelWithLosses):
-    accepted_settings = [
-        field.name for field in fields(AuxiliaryLossSettings) if field.name not in ("num_layers", "main", "prefix")
-    ]
+    accepted_settings = [field.name for field in fields(LossFields)]
     accepted_heads = ("shared", "own")
     main = "next_token"
     takes_target_counts = True
@@ -30,7 +28,7 @@ class CausalLMWithLosses(ModelWithLosses):
 
     @staticmethod
     def settings_for(num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
-        return AuxiliaryLossSettings(num_layers, main="next_token", **settings)
+        return AuxiliaryLossSettings(num_layers=num_layers, main="next_token", **settings)
 
     @staticmethod
     def check(model: PreTrainedModel, anatomy: Anatomy, heads: str) -> dict[str, Any]:
@@ -74,6 +72,10 @@ class CausalLMWithLosses(ModelWithLosses):
             return [self._logits(hidden_states)]
         head, hidden_states = self.auxiliary_heads[term.name], self._finished(term, hidden_states)
         return [head(hidden_states) if isinstance(head, AuxiliaryHead) else self._logits(head(hidden_states))]
+
+    def logits_of_head(self, term: LossTerm, outputs: Any) -> Tensor:
+        """Logits `(B, S, V)` of a term's head, from the model's output with its hidden states."""
+        return self._logits_of(term, self._head_input(term, outputs))[0]
 
     def _add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
