@@ -22,7 +22,7 @@ from .heads_file import SavesHeads
 from .probe import Anatomy
 
 
-OWN_ARGUMENTS = ("training_progress", "training_step", "target_counts")
+OWN_ARGUMENTS = ("training_progress", "training_step", "training_seed", "target_counts")
 
 
 class ModelWithLosses(SavesHeads):
@@ -94,12 +94,12 @@ class ModelWithLosses(SavesHeads):
         return head
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        progress, number, counts = (kwargs.pop(name, None) for name in OWN_ARGUMENTS)
+        progress, number, seed, counts = (kwargs.pop(name, None) for name in OWN_ARGUMENTS)
         if args:
             kwargs |= dict(zip(inspect.signature(super().forward).parameters, args, strict=False))
         if kwargs.get("labels") is None:
             return super().forward(**kwargs)
-        step = LossStep(self.loss_settings, True, self.training, progress, number)
+        step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._heads_only):
             outputs = super().forward(

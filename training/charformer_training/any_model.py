@@ -25,8 +25,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: bool = False, **settings: Any) -> Model:
     """Add auxiliary losses to `model`, a causal language model or sequence classification model of Transformers.
 
-    The model is changed and returned. In training, `forward` also takes `training_progress` and `training_step`, which
-    `AuxiliaryLossTrainer` passes. Its output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without
+    The model is changed and returned. In training, `forward` also takes `training_progress`, `training_step` and
+    `training_seed`, which `AuxiliaryLossTrainer` passes. Its output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without
     labels, and in evaluation, the model computes what it did before. `save_pretrained` writes the plain model, with the
     auxiliary heads in the subfolder `auxiliary_heads/`; `load_auxiliary_losses` loads these.
 
