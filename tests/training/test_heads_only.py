@@ -114,9 +114,8 @@ class EightBits(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("scale", scale)
-        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs @ (self.weight * self.scale).T
