@@ -178,6 +178,10 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
         ("--metric_for_best_model eval_loss_target_2", "it must be one of eval_loss,"),  # not in evaluation
         ("--report_to nonsense", "report_to is 'nonsense'"),
         ("--metric_for_best_model f1", "metric_for_best_model is 'f1'; it must be one of eval_loss,"),
+        (
+            "--metric_for_best_model eval_bpc --greater_is_better true",
+            "greater_is_better is true; it must be left out",
+        ),
         ("--lr_scheduler_kwargs {", "lr_scheduler_kwargs is '{'; it must be a mapping in JSON"),
         ("--lr_scheduler_type cosine_with_min_lr", "lr_scheduler_type 'cosine_with_min_lr' does not accept"),
         ('--lr_scheduler_kwargs {"power":2}', "lr_scheduler_kwargs is {'power': 2}, which lr_scheduler_type 'cosine'"),

@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from modeling_charformer import CharformerConfig
 
 from .checks import check_ranges, check_type, shown
+from .metrics import lower_is_better
 from .strict_yaml import read_yaml
 from .terminal import one_line
 
@@ -248,11 +249,6 @@ class RunArguments:
         check_text("sample_prompt", self.sample_prompt)
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a loss, a number of bits or a perplexity, judged by its name."""
-    return re.search(r"(?:^|_)(?:loss|losses|bpc|bpb|bits|nats|perplexity|ppl)(?:_|$)", metric) is not None
-
-
 @dataclass
 class AuxiliaryLossTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, with what `AuxiliaryLossTrainer` adds."""
@@ -289,8 +285,15 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.greater_is_better is None and lower_is_better(self.metric_for_best_model or ""):
-            self.greater_is_better = False
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and metric:
+            lower = lower_is_better(metric)
+            if lower is None:
+                raise ValueError(
+                    f"metric_for_best_model is {shown('', metric)}, a name that does not tell whether higher or lower is"
+                    " better; give greater_is_better too, true or false"
+                )
+            self.greater_is_better = not lower
         numbers = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "max_steps"}
         check_ranges(numbers)  # TrainingArguments checks few numbers itself
         super().__post_init__()

@@ -263,6 +263,8 @@ def _check_trainer(values: dict[str, Any]) -> None:
             f"metric_for_best_model is {shown('', metric)}; it must be one of eval_loss, eval_bpc, eval_bpb,"
             " eval_loss_next_char and eval_loss_last_position"
         )
+    if metric is not None and values["greater_is_better"]:
+        raise ValueError(f"greater_is_better is true; it must be left out or false: lower {metric} is better")
     if values["torch_compile_mode"] not in (None, *_COMPILE_MODES):
         raise ValueError(
             f"torch_compile_mode is {shown('', values['torch_compile_mode'])}; it must be one of {list(_COMPILE_MODES)}"
