@@ -205,6 +205,10 @@ class TestOtherSettings:
     def test_a_name_that_is_none_of_a_setting_is_refused(self, make_trainer, checkpoint):
         with pytest.raises(ValueError, match="accept_changes names learning_rat; a run has the settings"):
             make_trainer(**SAVING).train(resume_from_checkpoint=str(checkpoint), accept_changes=["learning_rat"])
+        trainer = make_trainer()
+        with pytest.raises(ValueError, match="accept_changes names learning_rat; a run has the settings"):
+            trainer.train(accept_changes=["learning_rat"])  # nothing is resumed
+        assert trainer.state.global_step == 0
 
 
 class SendSignal(TrainerCallback):
