@@ -17,6 +17,7 @@ from .checks import check_ranges, check_type, shown
 from .metrics import lower_is_better
 from .strict_yaml import read_yaml
 from .terminal import one_line
+from .trainer_options import check_optimizer_arguments
 
 
 STANDARD_LIBRARY = "python-stdlib"
@@ -304,6 +305,7 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
                 f"optim is {OptimizerNames(self.optim).value!r} and muon is on: AdamW trains the weights that Muon does"
                 " not, so that optim must be 'adamw_torch' or 'adamw_torch_fused'"
             )
+        check_optimizer_arguments(self)
         if self.muon and self.optim_args:
             raise ValueError(f"optim_args is {self.optim_args!r} and muon is on, which takes none; leave it out")
 
