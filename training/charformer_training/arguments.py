@@ -305,9 +305,9 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
                 f"optim is {OptimizerNames(self.optim).value!r} and muon is on: AdamW trains the weights that Muon does"
                 " not, so that optim must be 'adamw_torch' or 'adamw_torch_fused'"
             )
-        check_optimizer_arguments(self)
         if self.muon and self.optim_args:
             raise ValueError(f"optim_args is {self.optim_args!r} and muon is on, which takes none; leave it out")
+        check_optimizer_arguments(self)
 
 
 @dataclass
