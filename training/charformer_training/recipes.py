@@ -233,8 +233,16 @@ def _check_program(values: dict[str, Any]) -> None:
             f"max_steps is {values['max_steps']}; give the number of optimizer steps: windows are drawn at random, so"
             " there are no epochs to count"
         )
-    if Path(values["output_dir"]).exists() and not Path(values["output_dir"]).is_dir():
-        raise ValueError(f"output_dir is {shown('', values['output_dir'])}, a file; give a folder")
+    folder = Path(values["output_dir"])
+    try:
+        folder.resolve().exists()
+    except (OSError, RuntimeError):
+        raise ValueError(
+            f"output_dir is {shown('', str(folder))}, a link that leads to itself; give a folder"
+        ) from None
+    if folder.exists() and not folder.is_dir():
+        kind = "a file" if folder.is_file() else "a device or a pipe"
+        raise ValueError(f"output_dir is {shown('', str(folder))}, {kind}; give a folder")
     if values["ignore_data_skip"]:
         raise ValueError("ignore_data_skip is true; it must be false: a resumed run would see its first windows again")
     if values["train_sampling_strategy"] not in ("random", "sequential"):
