@@ -264,6 +264,21 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             "choices": ["each", "groups"],
         },
     )
+    log_term_gradients: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps, log the norm of the gradient of each term on the model's body, and its cosine to that"
+            " of the main term; 0 for never. It takes about one step more for each term."
+        },
+    )
+    gradient_aggregator: str | None = field(
+        default=None,
+        metadata={
+            "help": "'upgrad' combines the gradients of the terms on the model's body so that none opposes another, with the"
+            " package TorchJD; left out, they are added up.",
+            "choices": ["upgrad"],
+        },
+    )
     muon: bool = field(
         default=False,
         metadata={
