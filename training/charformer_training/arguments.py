@@ -279,6 +279,13 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             "choices": ["upgrad"],
         },
     )
+    eval_head_accuracy: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether an evaluation also reports how often each head of a language model is right, and how many tokens a"
+            " pass of drafting by the heads would yield. It takes one more forward pass, and that of the heads."
+        },
+    )
     muon: bool = field(
         default=False,
         metadata={

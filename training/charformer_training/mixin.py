@@ -16,7 +16,8 @@ from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 from .differentiated import depends_on
-from .gradient_options import check_gradient_options, conflict_free_gradients, measured_gradients
+from .gradient_options import bare_model, check_gradient_options, conflict_free_gradients, measured_gradients
+from .head_accuracy import check_head_accuracy, head_accuracies
 from .loss_terms import LossTerms, auxiliary_loss, further_losses_of, log_key, loss_dict_of
 from .models import is_causal_lm, unwrap_peft
 from .resuming import let_lower_be_better
@@ -84,6 +85,7 @@ class AuxiliaryLossMixin(Trainer):
             or self.compute_loss_func is not None
         )
         check_gradient_options(self, self.loss_terms)
+        check_head_accuracy(self)
         self._conflict_free = conflict_free_gradients(self)
         self._to_measure: tuple[list[dict[str, Any]], Tensor | int | None] | None = None
         self._lacks_losses: bool | None = None
@@ -346,6 +348,10 @@ class AuxiliaryLossMixin(Trainer):
         else:
             positions = rows = labels.ne(IGNORE_INDEX).sum()
         self._evaluation_terms.add("loss", loss, positions)
+        if getattr(self.args, "eval_head_accuracy", False):
+            with self.compute_loss_context_manager():
+                for name, figures in head_accuracies(bare_model(self), inputs).items():
+                    self._evaluation_terms.add(name, *figures)
         for name, value in terms.items():
             self._evaluation_terms.add(log_key(name), value, rows if name == "last_position" else positions)
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
