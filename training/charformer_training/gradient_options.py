@@ -26,10 +26,12 @@ def check_gradient_options(trainer: Trainer, terms: LossTerms) -> None:
     args: Any = trainer.args
     aggregator = getattr(args, "gradient_aggregator", None)
     asked = {"log_term_gradients": getattr(args, "log_term_gradients", 0), "gradient_aggregator": aggregator}
+    if not any(asked.values()):
+        return
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
     reasons = {
         "a model without auxiliary losses": terms.settings is None,
-        "a model whose body is not trained": not body_parameters(bare_model(trainer)),
+        "a model whose body is not trained": terms.settings and not body_parameters(bare_model(trainer)),
         "FSDP or DeepSpeed, which shard gradients": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
         "fp16, in which gradients vanish without the loss scale": args.fp16,
         "gradient_checkpointing_kwargs={'use_reentrant': True}, which do not know torch.autograd.grad": (
