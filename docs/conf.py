@@ -34,7 +34,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(torch|transformers|numpy|np|datasets|matplotlib|pathlib|collections|huggingface_hub|typing|nn|plt)\b.*",
+        r"(torch|transformers|numpy|np|datasets|matplotlib|pathlib|collections|huggingface_hub|tokenizers|typing|nn|plt)\b.*",
     ),
     (
         "py:.*",
@@ -45,7 +45,6 @@ nitpick_ignore_regex = [
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -53,21 +52,17 @@ default_role = "literal"  # single backquotes in docstrings, as in Markdown
 python_use_unqualified_type_names = True
 add_module_names = False
 
-html_theme = "pydata_sphinx_theme"
+html_theme = "sphinx_book_theme"
 html_title = "Charformer"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_math_renderer = "mathml"
 html_theme_options = {
-    "navigation_with_keys": False,
-    "show_nav_level": 2,
     "show_toc_level": 2,
-    "navbar_align": "left",
-    "header_links_before_dropdown": 6,
-    "secondary_sidebar_items": ["page-toc"],
-    "footer_start": ["copyright"],
-    "footer_end": [],
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],
 }
 copybutton_prompt_text = r">>> |\$ "
 copybutton_prompt_is_regexp = True
