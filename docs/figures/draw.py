@@ -23,14 +23,10 @@ NUM_LAYERS, NUM_POSITIONS = 4, 6
 READ, REST, LINE = "#2a6fb0", "#e8edf2", "#5f6b76"
 # Title, the layer that is read, the positions that count, the number of steps ahead.
 PANELS = (
-    ("next_char\nnext character,
-every position", 4, range(6), 1),
-    ("last_position\nnext character,
-last position", 4, [5], 1),
-    ("target_2\ntwo steps ahead,
-every position", 4, range(6), 2),
-    ("layer_2\nnext character,
-read from layer 2", 2, range(6), 1),
+    ("next_char\nnext character,\nevery position", 4, range(6), 1),
+    ("last_position\nnext character,\nlast position", 4, [5], 1),
+    ("target_2\ntwo steps ahead,\nevery position", 4, range(6), 2),
+    ("layer_2\nnext character,\nread from layer 2", 2, range(6), 1),
 )
 
 
