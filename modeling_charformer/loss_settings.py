@@ -190,6 +190,8 @@ class LossFields:
             of it is done), `"constant"`, `"linear"`, `"cosine"`, `"random"` (one layer a step), `"rotate_2"`,
             `"rotate_4"`, `"rotate_8"` (every second, fourth or eighth layer, in rotation), or a name given to `register_schedule`.
         position_loss: `"all"`: every position of the window counts equally; `"last"`: only the last one counts.
+        position_share: Share of the positions on which training computes each auxiliary term, above 0 to 1 (all). They are
+            drawn anew for each step and term. Expected values and gradients stay the same; the cost falls with the share.
         term_weights: Weights of terms by name (`{"target_2": 0.4, "layer_1": 0.8}`), in place of those that follow from
             the fields above; before the schedules apply.
         loss_weighting: `"fixed"`, or `"uncertainty"`: training also learns a factor for each term from the term's
@@ -203,6 +205,7 @@ class LossFields:
     intermediate_weight: float | int = 1.0
     intermediate_schedule: str = "paper"
     position_loss: str = "all"
+    position_share: float | int = 1.0
     term_weights: dict[str, float | int] | None = None
     loss_weighting: str = "fixed"
 
@@ -242,6 +245,7 @@ class AuxiliaryLossSettings(LossFields):
         self._check_schedules()
         if self.position_loss not in ("all", "last"):
             raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
+        _check_position_share(self.position_share, self.position_loss)
         if self.loss_weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
         names = [term.name for term in self.terms]
@@ -260,6 +264,24 @@ class AuxiliaryLossSettings(LossFields):
                 f"target_schedule is {self.target_schedule!r}, which chooses among the intermediate layers and would never"
                 " train the final layer's targets; give it as intermediate_schedule, or take 'constant' or 'forward' here"
             )
+
+    def check_schedules_are_on(self, num_steps: int) -> None:
+        """
+        Raises:
+            ValueError: If the factor of a schedule is 0 for all its terms throughout a training of that many steps.
+        """
+        of_layers = [(layer, 1) for layer in self.layers]
+        of_targets = [(self.num_layers, offset) for offset in range(2, self.num_targets + 1)]
+        for name, schedule, terms in (
+            (f"{self.prefix}_schedule", self.intermediate_schedule, of_layers),
+            ("target_schedule", self.target_schedule, of_targets),
+        ):
+            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps + 1) for term in terms)
+            if terms and not any(scheduled(schedule, at) for at in moments):
+                raise ValueError(
+                    f"{name} is {schedule!r}, whose factor is 0 at each of the {num_steps} steps: it would never train the"
+                    f" terms that it weighs. Give one of {schedule_names()}, or leave these terms out"
+                )
 
     def _check_intermediate_layers(self) -> None:
         layers, last = self.intermediate_layers, self.num_layers - 1
@@ -312,6 +334,9 @@ class AuxiliaryLossSettings(LossFields):
         """The weights in evaluation: the loss is the main one alone, at all positions."""
         return {term.name: float(term.positions == "all") for term in self.terms if term.is_main}
 
+    def _moment(self, layer: int, offset: int, progress: float, step: int) -> ScheduleContext:
+        return ScheduleContext(layer, offset, self.num_layers, self.num_targets, self.layers, progress, step)
+
     def weights_at(self, progress: float | None, step: int | None = None) -> dict[str, float]:
         """The weight of each term by name when the share `progress` of training, and `step` steps, are done.
 
@@ -321,11 +346,9 @@ class AuxiliaryLossSettings(LossFields):
         progress = 0.0 if progress is None else progress
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"training_progress is {progress}; it is the share of training done, from 0 to 1")
-        weights, layers = {}, self.layers
+        weights = {}
         for term in self.terms:
-            at = ScheduleContext(
-                term.layer, term.offset, self.num_layers, self.num_targets, layers, progress, step or 0
-            )
+            at = self._moment(term.layer, term.offset, progress, step or 0)
             factor = 1.0 if term.offset == 1 else scheduled(self.target_schedule, at)
             if term.layer < self.num_layers:
                 factor *= scheduled(self.intermediate_schedule, at)
@@ -362,3 +385,14 @@ def classifier_settings(
 def _check_weight(field: str, weight: float) -> None:
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"{field} {weight}; a weight is a finite number that is 0 or more")
+
+
+def _check_position_share(share: float, position_loss: str | None) -> None:
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not is_number or not (math.isfinite(share) and 0 < share <= 1):
+        raise ValueError(f"position_share is {share!r}; it must be a number above 0, at most 1 (all positions)")
+    if share < 1 and position_loss == "last":
+        raise ValueError(
+            f"position_share is {share} and position_loss 'last': a loss at the last position alone has no positions to"
+            " choose from. Give position_share=1, or position_loss='all'"
+        )

@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxiliary_losses, loss_settings
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, cross_entropy, loss_settings
 from modeling_charformer.auxiliary_losses import (
     Targets,
     causal_lm_losses,
-    chunked_cross_entropy_sums,
-    cross_entropy_sum,
     last_target_positions,
     shifted_targets,
 )
+from modeling_charformer.cross_entropy import chunked_cross_entropy_sums, cross_entropy_sum
 from modeling_charformer.loss_settings import (
     AuxiliaryLossSettings,
     LossTerm,
@@ -326,7 +325,7 @@ def test_chunks_give_the_same_losses_and_gradients(monkeypatch):
     weights = [hidden, *heads[0].parameters(), *heads[1].parameters()]
     whole = torch.stack([cross_entropy_sum(head(hidden), own) for head, own in zip(heads, targets, strict=True)])
     expected = torch.autograd.grad(whole @ torch.tensor([1.0, 0.3]), weights)
-    monkeypatch.setattr(auxiliary_losses, "MAX_LOGITS", 5 * 2 * 11)  # pieces of five rows
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 5 * 2 * 11)  # pieces of five rows
     pieces = chunked_cross_entropy_sums(hidden, targets, lambda rows: [head(rows) for head in heads], 11)
     torch.testing.assert_close(pieces, whole)
     torch.testing.assert_close(torch.autograd.grad(pieces @ torch.tensor([1.0, 0.3]), weights), expected)

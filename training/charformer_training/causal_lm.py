@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_charformer.auxiliary_heads import AuxiliaryHead, ResidualBlock
-from modeling_charformer.auxiliary_losses import LossStep, Targets, causal_lm_losses
+from modeling_charformer.auxiliary_losses import LossStep, Targets, causal_lm_losses, sampled_loss
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossFields, LossTerm
 
 from .added_losses import ModelWithLosses
@@ -89,9 +89,12 @@ class CausalLMWithLosses(ModelWithLosses):
         def loss_of(term: LossTerm) -> Tensor:
             if term.name == self.main:
                 return own_loss
-            logits_of = functools.partial(self._logits_of, term)
+            logits_of, states = functools.partial(self._logits_of, term), self._head_input(term, outputs)
+            if not term.is_main and (samples := step.samples([term], targets)):
+                sample = samples[term]
+                return sampled_loss(sample.of(states), logits_of, term, sample, targets, self._vocab_size)
             # One term at a time: with a large vocabulary, several at once would run on smaller chunks.
-            losses = causal_lm_losses(self._head_input(term, outputs), logits_of, [term], targets, self._vocab_size)
+            losses = causal_lm_losses(states, logits_of, [term], targets, self._vocab_size)
             return losses[term.name]
 
         if not self.training:
