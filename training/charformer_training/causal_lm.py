@@ -77,7 +77,7 @@ class CausalLMWithLosses(ModelWithLosses):
         """Logits `(B, S, V)` of a term's head, from the model's output with its hidden states."""
         return self._logits_of(term, self._head_input(term, outputs))[0]
 
-    def _add_losses(
+    def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         if inputs.get("shift_labels") is not None and not self._follows_shift_labels:

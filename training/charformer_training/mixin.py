@@ -1,6 +1,7 @@
 """What `AuxiliaryLossTrainer` adds, for any Trainer."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 from .differentiated import depends_on
+from .fused_head import fused_head_of, learned_rows
 from .loss_terms import LossTerms, auxiliary_loss, further_losses_of, log_key, loss_dict_of
 from .models import is_causal_lm, unwrap_peft
 from .resuming import let_lower_be_better
@@ -29,6 +31,10 @@ class Pass(NamedTuple):
     outputs: Any
     is_share: bool
     """Whether its loss is a share of the optimizer step's, and not the mean of the batch."""
+
+    @property
+    def had_labels(self) -> bool:
+        return isinstance(self.outputs, Mapping) and self.outputs.get("loss_dict") is not None
 
     @property
     def losses(self) -> list[Tensor]:
@@ -76,9 +82,13 @@ class AuxiliaryLossMixin(Trainer):
             # Each layer that drops out causes a recompilation; above its limit torch would silently run eagerly.
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
+        self._fused_head = fused_head_of(model)
         # Known for this project's losses, and if a subclass sets `loss_is_scaled_for_ga` (Transformers 5.19).
         self._knows_how_losses_are_scaled = (
-            (settings is not None and type(self).compute_loss is Trainer.compute_loss)
+            (
+                settings is not None
+                and (type(self).compute_loss is Trainer.compute_loss or self._fused_head is not None)
+            )
             or getattr(self, "loss_is_scaled_for_ga", None) is not None
             or self.compute_loss_func is not None
         )
@@ -187,7 +197,7 @@ class AuxiliaryLossMixin(Trainer):
         return type(self).compute_loss(self, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _watching(self, model: nn.Module) -> Iterator[list[Pass]]:
+    def _watching(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[list[Pass]]:
         """Tell the model how far training is at each call that trains it, and record these calls."""
         passes: list[Pass] = []
 
@@ -195,7 +205,7 @@ class AuxiliaryLossMixin(Trainer):
             if not torch.is_grad_enabled():
                 return args, kwargs
             told = self.loss_terms.model_inputs()
-            if kwargs.get("num_items_in_batch") is None:
+            if kwargs.get("num_items_in_batch") is None and not kwargs.get("fused_lm_head"):
                 told.pop("target_counts", None)  # a mean over the batch is asked for
             return args, {**told, **kwargs}
 
@@ -207,11 +217,15 @@ class AuxiliaryLossMixin(Trainer):
         hooks = [model.register_forward_hook(record, with_kwargs=True)]
         if self.loss_terms.takes:
             hooks.append(model.register_forward_pre_hook(tell, with_kwargs=True))
+        if self._fused_head is not None:
+            self._fused_head.rows = functools.partial(learned_rows(type(self)), inputs)
         try:
             yield passes
         finally:
             for hook in hooks:
                 hook.remove()
+            if self._fused_head is not None:
+                self._fused_head.rows = None
 
     def _compute_loss_with_terms(
         self,
@@ -223,7 +237,7 @@ class AuxiliaryLossMixin(Trainer):
         if not model.training:
             return self._evaluate_with_terms(model, inputs, return_outputs)
         given = dict(inputs)  # compute_loss may take things out
-        with self._watching(model) as passes:
+        with self._watching(model, given) as passes:
             computed = self._given_compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         loss = computed[0] if return_outputs else computed
         if not passes:  # a Trainer that calls parts of the model
@@ -249,6 +263,7 @@ class AuxiliaryLossMixin(Trainer):
             # like the Trainer does for the loss.
             scale = float(self.accelerator.num_processes) if self.args.average_tokens_across_devices else 1.0
         if self._lacks_auxiliary_losses(loss, passes):
+            # One whose terms have all dropped out adds 0.
             loss = loss + auxiliary_loss(outputs, self.loss_terms.settings) * (scale / loss_scale)
         return self.loss_terms.hold(loss, outputs, inputs, loss_scale=loss_scale, scale=scale)
 
@@ -260,16 +275,19 @@ class AuxiliaryLossMixin(Trainer):
         """
         settings = self.loss_terms.settings
         if self._lacks_losses is None:
-            self._lacks_losses = False
-            if settings is not None and any(term.weight and not term.is_main for term in settings.terms):
-                self._lacks_losses = not any(depends_on(loss, each.losses) for each in passes)
-                if self._lacks_losses:
-                    self._check_can_be_added(passes, settings)
-        return self._lacks_losses
+            if settings is None or not any(term.weight and not term.is_main for term in settings.terms):
+                self._lacks_losses = False
+            elif any(depends_on(loss, each.losses) for each in passes):
+                self._lacks_losses = False
+            else:
+                self._check_can_be_added(passes, settings)
+                # A micro-batch without any target says nothing.
+                self._lacks_losses = any(each.losses for each in passes) or None
+        return bool(self._lacks_losses)
 
     def _check_can_be_added(self, passes: list[Pass], settings: AuxiliaryLossSettings) -> None:
         owner = next(kind for kind in type(self).__mro__ if "compute_loss" in vars(kind)).__name__
-        if not any(loss_dict_of(each.outputs) for each in passes):
+        if not any(each.had_labels for each in passes):
             raise ValueError(
                 f"compute_loss of {owner} calls the model without labels, so that its auxiliary losses cannot be computed."
                 " Leave the labels in the inputs of the model, or train a model without auxiliary losses"
