@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils.hooks import unserializable_hook
 
 from .loss_settings import AuxiliaryLossSettings
 
@@ -50,9 +51,11 @@ class LossWatch:
                 loss.register_hook(self._is_trained)
         return breakdown
 
+    @unserializable_hook
     def _is_trained(self, gradient: Tensor) -> None:
         self._is_over = True
 
+    @unserializable_hook
     def _gradient_came(self, gradient: Tensor) -> None:
         if not (self._is_over or self._is_queued):
             self._is_queued = True
