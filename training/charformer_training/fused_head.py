@@ -93,7 +93,7 @@ class FusedHead:
                 losses_of = functools.partial(model.losses_of_layer, step, targets)
                 outputs = self.fused(fused_lm_head=True, **kwargs, on_layer_output=step.on_layer_output(losses_of))
             else:
-                outputs = self.fused(fused_lm_head=True, **kwargs, output_hidden_states=True)
+                outputs = self.fused(**{**kwargs, "fused_lm_head": True, "output_hidden_states": True})
         finally:
             hook.remove()
         if isinstance(model, CharformerForCausalLM):
