@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import torch
-import trl
+import trl  # type: ignore[import-not-found]  # not in every environment
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from charformer_training import AuxiliaryLossMixin, add_auxiliary_losses

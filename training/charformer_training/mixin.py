@@ -149,6 +149,8 @@ class AuxiliaryLossMixin(Trainer):
         # Training that begins again, with a smaller batch because memory ran out, logs no part of its first try.
         self.loss_terms.forget()
         trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        if self.loss_terms.settings is not None:
+            self.loss_terms.settings.check_schedules_are_on(self.state.max_steps)
         return trained
 
     def get_batch_samples(
