@@ -22,6 +22,8 @@ from .running_means import TrainingTerms, group_by_layer
 
 
 Batch = Mapping[str, Any]
+# The name of the model's own loss, where it is one term among others.
+MAIN = "main"
 # What a model with auxiliary losses takes in training, beside its inputs.
 TRAINING_INPUTS = ("training_progress", "training_step", "training_seed", "target_counts")
 
@@ -78,9 +80,12 @@ class LossTerms:
         """Micro-batches of the present optimizer step in this process."""
         self.counts: Tensor | None = None
         """Numbers of targets in the present optimizer step, see `Targets.counts`."""
+        self.weights: dict[str, Tensor | float] = {}
+        """The weights of the terms in the last micro-batch, by name."""
         self._added: dict[str, AddedTerm] = {}
         self._held: list[tuple[dict[str, Tensor], float]] = []
-        self._sums = TrainingTerms()
+        self._held_figures: list[dict[str, Tensor]] = []
+        self._sums, self._figures = TrainingTerms(), TrainingTerms()
 
     # ---- Terms of one's own ----
 
@@ -224,25 +229,36 @@ class LossTerms:
             scale: The same for the terms in `loss_dict`.
         """
         terms, means = loss_dict_of(outputs), further_losses_of(outputs)
+        self.weights = dict((outputs.get("loss_weights") if isinstance(outputs, Mapping) else None) or {})
+        main = {} if terms or not self._added else {MAIN: loss}
         for name, (weight, value) in self.added_values(outputs, inputs).items():
-            means[name] = value
+            means[name], self.weights[name] = value, weight
             loss = loss + weight * value / (self.parts * loss_scale)
-        self._held = [({"loss": loss}, loss_scale), (terms, scale), (means, 1 / self.parts)]
+        self._held = [({"loss": loss, **main}, loss_scale), (terms, scale), (means, 1 / self.parts)]
         return loss
 
-    @property
-    def holds(self) -> bool:
-        return bool(self._held)
+    def hold_figures(self, kind: str, values: Mapping[str, Tensor]) -> None:
+        """Hold further figures of a micro-batch for the log, such as accuracies: scalars by the names of their terms.
+
+        `means` returns each as `<kind>_<name>`, the mean over micro-batches, steps and processes.
+
+        Args:
+            kind: What they are, such as `"accuracy"` or `"grad_norm"`.
+            values: Means over the micro-batch.
+        """
+        self._held_figures.append({f"{kind}_{name}": value for name, value in values.items()})
 
     def drop_held(self) -> None:
-        self._held = []
+        self._held, self._held_figures = [], []
 
     def keep_held(self) -> None:
         """Add what is held to the sums; a micro-batch whose backward pass failed runs again, and must count once."""
         for terms, scale in self._held:
             if terms:
                 self._sums.add(self.step + 1, terms, scale)
-        self._held = []
+        for figures in filter(None, self._held_figures):
+            self._figures.add(self.step + 1, figures, 1 / self.parts)
+        self.drop_held()
 
     # ---- Means ----
 
@@ -254,13 +270,15 @@ class LossTerms:
         Args:
             over_layers: Take the mean over the layers, too: `loss_layers`, `loss_layers_target_2`, ...
         """
-        found = self._sums.means()
+        found, figures = self._sums.means(), self._figures.means()
         self.forget()
-        return {log_key(name): value for name, value in (group_by_layer(found) if over_layers else found).items()}
+        found = group_by_layer(found) if over_layers else found
+        return {log_key(name): value for name, value in found.items()} | figures
 
     def forget(self) -> None:
         """Forget the sums since the last call of `means`."""
-        self._sums, self._held = TrainingTerms(), []
+        self._sums, self._figures = TrainingTerms(), TrainingTerms()
+        self.drop_held()
 
     def first_not_finite(self) -> tuple[int, list[str]] | None:
         """The first step since `means` at which a term was nan or infinite on any process, and the names of these terms."""
@@ -268,11 +286,12 @@ class LossTerms:
 
     def state(self) -> dict[str, Any]:
         """The sums since the last call of `means`, as values for JSON."""
-        return self._sums.state()
+        return {**self._sums.state(), "figures": self._figures.state()}
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue the sums that `state` returned."""
         self._sums = TrainingTerms(state, device)
+        self._figures = TrainingTerms(state.get("figures"), device)  # checkpoints of earlier versions have none
 
 
 def takes(model: nn.Module | None, parameter: str) -> bool:
