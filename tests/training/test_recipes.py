@@ -21,9 +21,11 @@ from charformer_training.arguments import (
     ModelArguments,
     RunArguments,
 )
+from charformer_training.pretrained import load_language_model, read_config
 from charformer_training.recipes import field_types, parse_arguments
-from charformer_training.train import main
-from modeling_charformer import CharformerConfig
+from charformer_training.train import build_model, main
+from modeling_charformer import CharformerConfig, CharformerForCausalLM
+from modeling_charformer.configuration_charformer import OWN_FIELDS
 from tests.helpers import QUICKSTART
 
 
@@ -54,7 +56,7 @@ def refused(words: list[str]) -> str:
 
 def test_every_field_of_the_configuration_is_a_field_of_recipes_and_the_command_line(recipe):
     trainers = AuxiliaryLossTrainingArguments.__dataclass_fields__  # use_cache is one of theirs
-    own = [name for name in CharformerConfig.__annotations__ if name not in trainers]
+    own = [name for name in OWN_FIELDS if name not in trainers]
     assert list(CONFIG_TYPES) == own and set(own) < set(field_types())
     assert {item for item in ModelArguments.__dataclass_fields__} == {*own, "model_name_or_path"}
     assert all(ModelArguments.__dataclass_fields__[name].metadata["help"] for name in own)
@@ -328,6 +330,30 @@ def test_either_spelling_of_an_option_replaces_the_recipes_text(recipe):
 )
 def test_names_that_no_recipe_or_folder_can_have_are_refused(words, message):
     assert message in refused(words)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10_000_000}, "num_hidden_layers is 10,000,000; it must be 2,000 or fewer"),
+        ({"hidden_size": 10**9, "num_attention_heads": 1}, "GB of memory here"),
+        ({"num_targets": 10**9}, "GB of memory here"),
+        ({"vocab_size": 10**12}, "GB of memory here"),
+        ({"max_position_embeddings": 10**12}, "GB of memory here"),
+    ],
+    ids=str,
+)
+def test_a_downloaded_configuration_of_any_size_is_refused_before_a_model_is_built(
+    tmp_path, monkeypatch, fields, message
+):
+    config = {**CharformerConfig().to_dict(), "architectures": ["CharformerForCausalLM"], **fields}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(CharformerForCausalLM, "__init__", lambda *_, **__: pytest.fail("a model was built"))
+    for load in (read_config, load_language_model):
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelArguments(model_name_or_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["output", "plots", "state_file"])

@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from modeling_charformer import CharformerConfig
+from modeling_charformer.configuration_charformer import OWN_FIELDS
+from modeling_charformer.loss_settings import LossFields
 
 from .checks import check_ranges, check_type, shown
 from .metrics import lower_is_better
@@ -47,7 +49,7 @@ def _described_fields(config: type) -> dict[str, str]:
 
 def _config_fields() -> list[tuple[str, Any, Any]]:
     """Each field of `CharformerConfig` as a field of the command line, left out by default."""
-    help_texts = _described_fields(CharformerConfig)
+    help_texts = _described_fields(LossFields) | _described_fields(CharformerConfig)
     # `use_cache` is left out: training has no cache, and `TrainingArguments` has a field of this name.
     known = {item.name for item in fields(TrainingArguments)}
     return [
@@ -57,7 +59,7 @@ def _config_fields() -> list[tuple[str, Any, Any]]:
             field(default=None, metadata={"help": help_texts.get(item.name, "").replace("%", "%%")}),
         )
         for item in fields(CharformerConfig)
-        if item.name in CharformerConfig.__annotations__ and item.name not in known
+        if item.name in OWN_FIELDS and item.name not in known
     ]
 
 

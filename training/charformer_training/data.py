@@ -137,7 +137,7 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None) 
         key = _cache_key("dataset", str(arguments.dataset_name), arguments.source, column, separator.hex())
         if not write:
             return _cache_path(key)
-        return _write_corpus(([text] for text in _dataset_texts(arguments)), separator, key)
+        return write_corpus(([text] for text in _dataset_texts(arguments)), separator, key)
     if arguments.data_path == STANDARD_LIBRARY:
         return _cached(_standard_library_files(), arguments, separator)
     path = checked_path("data_path", arguments.data_path or "")
@@ -279,7 +279,7 @@ def _cached(files: list[Path], arguments: DataArguments, separator: bytes) -> Pa
                     f"{one_line(file.name)} was changed while it was read; give a copy that stays"
                 )
 
-    return _write_corpus(texts(), separator, key)
+    return write_corpus(texts(), separator, key)
 
 
 def _stamp(file: Path) -> str:
@@ -321,7 +321,7 @@ def _cache_path(key: str) -> Path:
     return Path(HF_HOME) / "charformer" / f"{key}.bytes"
 
 
-def _write_corpus(documents: Iterable[Iterable[bytes]], separator: bytes, key: str) -> Path:
+def write_corpus(documents: Iterable[Iterable[bytes]], separator: bytes, key: str) -> Path:
     path = _cache_path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(path.parent)
