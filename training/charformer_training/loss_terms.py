@@ -206,7 +206,10 @@ class LossTerms:
         Raises:
             ValueError: If the model returns no loss.
         """
-        outputs = self.model(**batch, **self.model_inputs())
+        told = self.model_inputs()
+        if self.counts is not None:
+            told["num_items_in_batch"] = self.counts[0, 0]
+        outputs = self.model(**batch, **told)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is None:
             raise ValueError(
@@ -218,7 +221,26 @@ class LossTerms:
         self.keep_held()
         return loss
 
-    def hold(self, loss: Tensor, outputs: Any, inputs: Batch, *, loss_scale: float, scale: float) -> Tensor:
+    def shares_of(self, outputs: Any, inputs: Batch) -> dict[str, Tensor]:
+        """The terms in a model's output, which are means over this batch, as shares of the whole step's means."""
+        terms = loss_dict_of(outputs)
+        if self.settings is None or self.counts is None:
+            return terms
+        own = Targets(inputs, self.settings.num_targets).counts().to(self.counts.device)
+        ratios = own.clamp(min=1) / self.counts.clamp(min=1)
+        by_name = {term.name: ratios[int(term.positions == "last"), term.offset - 1] for term in self.settings.terms}
+        return {name: value * by_name[name] for name, value in terms.items()}
+
+    def hold(
+        self,
+        loss: Tensor,
+        outputs: Any,
+        inputs: Batch,
+        *,
+        loss_scale: float,
+        scale: float,
+        terms: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Hold the terms of a micro-batch until `keep_held`; returns the loss, with the terms of `add_term` added.
 
         Args:
@@ -226,9 +248,10 @@ class LossTerms:
             outputs: The model's output.
             inputs: The batch.
             loss_scale: Factor that makes the loss this micro-batch's part of the step's loss.
-            scale: The same for the terms in `loss_dict`.
+            scale: The same for the terms.
+            terms: The terms by name; by default those in `loss_dict` of the output.
         """
-        terms, means = loss_dict_of(outputs), further_losses_of(outputs)
+        terms, means = loss_dict_of(outputs) if terms is None else terms, further_losses_of(outputs)
         self.weights = dict((outputs.get("loss_weights") if isinstance(outputs, Mapping) else None) or {})
         main = {} if terms or not self._added else {MAIN: loss}
         for name, (weight, value) in self.added_values(outputs, inputs).items():
@@ -323,10 +346,9 @@ def further_losses_of(outputs: Any) -> dict[str, Tensor]:
     }
 
 
-def auxiliary_loss(outputs: Any, settings: AuxiliaryLossSettings | None) -> Tensor | float:
-    """The weighted sum of a model's losses without those of its own head; 0 if all of them have dropped out."""
-    main = [term.name for term in settings.terms if term.is_main] if settings is not None else []
-    terms, weights = loss_dict_of(outputs), outputs["loss_weights"]
+def auxiliary_loss(terms: Mapping[str, Tensor], weights: Batch, settings: AuxiliaryLossSettings) -> Tensor | float:
+    """The weighted sum of a model's terms without those of its own head; 0 if all of them have dropped out."""
+    main = [term.name for term in settings.terms if term.is_main]
     summands = [weights[name] * value for name, value in terms.items() if name not in main and weights[name]]
     return torch.stack(summands).sum() if summands else 0.0
 
