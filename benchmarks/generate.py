@@ -22,15 +22,17 @@ import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.measure import in_own_process
+from benchmarks.train_step import Shape, build
 from charformer_training.arguments import DataArguments
 from charformer_training.data import load_corpus, split_corpus
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
 
+T12 = Shape(layers=12, batch=1)
 LENGTH = 300
 """The continuation of a prompt."""
 
@@ -96,9 +98,7 @@ def drafting(
                 "speed_ratio_of_each_prompt": [
                     round(a / b, 2) for a, b in zip(seconds["plain"], seconds[way], strict=True)
                 ],
-                "prompts_with_the_same_text": sum(
-                    a.equal(b) for a, b in zip(texts["plain"], texts[way], strict=True)
-                ),
+                "prompts_with_the_same_text": sum(a.equal(b) for a, b in zip(texts["plain"], texts[way], strict=True)),
             }
             for way in DRAFTING
         }
@@ -143,16 +143,9 @@ def rolling(model: CharformerForCausalLM, length: int, repeats: int = 5) -> dict
     }
 
 
-def t12_beside_gpt2(repeats: int, length: int = 256, device: str = "cpu") -> dict[str, float]:
+def beside_gpt2(repeats: int, length: int, shape: Shape = T12, device: str = "cpu") -> dict[str, float]:
     models: dict[str, Any] = {
-        "charformer": CharformerForCausalLM(CharformerConfig()).without_auxiliary_heads().eval().to(device),
-        "gpt2": GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=256, n_positions=512, n_embd=512, n_layer=12, n_head=2, bos_token_id=0, eos_token_id=None
-            )
-        )
-        .eval()
-        .to(device),
+        name: build(variant, shape, device).eval() for name, variant in (("charformer", "none"), ("gpt2", "gpt2"))
     }
     prompt = torch.tensor([[10]])
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -231,7 +224,7 @@ def main() -> None:
         if results["drafting"]["greedy"]["use_extra_targets"]["prompts_with_the_same_text"] < len(prompts):
             raise AssertionError("drafting changed greedy text")
         results["rolling"] = rolling(model, arguments.rolling_length)
-    results["t12"] = t12_beside_gpt2(arguments.repeats)
+    results["t12"] = beside_gpt2(arguments.repeats, 256)
     results["t12_loading"] = loading(arguments.repeats)
     print(json.dumps(results, indent=2))
     if arguments.output:

@@ -113,9 +113,9 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def release_memory() -> None:
-    """Free what nothing refers to any more, on a CUDA device too."""
-    gc.collect()
+    """Free memory of the CUDA device that nothing refers to any more."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

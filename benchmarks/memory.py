@@ -30,10 +30,10 @@ VARIANTS = {
 
 def make_step(variant: str, shape: Shape, device: str) -> Step:
     losses, checkpointing = VARIANTS[variant]
-    step = train_step.make_step(losses, shape, device, bf16=True)
+    model: Any = train_step.build(losses, shape, device)
     if checkpointing:
-        step.model.gradient_checkpointing_enable()
-    return step
+        model.gradient_checkpointing_enable()
+    return Step(model, train_step.random_ids(shape), device, bf16=True)
 
 
 def report(shape: Shape, device: str, peaks: Mapping[str, float]) -> dict[str, Any]:

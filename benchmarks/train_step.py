@@ -66,7 +66,7 @@ PEERS = ("gpt2", "llama", *(["x-transformers"] if importlib.util.find_spec("x_tr
 VARIANTS = ("none", "all", *PEERS)
 
 
-def build(variant: str, shape: Shape) -> nn.Module:
+def _build(variant: str, shape: Shape) -> nn.Module:
     """Without dropout, since drawing its random numbers would dominate the time."""
     set_seed(0)
     if variant == "gpt2":
@@ -112,11 +112,19 @@ class XTransformer(nn.Module):
         return SimpleNamespace(loss=self.model(input_ids))
 
 
-def make_step(variant: str, shape: Shape, device: str, **settings: Any) -> Step:
-    """A step of `build(variant, shape)` on random ids; `settings` are those of `Step`."""
+def build(variant: str, shape: Shape, device: str) -> nn.Module:
+    """The model of a variant, on a device from the beginning: large ones are slow to build on a CPU."""
     with torch.device(device):
-        model = build(variant, shape)
-    return Step(model, torch.randint(0, 256, (shape.batch, shape.window)), device, **settings)
+        return _build(variant, shape)
+
+
+def random_ids(shape: Shape) -> torch.Tensor:
+    return torch.randint(0, 256, (shape.batch, shape.window))
+
+
+def make_step(variant: str, shape: Shape, device: str, **settings: Any) -> Step:
+    """A step of `variant` on random ids; `settings` are those of `Step`."""
+    return Step(build(variant, shape, device), random_ids(shape), device, **settings)
 
 
 def ratios(values: dict[str, float]) -> dict[str, float]:
@@ -154,7 +162,8 @@ def main() -> None:
         "peak_memory_mib": {variant: round(value) for variant, value in memory.items()},
         "peak_memory_ratios": ratios(memory),
         "eager_seconds": {variant: round(value, 4) for variant, value in times.items()},
-        "eager_time_ratios": ratios(times) | {"all_averaged_to_none": round(times["all, averaged"] / times["none"], 3)},
+        "eager_time_ratios": ratios(times)
+        | {"all_averaged_to_none": round(times["all, averaged"] / times["none"], 3)},
         "eager_of_matrix_multiply_rate": round(shape.flops / times["none"] / rate, 3),
         "eager_time_by_kind": time_by_kind(steps["none"]),
     }

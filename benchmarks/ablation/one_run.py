@@ -80,7 +80,7 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str, da
     with tempfile.TemporaryDirectory() as folder:
         arguments = arguments_of(grid, cell, learning_rate, seed, data, f"{folder}/run")
         trainer, _ = recipe_runs.trainer_of(arguments)
-        model, training = trainer.model, arguments.training
+        model, training = trainer.accelerator.unwrap_model(trainer.model), arguments.training
         rows = [trainer.train_dataset[index] for index in range(training.per_device_train_batch_size)]  # type: ignore[index]  # may be None in general
         curve = Curve(
             {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}, GRIDS[grid].metric

@@ -1,5 +1,6 @@
 """Whether a model computes on this device what it computes on the CPU, in double precision, bf16, compiled and cached."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -46,15 +47,17 @@ LARGEST_ERRORS = {torch.float64: 1e-5, torch.float32: 1e-3}
 def measure(report: Report, scale: Scale) -> None:
     device = scale.device
     for name, fields in LOSSES.items():
-        report.measure(f"losses and gradients: {name}", lambda f=fields: losses_and_gradients(f, device))
+        report.measure(f"losses and gradients: {name}", functools.partial(losses_and_gradients, fields, device))
     report.measure("losses and gradients in bf16", lambda: in_bf16(device))
     report.measure("gradient checkpointing", lambda: checkpointed(device))
     report.measure("attention implementations", lambda: attention_implementations(device))
     report.measure("flash_attention_2", lambda: flash_attention(device))
-    report.measure("generation", lambda: generation(device))
+    report.measure("generation", lambda: generation(device, scale.exact_length))
     for name, check in trainer_checks.CHECKS.items():
-        report.measure(name, lambda check=check: check(scale))
-    report.measure("compiled training step", lambda: compiled(device, scale.compiler))
+        report.measure(name, functools.partial(check, scale))
+    if scale.compiler is not None:
+        report.measure("compiled training step", functools.partial(compiled, device, scale.compiler))
+        report.measure("Trainer, compiled", functools.partial(trainer_checks.compiled, device, scale.compiler))
     report.measure("static cache", lambda: static_cache(device))
     if device != "cpu":  # which takes half a minute to compile it
         report.measure("flex attention", lambda: flex_attention(device))
@@ -68,7 +71,12 @@ def measure_tests(report: Report, scale: Scale) -> None:
 def make_model(dtype: torch.dtype, device: str, **fields: Any) -> CharformerForCausalLM:
     """The same small model in training mode, whatever the device; its text is decided, so that rounding changes none of it."""
     set_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+    }
     sizes |= {"max_position_embeddings": 48, "initializer_range": 0.1, "attention_dropout": 0.0}
     sizes |= {"activation_dropout": 0.0, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None}
     return CharformerForCausalLM(CharformerConfig(**(sizes | fields))).train().to(device, dtype)
@@ -219,7 +227,7 @@ def flash_attention(device: str) -> dict[str, Any]:
     return figures
 
 
-def generation(device: str, length: int = 40) -> dict[str, Any]:
+def generation(device: str, length: int) -> dict[str, Any]:
     """In double precision, so that the text is exact: cached, drafted, by early exit, rolling, padded, all beside the CPU."""
     fields = {"num_targets": 4, "target_heads": "sequential"}
     here, there = (make_model(torch.float64, where, **fields).eval() for where in (device, "cpu"))
@@ -273,8 +281,22 @@ def tests(scale: Scale) -> dict[str, Any]:
     """The project's own tests, with their models on this device. Some build other tensors on the CPU and fail for that."""
     if importlib.util.find_spec("pytest") is None:
         return {"installed": False}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--tb=line", *scale.tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        "--tb=line",
+        *scale.tests,
+    ]
     environment = os.environ | {"CHARFORMER_TEST_DEVICE": scale.device}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=40)
     lines = done.stdout.splitlines()
-    return {"summary": lines[-1] if lines else done.stderr[-500:], "failed": [x for x in lines if x.startswith("FAILED")]}
+    return {
+        "summary": lines[-1] if lines else done.stderr[-500:],
+        "failed": [x for x in lines if x.startswith("FAILED")],
+    }

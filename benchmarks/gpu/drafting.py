@@ -1,5 +1,6 @@
 """The speed of a model that drafts for itself: `drafting.yaml`, trained here, and T12 beside GPT-2."""
 
+import functools
 import tempfile
 import time
 from typing import Any
@@ -21,8 +22,10 @@ def measure(report: Report, scale: Scale) -> None:
         _train(scale, trained)
     model, prompts = trained["model"], trained["prompts"]
     for decoding in generate.DECODING:
-        report.measure(decoding, lambda d=decoding: generate.drafting(model, prompts, scale.length, (d,))[d])
-    report.measure("T12 beside GPT-2", lambda: generate.t12_beside_gpt2(2, scale.length, scale.device))
+        report.measure(decoding, functools.partial(generate.drafting, model, prompts, scale.length, (decoding,)))
+    report.measure(
+        "T12 beside GPT-2", lambda: generate.beside_gpt2(2, scale.length, scale.shapes["T12"], scale.device)
+    )
 
 
 def _train(scale: Scale, trained: dict[str, Any]) -> dict[str, Any]:

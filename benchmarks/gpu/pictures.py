@@ -8,6 +8,10 @@ from typing import Any
 from .report import read, write_whole
 
 
+# Those of `benchmarks/generate.py`.
+DECODINGS = ("greedy", "temperature 0.7", "temperature 1")
+
+
 def draw(folder: Path) -> None:
     """Draw what the parts in `folder` have measured so far, each picture into `NAME.png`."""
     import matplotlib
@@ -45,10 +49,11 @@ def _bars(axes: Any, values: Mapping[str, float], labels: Iterable[str], title: 
 
 
 def _training_step(axes: Any, folder: Path) -> bool:
+    results = _results(folder, "training_step")
     steps = {
-        name: value
-        for name, value in _results(folder, "training_step").items()
-        if isinstance(value, dict) and "seconds" in value
+        name: results[name]
+        for name in sorted(results, key=lambda name: name.split(",")[0], reverse=True)  # T64, then T12
+        if isinstance(results[name], dict) and "seconds" in results[name]
     }
     shares = {name: value.get("of_matrix_multiply_rate") for name, value in steps.items()}
     labels = [
@@ -78,10 +83,10 @@ def _drafting(axes: Any, folder: Path) -> bool:
     results = _results(folder, "drafting")
     speeds = {
         f"{decoding}: {way}": figures["speed_ratio"]
-        for decoding, ways in results.items()
-        if isinstance(ways, dict)
+        for name in DECODINGS
+        for decoding, ways in results.get(name, {}).items()
         for way, figures in ways.items()
-        if isinstance(figures, dict) and way != "plain"
+        if way != "plain"
     }
     labels = [f"{value:.2f} x" for value in speeds.values()]
     title = f"Speed of generation beside plain generation, {_device(folder, 'drafting')}"

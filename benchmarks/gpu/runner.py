@@ -4,6 +4,7 @@ All processes start at once and import what they need while the first ones work:
 would be idle. Each waits for a line on its standard input before it touches the device, and gives up if that is closed.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -81,11 +82,9 @@ def _run_wave(folder: Path, processes: dict[str, subprocess.Popen[str]], seconds
     end = time.monotonic() + seconds
     for process in processes.values():
         if seconds > 0 and process.stdin is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):  # it has failed already, and said why
                 process.stdin.write("go\n")
                 process.stdin.flush()
-            except BrokenPipeError:  # it has failed already, and said why
-                continue
     for name, process in processes.items():
         status = None
         try:
@@ -105,6 +104,9 @@ def _end(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
 
 
 def _show(folder: Path, name: str) -> None:

@@ -35,6 +35,8 @@ def measure(report: Report, scale: Scale) -> None:
     rate = report.measure("matrix_multiply_tflops", lambda: _tflops(multiply, scale.repeats))
 
     def measure_mode(mode: str, names: Sequence[str], variants: Sequence[str]) -> None:
+        if MODES[mode] and scale.compiler is None:
+            return
         for name, variant in itertools.product(names, variants):
             work = functools.partial(_of_step, variant, scale.shapes[name], mode, scale, rate)
             report.measure(f"{name}, {variant}, {mode}", work)
@@ -54,7 +56,7 @@ def _tflops(multiply: MatrixMultiply, repeats: int) -> float:
 
 def _of_step(variant: str, shape: Shape, mode: str, scale: Scale, tflops: float | None) -> dict[str, float]:
     release_memory()
-    step = make_step(variant, shape, scale.device, compiled=MODES[mode], compiler=scale.compiler)
+    step = make_step(variant, shape, scale.device, compiled=MODES[mode], compiler=scale.compiler or "inductor")
     first = step()
     seconds = median_seconds(step, scale.repeats)
     figures = {"seconds": round(seconds, 5), "first_seconds": round(first, 2)}
@@ -78,16 +80,16 @@ def _averaged(shape: Shape, scale: Scale) -> dict[str, float]:
 def measure_memory(report: Report, scale: Scale) -> None:
     peaks = {}
     for variant in memory.VARIANTS:
-        make = lambda v=variant: memory.make_step(v, scale.memory, scale.device)  # noqa: E731
-        peaks[variant] = report.measure(f"{variant}, MiB", lambda make=make: peak_memory(make, scale.device))
-    if None not in peaks.values():
+        make = functools.partial(memory.make_step, variant, scale.memory, scale.device)
+        peaks[variant] = report.measure(f"{variant}, MiB", functools.partial(peak_memory, make, scale.device))
+    if all(peaks.values()):  # a process that already holds more memory shows none on a CPU
         report.record("peak", memory.report(scale.memory, scale.device, peaks))
 
 
 def measure_vocabulary(report: Report, scale: Scale) -> None:
     """GPT-2 (124M) with each of the losses of `benchmarks/any_model.py`, alone on the device."""
     for variant in any_model.VARIANTS:
-        report.measure(variant, lambda v=variant: _of_gpt2(v, scale))
+        report.measure(variant, functools.partial(_of_gpt2, variant, scale))
 
     plain = report.results.get("plain")
     if plain is not None:
