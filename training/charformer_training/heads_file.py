@@ -1,0 +1,78 @@
+"""The file of the auxiliary heads beside a saved plain model: writing, finding and loading it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from modeling_charformer.auxiliary_heads import TRAINING_ONLY
+from modeling_charformer.loss_settings import LAST_POSITION, AuxiliaryLossSettings
+
+from .models import HEADS_FILE, OLD_HEADS_FILE, saved_heads
+
+
+class SavesHeads(PreTrainedModel):
+    """A model that saves its auxiliary heads in a file of their own, apart from the plain model."""
+
+    loss_settings: AuxiliaryLossSettings
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the plain model, like `save_pretrained` of any model, and the auxiliary heads in a subfolder."""
+        weights = kwargs.pop("state_dict", None) or self.state_dict()
+        plain = {name: weight for name, weight in weights.items() if not name.startswith(TRAINING_ONLY)}
+        super().save_pretrained(save_directory, *args, **kwargs, state_dict=plain)  # type: ignore[misc]  # the plain class takes state_dict, which kwargs no longer holds
+        if kwargs.get("is_main_process", True):
+            self.save_auxiliary_heads(save_directory, weights)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Save the heads first, since `save_pretrained(push_to_hub=True)` pushes before it returns."""
+        self.save_auxiliary_heads(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def save_auxiliary_heads(
+        self, folder: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write the weights that only training needs into `folder`, as `auxiliary_heads/model.safetensors`."""
+        weights = self.state_dict() if state_dict is None else state_dict
+        heads = {name: weight.contiguous() for name, weight in weights.items() if name.startswith(TRAINING_ONLY)}
+        path = Path(folder, HEADS_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}")
+        save_file(heads, unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, path)
+        Path(folder, OLD_HEADS_FILE).unlink(missing_ok=True)  # of an earlier version; engines would load it
+
+    def load_auxiliary_heads(self, folder: str | os.PathLike[str]) -> None:
+        """Load the heads that `save_auxiliary_heads` wrote.
+
+        Raises:
+            ValueError: If the file is missing or was written with other settings.
+        """
+        path = saved_heads(folder)
+        if path is None:
+            raise ValueError(f"{folder} has no {HEADS_FILE}: it holds a model without auxiliary heads")
+        self.load_heads_file(path)
+
+    def load_heads_file(self, path: Path) -> None:
+        saved = load_file(path)
+        if not self.loss_settings.has_last_position:  # a classifier's, saved by earlier versions but never trained
+            saved.pop(f"loss_uncertainty.log_variances.{LAST_POSITION}", None)
+        expected = {name for name in self.state_dict() if name.startswith(TRAINING_ONLY)}
+        if saved.keys() != expected:
+            different = sorted(saved.keys() ^ expected)
+            raise ValueError(f"{path} was saved with other auxiliary losses; {different[:4]} are not in both")
+        self.load_state_dict(saved, strict=False)
+
+
+def cached_heads(name_or_path: str) -> Path:
+    try:
+        return Path(str(cached_file(name_or_path, Path(HEADS_FILE).name, subfolder=str(Path(HEADS_FILE).parent))))
+    except OSError as error:  # raised whatever is missing
+        try:
+            return Path(str(cached_file(name_or_path, OLD_HEADS_FILE)))
+        except OSError:
+            raise error from None
