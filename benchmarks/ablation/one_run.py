@@ -70,6 +70,8 @@ def arguments_of(grid: str, cell: str, learning_rate: float, seed: int, data: st
     fields |= {"learning_rate": learning_rate, "seed": seed}
     fields |= {"data_path": data, "output_dir": folder, "sample_length": 0, "save_strategy": "no"}
     fields |= {"load_best_model_at_end": False, "disable_tqdm": True, "logging_steps": fields["eval_steps"]}
+    if fields.get("optim") == "sgd":
+        fields["adam_beta2"] = 0.999  # the default: that of the recipe is AdamW's
     fields["lr_scheduler_kwargs"] = json.dumps({"min_lr": learning_rate / 10})
     return recipe_runs.arguments_of(GRIDS[grid].recipe, fields)
 
