@@ -103,14 +103,14 @@ def test_checks_of_correctness_find_wrong_values(monkeypatch: pytest.MonkeyPatch
 
 
 def test_parts_that_fail_or_take_too_long_stop_no_other(tmp_path: Path):
-    waves = [runner.Wave((name,), 15) for name in ("failing", "crashing", "good")]
-    waves[2:2] = [runner.Wave(("slow", "beside"), 3)]
+    waves = [runner.Wave(("failing",), 2), runner.Wave(("crashing",), 1)]
+    waves += [runner.Wave(("slow", "beside"), 1), runner.Wave(("good",), 15)]
     command = stand_in(tmp_path, beside="report('finished')")
     assert not runner.run(tmp_path, command, waves)
     assert statuses(tmp_path) == {
         "failing": "failed",
         "crashing": "ended with exit status -9",
-        "slow": "stopped after 3 s, the most it may take",
+        "slow": "stopped when its time was over",
         "beside": "finished",
         "good": "finished",
     }

@@ -19,7 +19,7 @@ from .report import FINISHED, read, write
 
 
 class Wave(NamedTuple):
-    """Parts that run at the same time, and the most seconds that they take."""
+    """Parts that run at the same time, and the most seconds that they take, beside what earlier waves have left over."""
 
     parts: tuple[str, ...]
     seconds: float
@@ -28,10 +28,10 @@ class Wave(NamedTuple):
 # In order of worth. The two trainings share the device: each alone would leave it idle most of the time, since the steps of a
 # model this small take longer to launch than to compute.
 WAVES = (
-    Wave(("correctness",), 80),
+    Wave(("correctness",), 100),
     Wave(("training_step",), 95),
     Wave(("memory",), 20),
-    Wave(("shakespeare", "shakespeare_without_losses"), 190),
+    Wave(("shakespeare", "shakespeare_without_losses"), 170),
     Wave(("drafting",), 55),
     Wave(("vocabulary",), 35),
     Wave(("tests",), 40),
@@ -59,11 +59,11 @@ def run(
     open_parts = [name for name in names if read(_file(folder, name)).get("status") != FINISHED]
     processes = {name: _start([*command, name]) for name in open_parts}
     try:
+        end = begin
         for wave in waves:
-            left = begin + 60 * minutes - time.monotonic()
-            _run_wave(
-                folder, {name: processes[name] for name in wave.parts if name in processes}, min(wave.seconds, left)
-            )
+            end += wave.seconds
+            own = {name: processes[name] for name in wave.parts if name in processes}
+            _run_wave(folder, own, min(end, begin + 60 * minutes))
     finally:
         for process in processes.values():
             _end(process)
@@ -78,10 +78,10 @@ def _start(command: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def _run_wave(folder: Path, processes: dict[str, subprocess.Popen[str]], seconds: float) -> None:
-    end = time.monotonic() + seconds
+def _run_wave(folder: Path, processes: dict[str, subprocess.Popen[str]], end: float) -> None:
+    starts = time.monotonic() < end
     for process in processes.values():
-        if seconds > 0 and process.stdin is not None:
+        if starts and process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):  # it has failed already, and said why
                 process.stdin.write("go\n")
                 process.stdin.flush()
@@ -93,7 +93,7 @@ def _run_wave(folder: Path, processes: dict[str, subprocess.Popen[str]], seconds
                 status = f"ended with exit status {code}"
         except subprocess.TimeoutExpired:
             _end(process)
-            status = f"stopped after {seconds:.0f} s, the most it may take" if seconds > 0 else "no time was left"
+            status = "stopped when its time was over" if starts else "no time was left"
         if status is not None:
             write(_file(folder, name), {**read(_file(folder, name)), "status": status})
         _show(folder, name)
