@@ -46,6 +46,7 @@ _COMMON = (
     "torch_compile",
     "logging_steps",
     "log_loss_terms",
+    "log_group_prefix",
     "report_to",
     "eval_strategy",
     "eval_steps",
