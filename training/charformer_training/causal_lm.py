@@ -104,7 +104,7 @@ class CausalLMWithLosses(SelfDraftingMixin, ModelWithLosses):
     def _drafting_terms(self) -> dict[int, LossTerm]:
         return {term.offset: term for term in self.loss_settings.terms if term.layer == self.loss_settings.num_layers}
 
-    def _add_losses(
+    def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         if inputs.get("shift_labels") is not None and not self._follows_shift_labels:

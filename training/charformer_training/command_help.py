@@ -49,6 +49,7 @@ _COMMON = (
     "log_term_gradients",
     "eval_head_accuracy",
     "gradient_aggregator",
+    "log_group_prefix",
     "report_to",
     "eval_strategy",
     "eval_steps",

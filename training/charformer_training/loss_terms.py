@@ -22,6 +22,8 @@ from .running_means import TrainingTerms, group_by_layer
 
 
 Batch = Mapping[str, Any]
+# The name of the model's own loss, where it is one term among others.
+MAIN = "main"
 # What a model with auxiliary losses takes in training, beside its inputs.
 TRAINING_INPUTS = ("training_progress", "training_step", "training_seed", "target_counts")
 
@@ -78,6 +80,8 @@ class LossTerms:
         """Micro-batches of the present optimizer step in this process."""
         self.counts: Tensor | None = None
         """Numbers of targets in the present optimizer step, see `Targets.counts`."""
+        self.weights: dict[str, Tensor | float] = {}
+        """The weights of the terms in the last micro-batch, by name."""
         self._added: dict[str, AddedTerm] = {}
         self._held: list[tuple[dict[str, Tensor], float]] = []
         self._held_added: list[Tensor] = []
@@ -233,11 +237,13 @@ class LossTerms:
             scale: The same for the terms in `loss_dict`.
         """
         terms, means = loss_dict_of(outputs), further_losses_of(outputs)
+        self.weights = dict((outputs.get("loss_weights") if isinstance(outputs, Mapping) else None) or {})
+        main = {} if terms or not self._added else {MAIN: loss}
         for name, (weight, value) in self.added_values(outputs, inputs).items():
-            means[name] = value
+            means[name], self.weights[name] = value, weight
             self._held_added.append(weight * value / self.parts)
             loss = loss + self._held_added[-1] / loss_scale
-        self._held = [({"loss": loss}, loss_scale), (terms, scale), (means, 1 / self.parts)]
+        self._held = [({"loss": loss, **main}, loss_scale), (terms, scale), (means, 1 / self.parts)]
         return loss
 
     def keep(self, figures: Mapping[str, float]) -> None:
@@ -276,11 +282,13 @@ class LossTerms:
         """
         found = self._sums.means()
         self.forget()
-        return {log_key(name): value for name, value in (group_by_layer(found) if over_layers else found).items()}
+        found = group_by_layer(found) if over_layers else found
+        return {log_key(name): value for name, value in found.items()}
 
     def forget(self) -> None:
         """Forget the sums since the last call of `means`."""
-        self._sums, self._held = TrainingTerms(), []
+        self._sums = TrainingTerms()
+        self.drop_held()
 
     def first_not_finite(self) -> tuple[int, list[str]] | None:
         """The first step since `means` at which a term was nan or infinite on any process, and the names of these terms."""
