@@ -69,7 +69,7 @@ def llama_with_losses() -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {name: value for name, value in TINY.items() if "dropout" not in name}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
-    return add_auxiliary_losses(model, num_targets=3, intermediate_weight=0.3)
+    return add_auxiliary_losses(model, num_targets=3, intermediate_weight=0.3, distillation=0.5)
 
 
 def bert() -> PreTrainedModel:

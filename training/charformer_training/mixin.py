@@ -18,7 +18,7 @@ from .gradient_options import check_gradient_options, conflict_free_gradients, m
 from .head_accuracy import check_head_accuracy
 from .logger_names import LoggerNames
 from .loss_terms import LossTerms, auxiliary_loss, loss_dict_of
-from .models import is_causal_lm, unwrap_peft
+from .models import heads_as_adapters, is_causal_lm, unwrap_peft
 from .resuming import let_lower_be_better
 from .running_means import EvaluationTerms
 
@@ -65,7 +65,8 @@ class AuxiliaryLossMixin(EvaluatesTerms):
     """Prefix of the groups in which loggers show terms, see `LoggerNames`; a field of that name in `args` goes first."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        with heads_as_adapters(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         let_lower_be_better(self.args)
         model: Any = self.model
         if is_causal_lm(type(unwrap_peft(model))):
