@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from modeling_charformer.auxiliary_heads import AuxiliaryHead, UncertaintyWeighting
+from modeling_charformer.auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, UncertaintyWeighting
 from modeling_charformer.auxiliary_losses import LossStep
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm
 
@@ -31,6 +32,7 @@ class ModelWithLosses(SavesHeads):
     accepted_heads: tuple[str, ...]
     main: str
     takes_target_counts = False
+    _heads_only = False
     # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
@@ -49,9 +51,14 @@ class ModelWithLosses(SavesHeads):
         raise NotImplementedError
 
     def add_heads(
-        self, settings: AuxiliaryLossSettings, anatomy: Anatomy, heads: str, checked: dict[str, Any]
+        self,
+        settings: AuxiliaryLossSettings,
+        anatomy: Anatomy,
+        heads: str,
+        checked: dict[str, Any],
+        heads_only: bool = False,
     ) -> None:
-        self.loss_settings = settings
+        self.loss_settings, self._heads_only = settings, heads_only
         self._anatomy = anatomy
         for name, value in checked.items():
             setattr(self, name, value)
@@ -62,6 +69,20 @@ class ModelWithLosses(SavesHeads):
         if settings.loss_weighting != "fixed":
             names = [term.name for term in settings.terms]
             self.loss_uncertainty = UncertaintyWeighting(names).to(self.device)
+        if heads_only:
+            for name, parameter in self.named_parameters():
+                if not name.startswith(TRAINING_ONLY):
+                    parameter.requires_grad_(False)
+            self.train(self.training)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode. With `heads_only` the body stays in evaluation mode, so that heads see the states of inference."""
+        super().train(mode)
+        if self._heads_only:
+            for name, module in self.named_children():
+                if f"{name}." not in TRAINING_ONLY:
+                    module.eval()
+        return self
 
     def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
         raise NotImplementedError
@@ -80,7 +101,10 @@ class ModelWithLosses(SavesHeads):
             return super().forward(**kwargs)
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
-        outputs = super().forward(**{**kwargs, "output_hidden_states": asked or self.training, "return_dict": True})
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._heads_only):
+            outputs = super().forward(
+                **{**kwargs, "output_hidden_states": asked or self.training, "return_dict": True}
+            )
         share_of_step = self._add_losses(step, outputs, kwargs, counts)
         dropped = ("loss",) if asked else ("loss", "hidden_states")
         values = {name: value for name, value in outputs.items() if name not in dropped}

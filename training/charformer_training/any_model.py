@@ -6,6 +6,8 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling_charformer.loss_settings import AuxiliaryLossSettings
+
 from .added_losses import ModelWithLosses, class_with_losses
 from .causal_lm import CausalLMWithLosses
 from .classifiers import SequenceClassifierWithLosses
@@ -20,7 +22,7 @@ FORMER_NAMES = {"classifiers": "heads", "loss_weights": "term_weights"}
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any) -> Model:
+def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: bool = False, **settings: Any) -> Model:
     """Add auxiliary losses to `model`, a causal language model or sequence classification model of Transformers.
 
     The model is changed and returned. In training, `forward` also takes `training_progress`, `training_step` and
@@ -38,6 +40,9 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any
             block before them, which begins as the identity (like Medusa, Cai et al. 2024, arXiv 2401.10774). `"own"`
             gives each term a separate linear head, like Al-Rfou et al. (2018). Sequence classification models accept
             `"own"` only.
+        heads_only: Train the heads alone, on a frozen model that may be quantized (like Medusa-1, Cai et al. 2024, section
+            2.2.1). No other weight is trained, the model runs without a backward pass and without dropout, and its own
+            loss is only reported. Each term needs weights of its own: with shared heads, further targets alone have any.
         settings: The fields of `LossFields`, with the defaults that they have there; the main term is called `next_token`. A sequence classification model accepts
             `intermediate_layers` (default `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule`
             (`"constant"`), `term_weights` and `loss_weighting`; its main term is called `classification`.
@@ -60,9 +65,11 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any
     anatomy = anatomy_of(base)
     checked = mixin.check(base, anatomy, heads)
     _check_layers(base, anatomy, losses.layers)
+    if heads_only:
+        _check_heads_alone(losses, heads)
     base.__class__ = class_with_losses(cast(Any, type(base)), mixin, anatomy.output_kind)
-    cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked)
-    base.config.auxiliary_losses = {"heads": heads, **settings}
+    cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked, heads_only)
+    base.config.auxiliary_losses = {"heads": heads, **({"heads_only": True} if heads_only else {}), **settings}
     return model
 
 
@@ -97,6 +104,21 @@ def _check_layers(model: PreTrainedModel, anatomy: Anatomy, layers: tuple[int, .
         raise ValueError(
             f"{type(model).__name__} does not compute its last hidden state from its last layer's output by a chain of"
             " modules, so heads on other layers cannot do the same; choose intermediate_layers=None"
+        )
+
+
+def _check_heads_alone(losses: AuxiliaryLossSettings, heads: str) -> None:
+    """Check that each auxiliary term trains weights of its own."""
+    terms = [term for term in losses.terms if not term.is_main]
+    if not terms:
+        raise ValueError(
+            "heads_only is true, and these settings give no heads to train; set num_targets or intermediate_layers"
+        )
+    shared = [term.name for term in terms if heads == "shared" and term.offset == 1]
+    if shared:
+        raise ValueError(
+            f"heads_only is true, and with heads='shared' the terms {shared} have no weights of their own to train; choose"
+            " heads='own', or intermediate_layers=None"
         )
 
 

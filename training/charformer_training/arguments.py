@@ -16,8 +16,10 @@ from modeling_charformer.configuration_charformer import OWN_FIELDS
 from modeling_charformer.loss_settings import LossFields
 
 from .checks import check_ranges, check_type, shown
+from .metrics import lower_is_better
 from .strict_yaml import read_yaml
 from .terminal import one_line
+from .trainer_options import check_optimizer_arguments
 
 
 STANDARD_LIBRARY = "python-stdlib"
@@ -250,11 +252,6 @@ class RunArguments:
         check_text("sample_prompt", self.sample_prompt)
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a loss, a number of bits or a perplexity, judged by its name."""
-    return re.search(r"(?:^|_)(?:loss|losses|bpc|bpb|bits|nats|perplexity|ppl)(?:_|$)", metric) is not None
-
-
 @dataclass
 class AuxiliaryLossTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, with what `AuxiliaryLossTrainer` adds."""
@@ -265,6 +262,28 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             "help": "'each' logs every term of the loss by name; 'groups', meant for deep models, logs means over the"
             " intermediate layers (loss_layers, loss_layers_target_2).",
             "choices": ["each", "groups"],
+        },
+    )
+    log_term_gradients: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps, log the norm of the gradient of each term on the model's body, and its cosine to that"
+            " of the main term; 0 for never. It takes about one step more for each term."
+        },
+    )
+    gradient_aggregator: str | None = field(
+        default=None,
+        metadata={
+            "help": "'upgrad' combines the gradients of the terms on the model's body so that none opposes another, with the"
+            " package TorchJD; left out, they are added up.",
+            "choices": ["upgrad"],
+        },
+    )
+    eval_head_accuracy: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether an evaluation also reports how often each head of a language model is right, and how many tokens a"
+            " pass of drafting by the heads would yield. It takes one more forward pass, and that of the heads."
         },
     )
     muon: bool = field(
@@ -291,8 +310,15 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.greater_is_better is None and lower_is_better(self.metric_for_best_model or ""):
-            self.greater_is_better = False
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and metric:
+            lower = lower_is_better(metric)
+            if lower is None:
+                raise ValueError(
+                    f"metric_for_best_model is {shown('', metric)}, a name that does not tell whether higher or lower is"
+                    " better; give greater_is_better too, true or false"
+                )
+            self.greater_is_better = not lower
         numbers = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "max_steps"}
         check_ranges(numbers)  # TrainingArguments checks few numbers itself
         super().__post_init__()
@@ -305,6 +331,7 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             )
         if self.muon and self.optim_args:
             raise ValueError(f"optim_args is {self.optim_args!r} and muon is on, which takes none; leave it out")
+        check_optimizer_arguments(self)
 
 
 @dataclass

@@ -20,13 +20,14 @@ from modeling_charformer.auxiliary_losses import (
 )
 from modeling_charformer.linear_cross_entropy import LinearClassifier, linear_classifier
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossFields, LossTerm
+from modeling_charformer.self_drafting_charformer import SelfDraftingMixin
 
 from .added_losses import ModelWithLosses
 from .models import evaluating
 from .probe import Anatomy, logit_scale, own_loss_of, probe_ids
 
 
-class CausalLMWithLosses(ModelWithLosses):
+class CausalLMWithLosses(SelfDraftingMixin, ModelWithLosses):
     accepted_settings = [field.name for field in fields(LossFields)]
     accepted_heads = ("shared", "own")
     main = "next_token"
@@ -94,6 +95,13 @@ class CausalLMWithLosses(ModelWithLosses):
     def logits_of_head(self, term: LossTerm, outputs: Any) -> Tensor:
         """Logits `(B, S, V)` of a term's head, from the model's output with its hidden states."""
         return self._logits_of(term, self._head_input(term, outputs))[0]
+
+    def draft(self, offset: int, state: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        return self._logits_of(self._drafting_terms[offset], state)[0], state
+
+    @functools.cached_property
+    def _drafting_terms(self) -> dict[int, LossTerm]:
+        return {term.offset: term for term in self.loss_settings.terms if term.layer == self.loss_settings.num_layers}
 
     def _add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
