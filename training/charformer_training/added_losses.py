@@ -32,7 +32,8 @@ class ModelWithLosses(SavesHeads):
     accepted_heads: tuple[str, ...]
     main: str
     takes_target_counts = False
-    _heads_only = False
+    heads_only = False
+    """Whether nothing but the heads is trained."""
     # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
@@ -58,7 +59,7 @@ class ModelWithLosses(SavesHeads):
         checked: dict[str, Any],
         heads_only: bool = False,
     ) -> None:
-        self.loss_settings, self._heads_only = settings, heads_only
+        self.loss_settings, self.heads_only = settings, heads_only
         self._anatomy = anatomy
         for name, value in checked.items():
             setattr(self, name, value)
@@ -78,7 +79,7 @@ class ModelWithLosses(SavesHeads):
     def train(self, mode: bool = True) -> Any:
         """Set the mode. With `heads_only` the body stays in evaluation mode, so that heads see the states of inference."""
         super().train(mode)
-        if self._heads_only:
+        if self.heads_only:
             for name, module in self.named_children():
                 if f"{name}." not in TRAINING_ONLY:
                     module.eval()
@@ -101,7 +102,7 @@ class ModelWithLosses(SavesHeads):
             return super().forward(**kwargs)
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._heads_only):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_only):
             outputs = super().forward(
                 **{**kwargs, "output_hidden_states": asked or self.training, "return_dict": True}
             )

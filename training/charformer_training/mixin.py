@@ -19,7 +19,7 @@ from .differentiated import depends_on
 from .gradient_options import bare_model, check_gradient_options, conflict_free_gradients, measured_gradients
 from .head_accuracy import check_head_accuracy, head_accuracies
 from .loss_terms import LossTerms, auxiliary_loss, further_losses_of, log_key, loss_dict_of
-from .models import is_causal_lm, unwrap_peft
+from .models import heads_as_adapters, is_causal_lm, unwrap_peft
 from .resuming import let_lower_be_better
 from .running_means import EvaluationTerms
 from .units import NATS_PER_BIT, begins_character
@@ -60,7 +60,8 @@ class AuxiliaryLossMixin(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        with heads_as_adapters(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         let_lower_be_better(self.args)
         model: Any = self.model
         if is_causal_lm(type(unwrap_peft(model))):
