@@ -64,7 +64,8 @@ class CharformerGenerationMixin(SelfDraftingMixin):
 
         Raises:
             ValueError: If the ids are not a `(batch, sequence)` tensor of integers or a length is not an integer. Also if
-                prompt and new characters do not fit into a window that does not roll.
+                prompt and new characters do not fit into a window that does not roll, or not into that of an
+                `assistant_model`, or it has another vocabulary.
         """
         for name, ids in (("inputs", inputs), ("input_ids", kwargs.get("input_ids"))):
             if ids is not None:
@@ -73,6 +74,8 @@ class CharformerGenerationMixin(SelfDraftingMixin):
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if cache is not None:
             kwargs[CACHE] = cache
+        if kwargs.get("assistant_model") is not None:
+            self._check_assistant(kwargs["assistant_model"], kwargs.get("assistant_tokenizer") is not None)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's, a later base
 
     def _prepare_generation_config(
@@ -137,6 +140,31 @@ class CharformerGenerationMixin(SelfDraftingMixin):
                 f"assistant_early_exit is {layer}; the layers of this model that have a classifier of their own are {heads}"
             )
 
+    def _check_assistant(self, assistant: Any, translates: bool) -> None:
+        if not hasattr(assistant, "generation_config"):
+            raise ValueError(
+                f"assistant_model is a {type(assistant).__name__}; it must be a language model that generates"
+            )
+        vocab_size = assistant.config.get_text_config(decoder=True).vocab_size
+        if vocab_size != self.config.vocab_size and not translates:
+            raise ValueError(
+                f"assistant_model has vocab_size={vocab_size} and this model vocab_size={self.config.vocab_size}: its drafts"
+                " are ids of this model, so give one with the same vocabulary"
+            )
+
+    def _check_assistants_window(self, assistant: Any, prepared: GenerationConfig) -> None:
+        window = getattr(assistant.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        rolling_context = prepared.rolling_context  # type: ignore[attr-defined]  # an attribute of this mixin
+        if rolling_context is not None and isinstance(assistant, CharformerGenerationMixin):
+            needed, why = rolling_context + 1, f"rolling_context={rolling_context}"
+        else:
+            needed, why = prepared.max_length, "prompt and new characters"
+        if window is not None and window < needed:
+            raise ValueError(
+                f"assistant_model has a window of max_position_embeddings={window}; for {why} it must be {needed} or more."
+                " Give another assistant_model, or a shorter text"
+            )
+
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, inputs_tensor: Tensor, input_ids_length: int, **kwargs: Any
     ) -> GenerationConfig:
@@ -198,6 +226,8 @@ class CharformerGenerationMixin(SelfDraftingMixin):
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         generation_config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
         window: int = self.config.max_position_embeddings
+        if kwargs.get("assistant_model") is not None:
+            self._check_assistants_window(kwargs["assistant_model"], generation_config)
         generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]  # GenerationMixin's, a later base
         draft = generator.get_candidates
 

@@ -11,7 +11,7 @@ from modeling_charformer import (
     CharformerForCausalLM,
     CharformerModel,
     CharformerTokenizer,
-    auxiliary_losses,
+    cross_entropy,
     layers_charformer,
 )
 from modeling_charformer.compatibility import CACHE
@@ -439,7 +439,7 @@ def test_intermediate_losses_keep_no_hidden_states_of_their_own(make_model, make
             return torch.utils.checkpoint.checkpoint(function, read, *inputs, **options)
 
         monkeypatch.setattr(layers_charformer, "checkpoint", checkpoint)
-        monkeypatch.setattr(auxiliary_losses, "checkpoint", checkpoint)
+        monkeypatch.setattr(cross_entropy, "checkpoint", checkpoint)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(ids, labels=ids, training_progress=0.0)
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}

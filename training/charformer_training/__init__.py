@@ -12,6 +12,7 @@ from .loss_terms import LossTerms
 from .mixin import AuxiliaryLossMixin
 from .plots import plot_loss_terms
 from .pushing import push_folder
+from .terms_callback import LossTermsCallback
 from .trainer import AuxiliaryLossTrainer
 
 
@@ -22,6 +23,7 @@ __all__ = [
     "ConsecutiveWindows",
     "Evaluation",
     "LossTerms",
+    "LossTermsCallback",
     "RandomWindows",
     "Split",
     "add_auxiliary_losses",

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_charformer.auxiliary_heads import AuxiliaryHead, ResidualBlock
-from modeling_charformer.auxiliary_losses import LossStep, Targets, causal_lm_losses, sampled_loss
+from modeling_charformer.auxiliary_losses import (
+    HeadInput,
+    LossStep,
+    Targets,
+    causal_lm_losses,
+    linear_losses,
+    sampled_loss,
+)
+from modeling_charformer.distillation import add_distillation
+from modeling_charformer.linear_cross_entropy import LinearClassifier, linear_classifier
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossFields, LossTerm
 from modeling_charformer.self_drafting_charformer import SelfDraftingMixin
 
@@ -68,11 +77,21 @@ class CausalLMWithLosses(SelfDraftingMixin, ModelWithLosses):
         cap = _logit_cap(self)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def _classifier(self, term: LossTerm) -> LinearClassifier | None:
+        head = self.auxiliary_heads[term.name]
+        if isinstance(head, AuxiliaryHead):
+            return linear_classifier(head)
+        return linear_classifier(self.get_output_embeddings(), self._logit_scale, _logit_cap(self))
+
+    def _classifier_input(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
+        head, hidden_states = self.auxiliary_heads[term.name], self._finished(term, hidden_states)
+        return hidden_states if isinstance(head, AuxiliaryHead) else head(hidden_states)
+
     def _logits_of(self, term: LossTerm, hidden_states: Tensor) -> list[Tensor]:
         if term.is_main:
             return [self._logits(hidden_states)]
-        head, hidden_states = self.auxiliary_heads[term.name], self._finished(term, hidden_states)
-        return [head(hidden_states) if isinstance(head, AuxiliaryHead) else self._logits(head(hidden_states))]
+        head, states = self.auxiliary_heads[term.name], self._classifier_input(term, hidden_states)
+        return [head(states) if isinstance(head, AuxiliaryHead) else self._logits(states)]
 
     def logits_of_head(self, term: LossTerm, outputs: Any) -> Tensor:
         """Logits `(B, S, V)` of a term's head, from the model's output with its hidden states."""
@@ -85,7 +104,7 @@ class CausalLMWithLosses(SelfDraftingMixin, ModelWithLosses):
     def _drafting_terms(self) -> dict[int, LossTerm]:
         return {term.offset: term for term in self.loss_settings.terms if term.layer == self.loss_settings.num_layers}
 
-    def _add_losses(
+    def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         if inputs.get("shift_labels") is not None and not self._follows_shift_labels:
@@ -94,25 +113,46 @@ class CausalLMWithLosses(SelfDraftingMixin, ModelWithLosses):
 
         own_loss: Tensor = outputs.loss
 
-        def loss_of(term: LossTerm) -> Tensor:
+        def main_loss(term: LossTerm) -> Tensor:
             if term.name == self.main:
                 return own_loss
-            logits_of, states = functools.partial(self._logits_of, term), self._head_input(term, outputs)
-            if not term.is_main and (samples := step.samples([term], targets)):
-                sample = samples[term]
-                return sampled_loss(sample.of(states), logits_of, term, sample, targets, self._vocab_size)
-            # One term at a time: with a large vocabulary, several at once would run on smaller chunks.
-            losses = causal_lm_losses(states, logits_of, [term], targets, self._vocab_size)
-            return losses[term.name]
+            return causal_lm_losses(
+                self._head_input(term, outputs),
+                functools.partial(self._logits_of, term),
+                [term],
+                targets,
+                self._vocab_size,
+            )[term.name]
 
         if not self.training:
             step.add({self.main: outputs.loss})  # no further head runs in evaluation
             return targets.share_of_step
-        step.add_main(loss_of)
-        for term in step.terms:
-            if not term.is_main:
-                step.add({term.name: loss_of(term)})
+        step.add_main(main_loss)
+        self._add_auxiliary_losses(step, outputs, targets)
+        add_distillation(step, targets, outputs.logits, self._logits_of)
         return targets.share_of_step
+
+    def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets) -> None:
+        terms = [term for term in step.terms if not term.is_main]
+        samples = step.samples(terms, targets) or {}
+        together: dict[int, tuple[LinearClassifier, list[HeadInput]]] = {}
+        for term in terms:
+            states, sample = self._head_input(term, outputs), samples.get(term)
+            states = states if sample is None else sample.of(states)
+            step.record(term, states, sample)
+            classifier = self._classifier(term) if term.positions == "all" else None
+            if classifier is not None:  # one run for all terms that share it
+                read = HeadInput(term, self._classifier_input(term, states), sample)
+                together.setdefault(id(classifier.weight), (classifier, []))[1].append(read)
+                continue
+            logits_of = functools.partial(self._logits_of, term)
+            if sample is not None:
+                step.add({term.name: sampled_loss(states, logits_of, term, sample, targets, self._vocab_size)})
+            else:
+                # One term at a time: with a large vocabulary, several at once would run on smaller chunks.
+                step.add(causal_lm_losses(states, logits_of, [term], targets, self._vocab_size))
+        for classifier, inputs in together.values():
+            step.add(linear_losses(classifier, inputs, targets, step.expected_weights(self.loss_uncertainty)))
 
 
 def _logit_cap(model: PreTrainedModel) -> float | None:
