@@ -9,7 +9,7 @@ from typing import Any
 
 
 def main() -> None:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]  # of an environment of its own
 
     folder, heads, count, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     prompts = [{"prompt_token_ids": ids} for ids in json.load(sys.stdin)]
