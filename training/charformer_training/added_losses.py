@@ -18,10 +18,13 @@ from modeling_charformer.auxiliary_losses import LossStep
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm
 
 from .heads_file import SavesHeads
-from .probe import Anatomy
+from .probe import Anatomy, Trace, through
+from .probe_loss import OwnLoss
 
 
 OWN_ARGUMENTS = ("training_progress", "training_step", "target_counts")
+# The fields of an output that hold the outputs of layers.
+STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states", "reshaped_hidden_states")
 
 
 class ModelWithLosses(SavesHeads):
@@ -31,16 +34,18 @@ class ModelWithLosses(SavesHeads):
     accepted_heads: tuple[str, ...]
     main: str
     takes_target_counts = False
+    shifts_labels: bool
+    _own_loss = OwnLoss(None, False, False)
     # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
 
-    @staticmethod
-    def settings_for(num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
+    @classmethod
+    def settings_for(cls, num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
         raise NotImplementedError
 
-    @staticmethod
-    def check(model: PreTrainedModel, anatomy: Anatomy, heads: str) -> dict[str, Any]:
+    @classmethod
+    def check(cls, model: PreTrainedModel, anatomy: Anatomy, trace: Trace, heads: str) -> dict[str, Any]:
         """Attributes that the losses need in addition to the anatomy, by name.
 
         Raises:
@@ -66,9 +71,9 @@ class ModelWithLosses(SavesHeads):
     def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
         raise NotImplementedError
 
-    def linear_head(self, num_outputs: int, index: int) -> nn.Module:
+    def linear_head(self, num_outputs: int, index: int, width: int | None = None) -> nn.Module:
         deviation = getattr(self.config.get_text_config(), "initializer_range", 0.02)
-        head = AuxiliaryHead(self._anatomy.width, num_outputs, index)
+        head = AuxiliaryHead(width or self._anatomy.width, num_outputs, index)
         head.draw(deviation)
         return head
 
@@ -80,13 +85,20 @@ class ModelWithLosses(SavesHeads):
             return super().forward(**kwargs)
         step = LossStep(self.loss_settings, True, self.training, progress, number)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
-        outputs = super().forward(**{**kwargs, "output_hidden_states": asked or self.training, "return_dict": True})
+        inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or self.training, "return_dict": True}
+        outputs = super().forward(**inputs)
         share_of_step = self._add_losses(step, outputs, kwargs, counts)
-        dropped = ("loss",) if asked else ("loss", "hidden_states")
+        dropped = ("loss",) if asked else ("loss", *STATES)
         values = {name: value for name, value in outputs.items() if name not in dropped}
         return self._output_class(
             **values, **step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)
         )
+
+    def _plain_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs without a divisor that the plain model does not follow."""
+        if self._own_loss.follows_num_items:
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
 
     def _add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
@@ -97,14 +109,13 @@ class ModelWithLosses(SavesHeads):
     def _head_input(self, term: LossTerm, outputs: Any) -> Tensor:
         """The output of a term's layer, `(B, S, hidden_size)`; for the last layer, the model's last hidden state."""
         last = term.layer == self.loss_settings.num_layers
-        states: tuple[Tensor, ...] = outputs.hidden_states
+        states: tuple[Tensor, ...] = outputs[self._anatomy.states_name]
         return states[-1 if last else self._anatomy.layers[term.layer]]
 
     def _finished(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         """Apply to the output of a term's layer what the model applies to that of its last layer, like the final norm."""
         if term.layer < self.loss_settings.num_layers:
-            for name in self._anatomy.tail or ():
-                hidden_states = self.get_submodule(name)(hidden_states)
+            return through(self, self._anatomy.tail or (), hidden_states)
         return hidden_states
 
     def __reduce_ex__(self, protocol: Any) -> Any:

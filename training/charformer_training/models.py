@@ -2,8 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,19 @@ def loss_unit(model: nn.Module) -> str | None:
     if not is_causal_lm(type(base)):
         return None
     return "byte" if getattr(getattr(base, "config", None), "vocab_size", None) == 256 else "token"
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a position's target is the label after it, as in causal language models, and not the label at the position."""
+    base = unwrap_peft(model)
+    return bool(getattr(base, "shifts_labels", is_causal_lm(type(base))))
+
+
+def label_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs of a model, for `Targets`: labels that the model does not shift count as shifted already."""
+    if getattr(unwrap_peft(model), "shifts_labels", True):
+        return inputs
+    return {"shift_labels": inputs.get("labels")}
 
 
 @contextlib.contextmanager
