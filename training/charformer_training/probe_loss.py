@@ -33,7 +33,7 @@ def own_loss_of(model: PreTrainedModel, trace: Trace) -> OwnLoss:
         for layout, position in (("shifted", -2), ("aligned", -1)):
             labels, expected = nothing.clone(), logits[0, position]
             labels[0, -1] = expected.argmin()
-            if not _agrees(model, expected, labels[0, -1], {**inputs, "labels": labels}):
+            if not _accepts(model, expected, labels[0, -1], {**inputs, "labels": labels}):
                 continue
             halved = _accepts(model, expected, labels[0, -1], {**inputs, "labels": labels, "num_items_in_batch": 2}, 2)
             aligned = nothing.clone()

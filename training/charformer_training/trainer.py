@@ -16,7 +16,7 @@ from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 from modeling_charformer.loss_settings import ScheduleContext, scheduled
 
 from .checkpoints import SafeTrainer
-from .models import is_causal_lm, unwrap_peft
+from .models import label_inputs, shifts_labels, unwrap_peft
 from .optimizer import muon_adamw
 from .running_means import EvaluationTerms, TrainingTerms, group_by_layer
 from .units import NATS_PER_BIT, begins_character
@@ -70,9 +70,9 @@ class AuxiliaryLossTrainer(SafeTrainer):
         super().__init__(model=model, args=args, **kwargs)
         if getattr(self.args, "muon", False):
             self._check_muon()
-        if is_causal_lm(type(unwrap_peft(cast(nn.Module, self.model)))):
+        if (shifts := shifts_labels(cast(nn.Module, self.model))) is not None:
             # Transformers looks for ForCausalLM at the end of the class name, and counts one target too many in GPT-2's rows.
-            self._loss_shifts_labels = True
+            self._loss_shifts_labels = shifts
         if _takes(self.model, "training_progress"):
             self._check_model_losses()
         settings = getattr(self.model, "loss_settings", None)
@@ -210,8 +210,9 @@ class AuxiliaryLossTrainer(SafeTrainer):
                 self.model_accepts_loss_kwargs = False
                 num_items_in_batch = None
         if self._takes_target_counts and batch_samples and "labels" in batch_samples[0]:
-            num_targets = self.accelerator.unwrap_model(self.model).loss_settings.num_targets
-            counts = torch.stack([Targets(batch, num_targets).counts() for batch in batch_samples]).sum(0).to(device)
+            model = self.accelerator.unwrap_model(self.model)
+            targets = [Targets(label_inputs(model, batch), model.loss_settings.num_targets) for batch in batch_samples]
+            counts = torch.stack([of_batch.counts() for of_batch in targets]).sum(0).to(device)
             if self.args.average_tokens_across_devices:
                 counts = self.accelerator.reduce(counts, "sum")
             self._target_counts = counts
