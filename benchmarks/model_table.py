@@ -46,13 +46,13 @@ def build(model_type: str, name: str, kind: str) -> Any:
 def batch_for(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     num_labels = int(getattr(model.config, "num_labels", 2) or 2)
-    classes_of_rows = torch.tensor([num_labels - 1, 0])
+    classes_of_rows = torch.tensor([num_labels - 1, num_labels - 1])
     if kind == "image classifiers" and model.main_input_name == "pixel_values":
         from charformer_training.probe import probe_inputs
 
         image = probe_inputs(model)["pixel_values"]
         return {"pixel_values": torch.randn(2, *image.shape[1:], generator=generator), "labels": classes_of_rows}
-    vocab_size = min(model.config.get_text_config().vocab_size, 99)
+    vocab_size = min(getattr(model.config.get_text_config(), "vocab_size", 99), 99)
     ids = torch.randint(3, vocab_size, (2, 16), generator=generator)
     if kind in ("sequence classifiers", "image classifiers"):
         if isinstance(end := getattr(model.config, "eos_token_id", None), int):
@@ -81,14 +81,12 @@ def problem(model_type: str, name: str, kind: str, **settings: Any) -> str | Non
     if wrong := [term for term, value in outputs.loss_dict.items() if not torch.isfinite(value)]:
         return f"terms that are not finite: {wrong}"
     outputs.loss.backward()
-    without = [n for n, p in model.auxiliary_heads.named_parameters() if p.grad is None or not p.grad.any()]
-    if without:
-        return f"heads without a gradient: {without}"
+    without_gradient = [n for n, p in model.auxiliary_heads.named_parameters() if p.grad is None or not p.grad.any()]
+    if without_gradient:
+        return f"heads without a gradient: {without_gradient}"
     if not any(name.startswith(("layer_", "target_")) for name in outputs.loss_dict):
         return "there is no auxiliary term"
-    if wrong := different_layers(plain, model, batch):
-        return wrong
-    return round_trip(model, batch)
+    return different_layers(plain, model, batch) or round_trip(model, batch)
 
 
 CHECKED_LAYERS: list[int] = []
@@ -129,7 +127,8 @@ def cut_off(model: nn.Module, num_layers: int, layer: int) -> bool:
         return False
     parent, _, last = names[0].rpartition(".")
     setattr(model.get_submodule(parent), last, lists[names[0]][:layer])
-    for module in model.modules():
+    is_whole = not getattr(model.config, "is_encoder_decoder", False)
+    for module in model.modules() if is_whole else model.get_submodule(parent).modules():
         config = getattr(module, "config", None)
         for field in ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers", "num_decoder_layers"):
             if getattr(config, field, None) == num_layers:
@@ -165,10 +164,15 @@ def attempt(kind: str, model_type: str, name: str) -> tuple[str, str]:
     except Exception as error:
         return "not tried", f"{type(error).__name__}: {error}".strip().splitlines()[0]
     parameters = sum(p.numel() for p in model.parameters())
-    del model
     if parameters > 3e8:
         return "not tried", f"the smallest model has {parameters:,} parameters"
-    reasons = []
+    try:
+        model.eval()(**batch_for(model, kind))
+    except Exception as error:
+        if not any(word in str(error) for word in ("specify", "unexpected keyword argument 'labels'")):
+            return "not tried", f"a tiny model does not run: {type(error).__name__}: {error}".splitlines()[0]
+    del model
+    reasons: list[str] = []
     for settings in ({}, {"heads": "own"}, {"intermediate_layers": None}):
         if settings and f"{next(iter(settings))}=" not in reasons[-1]:
             continue

@@ -68,11 +68,11 @@ def main() -> None:
             train_dataset=RandomWindows(Split("train", data), 512, arguments.steps * arguments.batch, seed=0),
             data_collator=default_data_collator,
         )
-        own, steps = Clock(), Clock()
+        own, steps, own_terms = Clock(), Clock(), run.loss_terms
         calls = 3  # of what is watched, in each step
         Targets.counts = own.watch(Targets.counts)  # type: ignore[method-assign]
-        for name in ("_progress_inputs", "_add_training_terms"):
-            setattr(run, name, own.watch(getattr(run, name)))
+        own_terms.model_inputs = own.watch(own_terms.model_inputs)  # type: ignore[method-assign]
+        run._hold_terms = own.watch(run._hold_terms)  # type: ignore[method-assign]
         run.training_step = steps.watch(run.training_step)  # type: ignore[method-assign]
         run.train()
     share = sum(own.seconds[calls:]) / sum(steps.seconds[1:])

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .auxiliary_heads import UncertaintyWeighting
+from .cross_entropy import IGNORE_INDEX as IGNORE_INDEX
+from .cross_entropy import chunked_cross_entropy_sums, cross_entropy_sum
 from .loss_settings import AuxiliaryLossSettings, LossTerm
-
-
-IGNORE_INDEX = -100
+from .position_sampling import PositionSampler, SampledPositions
 
 
 def shifted_targets(labels: Tensor, offset: int) -> Tensor:
@@ -182,6 +181,8 @@ class LossStep:
         labelled: Whether there are labels.
         training: Whether the model is in training mode.
         progress, step: Share of training and number of optimizer steps done, for the schedules.
+        seed: With `step`, determines the positions of the terms if `settings.position_share` is below 1; see
+            `PositionSampler`.
     """
 
     def __init__(
@@ -191,6 +192,7 @@ class LossStep:
         training: bool,
         progress: float | None = None,
         step: int | None = None,
+        seed: int | None = None,
     ):
         weights = settings.weights_at(progress, step) if training else settings.evaluation_weights
         self.weights: dict[str, float] = weights if labelled else {}
@@ -202,6 +204,13 @@ class LossStep:
         ]
         self.values: dict[str, Tensor] = {}
         self._num_layers = settings.num_layers
+        self._sampler = PositionSampler(settings, seed, step) if settings.position_share < 1 else None
+
+    def samples(self, terms: Sequence[LossTerm], targets: Targets) -> dict[LossTerm, SampledPositions] | None:
+        """The positions on which each of the auxiliary `terms` is computed; `None` if they are computed on all."""
+        if self._sampler is None:
+            return None
+        return {term: self._sampler.sample(term, targets.ahead(term.offset)) for term in terms}
 
     @property
     def final_terms(self) -> list[LossTerm]:
@@ -256,44 +265,6 @@ class LossStep:
         return {"loss": torch.stack(summands).sum(), "loss_dict": losses, "loss_weights": detached}
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum in nats, a float32 scalar, over the targets `(...)` that are not -100, of logits `(..., V)`."""
-    return F.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-
-
-# The most logits computed at once: 64 MB in float32. Smaller pieces would save little; larger ones would raise the peak memory
-# of a model with a large vocabulary.
-MAX_LOGITS = 2**24
-
-
-def _cross_entropy_sums(hidden: Tensor, targets: Tensor, classify: Callable[[Tensor], Sequence[Tensor]]) -> Tensor:
-    return torch.stack([cross_entropy_sum(*pair) for pair in zip(classify(hidden), targets, strict=True)])
-
-
-def chunked_cross_entropy_sums(
-    hidden: Tensor, targets: Tensor, classify: Callable[[Tensor], Sequence[Tensor]], vocab_size: int
-) -> Tensor:
-    """`cross_entropy_sum` of each of `classify(hidden)`, `(T,)`, without ever holding all logits in memory.
-
-    The heads run piece by piece. The backward pass runs them again, so that no logits are kept until then.
-
-    Args:
-        hidden: `(B, S, hidden_size)`.
-        targets: `(T, B, S)`, those of each head.
-        classify: Maps `(..., hidden_size)` to the logits `(..., V)` of T heads; deterministic.
-        vocab_size: `V`.
-    """
-    hidden, targets = hidden.flatten(0, 1), targets.flatten(1)
-    rows = max(1, MAX_LOGITS // (vocab_size * len(targets)))
-    sums = [
-        checkpoint(_cross_entropy_sums, piece, piece_targets, classify, use_reentrant=False, preserve_rng_state=False)
-        for piece, piece_targets in zip(hidden.split(rows), targets.split(rows, dim=1), strict=True)
-    ]
-    return torch.stack(sums).sum(0)
-
-
 def causal_lm_losses(
     head_input: Tensor,
     heads: Callable[[Tensor], Sequence[Tensor]],
@@ -322,6 +293,26 @@ def causal_lm_losses(
         wanted = wanted.take_along_dim(last, dim=2).masked_fill(others, IGNORE_INDEX)
     sums = chunked_cross_entropy_sums(head_input, wanted, heads, vocab_size)
     return {term.name: total / targets.denominator(term) for term, total in zip(terms, sums, strict=True)}
+
+
+def sampled_loss(
+    head_input: Tensor,
+    head: Callable[[Tensor], Sequence[Tensor]],
+    term: LossTerm,
+    sample: SampledPositions,
+    targets: Targets,
+    vocab_size: int,
+) -> Tensor:
+    """An estimate of the raw value in nats of `term`, a float32 scalar, from the positions of `sample` alone.
+
+    Args:
+        head_input: The input of the term's head at these positions, `(B, P, hidden_size)`.
+        head: Maps `(..., hidden_size)` to a list of the term's logits `(..., V)`; deterministic.
+        targets: The targets of the batch; their number at all positions is the divisor.
+        vocab_size: `V`.
+    """
+    sums = chunked_cross_entropy_sums(head_input, sample.targets[None], head, vocab_size, sample.weights[None])
+    return sums[0] / targets.denominator(term)
 
 
 def loss_of_logits(logits: Tensor, term: LossTerm, targets: Targets) -> Tensor:

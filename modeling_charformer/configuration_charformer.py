@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -11,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .hub import CharformerPushToHubMixin
-from .loss_settings import AuxiliaryLossSettings, classifier_settings
+from .loss_settings import AuxiliaryLossSettings, LossFields, classifier_settings
 
 
 AUTO_MAP = {
@@ -38,12 +39,32 @@ logger = logging.get_logger(__name__)
 
 def _close_field(name: str) -> str | None:
     """The field that the unknown `name` is probably a misspelling of, if any."""
-    close = difflib.get_close_matches(name, CharformerConfig.__annotations__, n=1, cutoff=0.8)
+    close = difflib.get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.8)
     return close[0] if close else None
 
 
+def parameter_counts(fields: Mapping[str, Any]) -> dict[str, int]:
+    """About how many parameters each size accounts for, in training, by the name of the field that is its factor.
+
+    Args:
+        fields: Fields of a `CharformerConfig`. Those that are missing have its defaults.
+    """
+    names = (*SIZES, "num_targets", "intermediate_layers")
+    given = {name: fields.get(name, getattr(CharformerConfig, name)) for name in names}
+    layers, width, vocab_size = given["num_hidden_layers"], given["hidden_size"], given["vocab_size"]
+    chosen = given["intermediate_layers"]
+    layers_with_heads = layers if isinstance(chosen, str) else 1 + len(chosen or ())
+    return {
+        "num_targets": given["num_targets"] * layers_with_heads * vocab_size * width,
+        "vocab_size": vocab_size * width,
+        "max_position_embeddings": layers * given["max_position_embeddings"] * width,
+        "hidden_size": 4 * layers * width**2,
+        "intermediate_size": 2 * layers * width * given["intermediate_size"],
+    }
+
+
 @strict
-class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
+class CharformerConfig(LossFields, CharformerPushToHubMixin, PreTrainedConfig):
     r"""Settings of a Charformer; the defaults are the 12-layer model (T12) of Al-Rfou et al. (2018, arXiv 1808.04444).
 
     A misspelt field raises. A field with an unrelated name is kept as an attribute, like everywhere in Transformers.
@@ -51,6 +72,8 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     Wrong values raise when the configuration is built. Values assigned later are checked when a model is built from it. The
     errors are `StrictDataclassFieldValidationError` for a wrong type and `StrictDataclassClassValidationError`
     otherwise, both in `huggingface_hub.errors`.
+
+    The fields of the losses, from `num_targets` to `loss_weighting`, are those of `LossFields`.
 
     Args:
         vocab_size: Number of symbols: the 256 byte values.
@@ -63,6 +86,10 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         hidden_act: Activation of the feed-forward layers, by its name in Transformers.
         attention_dropout: Dropout of the attention weights.
         activation_dropout: Dropout after the activation of the feed-forward layers.
+        layer_dropout: Probability that the last layer is skipped for a row of the batch in training. It falls to 0 at the
+            first layer (LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710, section 4.1.1).
+        layer_dropout_schedule: `"constant"`, for fine-tuning, or `"exponential"`, for training from scratch: layer
+            dropout then rises from 0 to its value in the course of training.
         initializer_range: Standard deviation of the initial weights (not stated in the paper).
         layer_norm_eps: Epsilon of the layer norms.
         norm_placement: `"pre"` (norms before attention and feed-forward, and one after the last layer) or `"post"`
@@ -72,23 +99,10 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id: Special symbols, by default those of `CharformerTokenizer`: bytes that UTF-8 never
             uses. `None` means that there is none, for example for binary data, since `generate` stops at eos. The
             default is `None` if the vocabulary is too small for the byte.
-        num_targets: Number of characters predicted at each position, `K`; 1 is only the next.
-        target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
-        target_schedule: How they change in training: `"constant"`, `"forward"` (targets come in one after the other),
-            or another of `modeling_charformer.schedule_names()`.
         target_heads: The heads of targets 2..K of the final layer. `"linear"`: the paper's linear classifiers. `"residual"`:
             a residual block before each (like Medusa, Cai et al. 2024, arXiv 2401.10774). `"sequential"`: blocks that
             also read the characters in between, one after the other (like Hydra, Ankner et al. 2024, arXiv
             2402.05109); they draft best for `generate(use_extra_targets=True)`.
-        intermediate_layers: Layers with auxiliary losses: `"all"`, a list of numbers in 1..n-1, or `None`.
-        intermediate_weight: Factor on the losses of all intermediate layers; the paper's is 1.
-        intermediate_schedule: How that factor changes in training: `"paper"` (layer `l` of `n` drops out when `l / (2n)`
-            of it is done), `"constant"`, `"linear"`, `"cosine"`, `"random"` (one layer a step), `"rotate_2"`,
-            `"rotate_4"`, `"rotate_8"` (every second, fourth or eighth layer, in rotation), or a name given to `register_schedule`.
-        position_loss: `"all"`: every position of the window counts equally; `"last"`: only the last one counts.
-        term_weights: Weights of terms by name (`{"target_2": 0.4, "layer_1": 0.8}`), in place of those that follow from
-            the fields above.
-        loss_weighting: `"fixed"`, or `"uncertainty"`: training learns the weight of each term from its uncertainty.
         classifier_layers: Layers of a sequence or token classifier that have an auxiliary classifier in training:
             `"thirds"` (after one and two thirds of the layers, as in Inception), `"all"`, a list of numbers, or `None`.
         classifier_weight: Weight of the losses of the auxiliary classifiers.
@@ -116,6 +130,8 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     hidden_act: str = "relu"
     attention_dropout: float | int = 0.55
     activation_dropout: float | int = 0.55
+    layer_dropout: float | int = 0.0
+    layer_dropout_schedule: str = "constant"
     initializer_range: float | int = 0.02
     layer_norm_eps: float | int = 1e-5
     norm_placement: str = "pre"
@@ -125,17 +141,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
     bos_token_id: int | None = 253
     eos_token_id: int | list[int] | None = 254
 
-    num_targets: int = 2
-    target_weights: list[float | int] | tuple[float | int, ...] | None = None
-    target_schedule: str = "constant"
     target_heads: str = "linear"
-    intermediate_layers: str | list[int] | tuple[int, ...] | None = "all"
-    intermediate_weight: float | int = 1.0
-    intermediate_schedule: str = "paper"
-    position_loss: str = "all"
-    term_weights: dict[str, float | int] | None = None
-    loss_weighting: str = "fixed"
-
     classifier_layers: str | list[int] | tuple[int, ...] | None = "thirds"
     classifier_weight: float | int = 0.3
     classifier_schedule: str = "constant"
@@ -179,9 +185,17 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) does not divide hidden_size ({self.hidden_size})"
             )
-        for name in ("attention_dropout", "activation_dropout"):
+        for name in ("attention_dropout", "activation_dropout", "layer_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in the range from 0 to below 1")
+        if self.layer_dropout and self.num_hidden_layers == 1:
+            raise ValueError(
+                f"layer_dropout is {self.layer_dropout}; a model of 1 layer has none to drop, so it must be 0"
+            )
+        if self.layer_dropout_schedule not in ("constant", "exponential"):
+            raise ValueError(
+                f"layer_dropout_schedule is {self.layer_dropout_schedule!r}; it must be 'constant' or 'exponential'"
+            )
         for name in ("initializer_range", "layer_norm_eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number above 0")
@@ -199,14 +213,7 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
                 f"num_targets ({self.num_targets}) times num_hidden_layers ({self.num_hidden_layers}) must be"
                 f" {MAX_HEADS} or less: each layer may have a classifier for each target"
             )
-        layers_with_heads = self.num_hidden_layers if self.intermediate_layers is not None else 1
-        sizes = {
-            "num_targets": self.num_targets * layers_with_heads * self.vocab_size * self.hidden_size,
-            "vocab_size": 2 * self.vocab_size * self.hidden_size,
-            "max_position_embeddings": self.num_hidden_layers * self.max_position_embeddings * self.hidden_size,
-            "hidden_size": 4 * self.num_hidden_layers * self.hidden_size**2,
-            "intermediate_size": 2 * self.num_hidden_layers * self.hidden_size * self.intermediate_size,
-        }
+        sizes = parameter_counts(vars(self))
         if sum(sizes.values()) > MAX_PARAMETERS:
             largest = max(sizes, key=lambda name: sizes[name])
             raise ValueError(
@@ -234,19 +241,8 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
 
     def language_model_losses(self) -> AuxiliaryLossSettings:
         """The losses that a language model with this configuration is trained with."""
-        return self._with_term_weights(
-            AuxiliaryLossSettings(
-                self.num_hidden_layers,
-                num_targets=self.num_targets,
-                target_weights=self.target_weights,
-                target_schedule=self.target_schedule,
-                intermediate_layers=self.intermediate_layers,
-                intermediate_weight=self.intermediate_weight,
-                intermediate_schedule=self.intermediate_schedule,
-                position_loss=self.position_loss,
-                loss_weighting=self.loss_weighting,
-            )
-        )
+        values = {item.name: getattr(self, item.name) for item in fields(LossFields) if item.name != "term_weights"}
+        return self._with_term_weights(AuxiliaryLossSettings(num_layers=self.num_hidden_layers, **values))
 
     def classifier_losses(self) -> AuxiliaryLossSettings:
         """The losses that a sequence or token classifier with this configuration is trained with."""
@@ -300,6 +296,8 @@ class CharformerConfig(CharformerPushToHubMixin, PreTrainedConfig):
             raise ValueError(f"purpose is {purpose!r}; it must be one of {sorted(losses)}")
         return cls(**(losses[purpose] | fields))
 
+
+OWN_FIELDS = (*LossFields.__annotations__, *CharformerConfig.__annotations__)
 
 # A saved configuration includes its code, also when it was loaded with that code.
 CharformerConfig.register_for_auto_class()

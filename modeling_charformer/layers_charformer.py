@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence (of queries), H heads, D head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -124,6 +124,33 @@ class CharformerMLP(nn.Module):
         return hidden_states
 
 
+def rows_to_run(
+    config: CharformerConfig, hidden_states: Tensor, progress: float | None, training: bool
+) -> Sequence[Tensor | None]:
+    """Draw which rows of `hidden_states` `(B, S, hidden_size)` each layer runs on, `(B, 1, 1)`, true where it runs.
+
+    `None` for a layer means all rows. Without layer dropout, and in evaluation, nothing is drawn.
+
+    Layer dropout of LayerSkip (Elhoushi et al. 2024, arXiv 2404.16710, section 4.1.1). Layer `l` of `L`, counted from 0, is
+    dropped for a row with the probability `S * D(l) * config.layer_dropout`. `D(l) = exp(l ln 2 / (L - 1)) - 1` rises from 0
+    to 1. `S` is 1 with the schedule `"constant"`, and `exp(p ln 2) - 1` with `"exponential"`, where `p` is `progress`, the
+    share of training done; `None` means 0.
+
+    Raises:
+        ValueError: If `progress` is outside 0..1.
+    """
+    if not (training and config.layer_dropout):
+        return [None] * config.num_hidden_layers
+    progress = 0.0 if progress is None else progress
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"training_progress is {progress}; it is the share of training done, from 0 to 1")
+    scale = 2.0**progress - 1 if config.layer_dropout_schedule == "exponential" else 1.0
+    layers, device = config.num_hidden_layers, hidden_states.device
+    rates = scale * config.layer_dropout * ((torch.arange(layers, device=device) / (layers - 1)).exp2() - 1)
+    # Drawn at once, outside the layers: a checkpointed layer that runs again in the backward pass must see the same draw.
+    return (torch.rand(layers, len(hidden_states), 1, 1, device=device) >= rates[:, None, None, None]).unbind()
+
+
 class CharformerLayer(GradientCheckpointingLayer):
     """One layer. A learned position table, one for each layer, is added to its input (paper, section 2)."""
 
@@ -142,6 +169,7 @@ class CharformerLayer(GradientCheckpointingLayer):
         position_ids: Tensor,
         positions_to_keep: int = 0,
         input_is_kept: bool = False,
+        runs: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The layer's output `(B, S, hidden_size)`.
@@ -150,7 +178,11 @@ class CharformerLayer(GradientCheckpointingLayer):
             positions_to_keep: Number of last positions to compute; 0 means all.
             input_is_kept: Whether an auxiliary head already stores this layer's input for the backward pass. The sum with
                 the position embeddings and its norm are then recomputed from it rather than stored as well.
+            runs: `(B, 1, 1)`, false for the rows whose output is this layer's input, unchanged. The layer is computed for them
+                all the same: shapes that depend on a draw would break a compiled graph, and a parameter that no row uses on
+                one process would stop DistributedDataParallel.
         """
+        layer_input = hidden_states
         if input_is_kept and self.norm_first and not (self.gradient_checkpointing and self.training):
             hidden_states, attended = checkpoint(
                 self._with_positions, hidden_states, position_ids, use_reentrant=False, preserve_rng_state=False
@@ -164,6 +196,8 @@ class CharformerLayer(GradientCheckpointingLayer):
         else:
             hidden_states = self.attention_norm(hidden_states)
             hidden_states = self.mlp_norm(hidden_states + self.mlp(hidden_states))
+        if runs is not None:
+            hidden_states = torch.where(runs, hidden_states, layer_input[:, -positions_to_keep:])
         return hidden_states
 
     def _with_positions(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ weight is 0 is not run.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -175,24 +175,49 @@ def term_name(layer: int, offset: int, num_layers: int, main: str = "next_char")
     return f"layer_{layer}" if offset == 1 else f"layer_{layer}_target_{offset}"
 
 
-@dataclass(frozen=True)
-class AuxiliaryLossSettings:
-    """The losses that a model is trained with, and their weights and schedules. The defaults are the paper's.
+@dataclass
+class LossFields:
+    """The fields that say how a language model is trained; `CharformerConfig` has them too. The defaults are the paper's.
+
+    Args:
+        num_targets: Number of symbols predicted at each position, `K`; 1 is only the next.
+        target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
+        target_schedule: How they change in training: `"constant"`, `"forward"` (targets come in one after the other),
+            or another of `modeling_charformer.schedule_names()`.
+        intermediate_layers: Layers with auxiliary losses: `"all"`, a list of numbers in 1..n-1, or `None`.
+        intermediate_weight: Factor on the losses of all intermediate layers; the paper's is 1.
+        intermediate_schedule: How that factor changes in training: `"paper"` (layer `l` of `n` drops out when `l / (2n)`
+            of it is done), `"constant"`, `"linear"`, `"cosine"`, `"random"` (one layer a step), `"rotate_2"`,
+            `"rotate_4"`, `"rotate_8"` (every second, fourth or eighth layer, in rotation), or a name given to `register_schedule`.
+        position_loss: `"all"`: every position of the window counts equally; `"last"`: only the last one counts.
+        position_share: Share of the positions on which training computes each auxiliary term, above 0 to 1 (all). They are
+            drawn anew for each step and term. Expected values and gradients stay the same; the cost falls with the share.
+        term_weights: Weights of terms by name (`{"target_2": 0.4, "layer_1": 0.8}`), in place of those that follow from
+            the fields above; before the schedules apply.
+        loss_weighting: `"fixed"`, or `"uncertainty"`: training also learns a factor for each term from the term's
+            homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115).
+    """
+
+    num_targets: int = 2
+    target_weights: list[float | int] | tuple[float | int, ...] | None = None
+    target_schedule: str = "constant"
+    intermediate_layers: str | list[int] | tuple[int, ...] | None = "all"
+    intermediate_weight: float | int = 1.0
+    intermediate_schedule: str = "paper"
+    position_loss: str = "all"
+    position_share: float | int = 1.0
+    term_weights: dict[str, float | int] | None = None
+    loss_weighting: str = "fixed"
+
+
+@dataclass(kw_only=True)
+class AuxiliaryLossSettings(LossFields):
+    """The losses that a model is trained with: the fields of `LossFields`, and what the model determines.
 
     Args:
         num_layers: Number of layers `n` of the model.
-        num_targets: Number of symbols predicted at each position, `K`; 1 is only the next.
-        target_weights: Weights of targets 2..K; `None` is the paper's 0.5 each.
-        target_schedule: How the weights of targets 2..K change in training, by its name in `schedule_names()`.
-        intermediate_layers: Layers with auxiliary losses: `"all"`, numbers of 1..n-1, or `None`.
-        intermediate_weight: Factor on the losses of all intermediate layers.
-        intermediate_schedule: How that factor changes in training.
-        position_loss: `"all"`: every position counts equally; `"last"`: only the last one counts; `None`: the model does not
-            predict at every position, so there is no term `last_position`.
-        term_weights: Weights of terms by name, in place of those that follow from the fields above; before schedules.
-        loss_weighting: `"fixed"`: as above; `"uncertainty"`: in addition, training learns a factor for each term from the
-            term's homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115).
         main: Name of the main term.
+        has_last_position: Whether the model predicts at every position, so that there is a term `last_position`.
         prefix: Prefix of the names of the intermediate layers' fields in messages: `intermediate_layers`, ...
 
     Raises:
@@ -200,16 +225,8 @@ class AuxiliaryLossSettings:
     """
 
     num_layers: int
-    num_targets: int = 2
-    target_weights: Sequence[float] | None = None
-    target_schedule: str = "constant"
-    intermediate_layers: Sequence[int] | str | None = "all"
-    intermediate_weight: float = 1.0
-    intermediate_schedule: str = "paper"
-    position_loss: str | None = "all"
-    term_weights: Mapping[str, float] | None = None
-    loss_weighting: str = "fixed"
     main: str = "next_char"
+    has_last_position: bool = True
     prefix: str = field(default="intermediate", compare=False)
 
     def __post_init__(self) -> None:
@@ -226,8 +243,9 @@ class AuxiliaryLossSettings:
         _check_weight(f"{self.prefix}_weight is", self.intermediate_weight)
         self._check_intermediate_layers()
         self._check_schedules()
-        if self.position_loss not in ("all", "last", None):
+        if self.position_loss not in ("all", "last"):
             raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
+        _check_position_share(self.position_share, self.position_loss)
         if self.loss_weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
         names = [term.name for term in self.terms]
@@ -246,6 +264,24 @@ class AuxiliaryLossSettings:
                 f"target_schedule is {self.target_schedule!r}, which chooses among the intermediate layers and would never"
                 " train the final layer's targets; give it as intermediate_schedule, or take 'constant' or 'forward' here"
             )
+
+    def check_schedules_are_on(self, num_steps: int) -> None:
+        """
+        Raises:
+            ValueError: If the factor of a schedule is 0 for all its terms throughout a training of that many steps.
+        """
+        of_layers = [(layer, 1) for layer in self.layers]
+        of_targets = [(self.num_layers, offset) for offset in range(2, self.num_targets + 1)]
+        for name, schedule, terms in (
+            (f"{self.prefix}_schedule", self.intermediate_schedule, of_layers),
+            ("target_schedule", self.target_schedule, of_targets),
+        ):
+            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps + 1) for term in terms)
+            if terms and not any(scheduled(schedule, at) for at in moments):
+                raise ValueError(
+                    f"{name} is {schedule!r}, whose factor is 0 at each of the {num_steps} steps: it would never train the"
+                    f" terms that it weighs. Give one of {schedule_names()}, or leave these terms out"
+                )
 
     def _check_intermediate_layers(self) -> None:
         layers, last = self.intermediate_layers, self.num_layers - 1
@@ -277,11 +313,11 @@ class AuxiliaryLossSettings:
         and its value is only reported.
         """
         of_targets = [1.0, *(self.target_weights or [0.5] * (self.num_targets - 1))]
-        given, positions = self.term_weights or {}, self.position_loss or "all"
+        given, positions = self.term_weights or {}, self.position_loss
         of_main = given.get(self.main, 1.0)
         at_all, at_last = (0.0, of_main) if positions == "last" else (of_main, 0.0)
         terms = [LossTerm(self.main, self.num_layers, 1, at_all, True)]
-        if self.position_loss is not None:
+        if self.has_last_position:
             weight = given.get(LAST_POSITION, at_last)
             terms.append(LossTerm(LAST_POSITION, self.num_layers, 1, weight, True, "last"))
         for layer in (self.num_layers, *self.layers):
@@ -298,6 +334,9 @@ class AuxiliaryLossSettings:
         """The weights in evaluation: the loss is the main one alone, at all positions."""
         return {term.name: float(term.positions == "all") for term in self.terms if term.is_main}
 
+    def _moment(self, layer: int, offset: int, progress: float, step: int) -> ScheduleContext:
+        return ScheduleContext(layer, offset, self.num_layers, self.num_targets, self.layers, progress, step)
+
     def weights_at(self, progress: float | None, step: int | None = None) -> dict[str, float]:
         """The weight of each term by name when the share `progress` of training, and `step` steps, are done.
 
@@ -307,11 +346,9 @@ class AuxiliaryLossSettings:
         progress = 0.0 if progress is None else progress
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"training_progress is {progress}; it is the share of training done, from 0 to 1")
-        weights, layers = {}, self.layers
+        weights = {}
         for term in self.terms:
-            at = ScheduleContext(
-                term.layer, term.offset, self.num_layers, self.num_targets, layers, progress, step or 0
-            )
+            at = self._moment(term.layer, term.offset, progress, step or 0)
             factor = 1.0 if term.offset == 1 else scheduled(self.target_schedule, at)
             if term.layer < self.num_layers:
                 factor *= scheduled(self.intermediate_schedule, at)
@@ -321,7 +358,7 @@ class AuxiliaryLossSettings:
 
 def classifier_settings(
     num_layers: int,
-    layers: Sequence[int] | str | None = "thirds",
+    layers: list[int] | tuple[int, ...] | str | None = "thirds",
     weight: float = 0.3,
     schedule: str = "constant",
     **more: Any,
@@ -334,12 +371,12 @@ def classifier_settings(
     if layers == "thirds":
         layers = sorted({round(num_layers / 3), round(2 * num_layers / 3)} & set(range(1, num_layers)))
     return AuxiliaryLossSettings(
-        num_layers,
+        num_layers=num_layers,
         num_targets=1,
         intermediate_layers=layers,
         intermediate_weight=weight,
         intermediate_schedule=schedule,
-        position_loss=None,
+        has_last_position=False,
         main="classification",
         **more,
     )
@@ -348,3 +385,14 @@ def classifier_settings(
 def _check_weight(field: str, weight: float) -> None:
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"{field} {weight}; a weight is a finite number that is 0 or more")
+
+
+def _check_position_share(share: float, position_loss: str | None) -> None:
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not is_number or not (math.isfinite(share) and 0 < share <= 1):
+        raise ValueError(f"position_share is {share!r}; it must be a number above 0, at most 1 (all positions)")
+    if share < 1 and position_loss == "last":
+        raise ValueError(
+            f"position_share is {share} and position_loss 'last': a loss at the last position alone has no positions to"
+            " choose from. Give position_share=1, or position_loss='all'"
+        )

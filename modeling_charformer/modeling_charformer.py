@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K number of targets.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ from .auxiliary_losses import (
     IGNORE_INDEX,
     LossStep,
     Targets,
-    causal_lm_losses,
     classification_loss,
     last_of_text,
     loss_of_logits,
@@ -30,7 +29,8 @@ from .auxiliary_losses import (
 from .compatibility import CACHE, check_arguments, check_ids, check_range, one_cache
 from .configuration_charformer import CharformerConfig
 from .generation_charformer import CharformerGenerationMixin
-from .layers_charformer import CharformerLayer, to_autocast_dtype
+from .heads_charformer import CharformerHeadsMixin
+from .layers_charformer import CharformerLayer, rows_to_run
 from .loss_settings import AuxiliaryLossSettings, LossTerm
 from .pretrained_charformer import CharformerCausalLMOutput, CharformerClassifierOutput, CharformerPreTrainedModel
 
@@ -62,6 +62,7 @@ class CharformerModel(CharformerPreTrainedModel):
         on_layer_output: Mapping[int, Callable[[Tensor], None]] | None = None,
         positions_to_keep: int = 0,
         num_layers: int | None = None,
+        training_progress: float | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -76,6 +77,7 @@ class CharformerModel(CharformerPreTrainedModel):
                 their layer, so only one layer's auxiliary gradient is in memory at a time.
             positions_to_keep: Number of last positions that the last layer computes; 0 means all.
             num_layers: Run only this many layers (1..n). `last_hidden_state` is then their output after the final norm.
+            training_progress: Share of training done, 0 to 1, for the schedule of layer dropout; `None` means 0.
 
         Raises:
             TypeError: If an unknown argument could change the result.
@@ -105,12 +107,12 @@ class CharformerModel(CharformerPreTrainedModel):
         )
         position_ids = self._positions_in_window(inputs_embeds, attention_mask, position_ids, cache)
 
-        hidden_states = inputs_embeds
-        on_layer_output = on_layer_output or {}
+        hidden_states, on_layer_output = inputs_embeds, on_layer_output or {}
         last_mask = self._mask_of_last_positions(causal_mask, hidden_states, positions_to_keep)
         if num_layers is not None and not 1 <= num_layers <= len(self.layers):
             raise ValueError(f"num_layers is {num_layers}; it must be 1 to {len(self.layers)}")
         layers = self.layers[:num_layers]
+        runs = rows_to_run(self.config, hidden_states, training_progress, self.training)
         for number, layer in enumerate(layers, start=1):
             is_last = number == len(layers)
             hidden_states = layer(
@@ -120,6 +122,7 @@ class CharformerModel(CharformerPreTrainedModel):
                 cache=cache,
                 positions_to_keep=positions_to_keep if is_last else 0,
                 input_is_kept=number - 1 in on_layer_output,
+                runs=runs[number - 1],
                 **kwargs,
             )
             if number in on_layer_output:
@@ -171,7 +174,9 @@ class CharformerModel(CharformerPreTrainedModel):
         return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
 
 
-class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin, GenerationMixin):  # type: ignore[misc]  # bases differ in `generate`
+class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
+    CharformerHeadsMixin, CharformerPreTrainedModel, CharformerGenerationMixin, GenerationMixin
+):
     """A Charformer that predicts the next character and, in training, the targets of the auxiliary losses.
 
     `auxiliary_heads` maps the name of each term of `config.language_model_losses().terms` to its head. The terms that
@@ -216,6 +221,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         logits_to_keep: int | Tensor = 0,
         training_progress: float | None = None,
         training_step: int | None = None,
+        training_seed: int | None = None,
         target_counts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_final_hidden_state: bool = False,
@@ -234,6 +240,7 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             training_progress: Share of training done, 0 to 1, for the schedules; `None` means 0. In evaluation mode
                 the loss is that of the language model alone.
             training_step: Number of optimizer steps done, for the schedules that change at each step; `None` means 0.
+            training_seed: With `training_step`, determines the positions of the terms if `position_share` is below 1.
             target_counts: `(2, K)` counts over the whole optimizer step, see `Targets`.
             num_items_in_batch: Number of next characters in the whole optimizer step, as `transformers.Trainer` passes it.
             return_final_hidden_state: Also return the input of `lm_head` at the positions of `logits`.
@@ -250,8 +257,10 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
         self._check_labels(labels, shift_labels, input_ids if input_ids is not None else inputs_embeds)
         inputs |= kwargs | {"shift_labels": shift_labels}
         targets = Targets(inputs, self.config.num_targets, num_items_in_batch, target_counts)
-        step = LossStep(self.loss_settings, targets.given, self.training, training_progress, training_step)
-        losses_of = partial(self._losses, targets)
+        step = LossStep(
+            self.loss_settings, targets.given, self.training, training_progress, training_step, training_seed
+        )
+        losses_of = partial(self.losses_of_layer, step, targets)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -260,13 +269,13 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             on_layer_output=step.on_layer_output(losses_of),
+            training_progress=training_progress,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, positions])
-        for terms, head_input in self._final_head_inputs(step.final_terms, hidden_states, input_ids, inputs_embeds):
-            step.add(losses_of(terms, head_input))
+        self.add_final_losses(step, targets, hidden_states, input_ids, inputs_embeds)
         if targets.given:
             # The loss needs the logits of all positions, in order; those of an index tensor may be in another order.
             all_logits = (
@@ -281,70 +290,6 @@ class CharformerForCausalLM(CharformerPreTrainedModel, CharformerGenerationMixin
             attentions=outputs.attentions,
             final_hidden_state=hidden_states[:, positions] if return_final_hidden_state else None,
         )
-
-    def _losses(self, targets: Targets, terms: list[LossTerm], head_input: Tensor) -> dict[str, Tensor]:
-        """The values, by name, of auxiliary `terms` whose heads read the same `head_input`."""
-        return causal_lm_losses(head_input, partial(self.classify, terms), terms, targets, self.config.vocab_size)
-
-    def _final_head_inputs(
-        self,
-        terms: list[LossTerm],
-        final_hidden_state: Tensor,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> Iterator[tuple[list[LossTerm], Tensor]]:
-        """The final layer's `terms`, grouped by the input of their heads, each group with this input `(B, S, hidden_size)`."""
-        if not terms:
-            return
-        if not self.target_blocks:
-            yield terms, final_hidden_state
-            return
-        if self._is_sequential and inputs_embeds is None:
-            inputs_embeds = self.model.embed_tokens(input_ids)
-        by_offset = {term.offset: term for term in terms}
-        state = final_hidden_state
-        for offset in range(2, max(by_offset) + 1):
-            previous = None
-            if self._is_sequential and inputs_embeds is not None:
-                # The zeros shifted in at the end do not matter: no target belongs to them.
-                previous = nn.functional.pad(inputs_embeds, (0, 0, 0, offset - 1))[:, offset - 1 :]
-            head_input = self._head_input(offset, state, previous)
-            if self._is_sequential:
-                state = head_input
-            if offset in by_offset:
-                yield [by_offset[offset]], head_input
-
-    @property
-    def _is_sequential(self) -> bool:
-        return self.config.target_heads == "sequential"
-
-    def _head_input(self, offset: int, state: Tensor, previous: Tensor | None) -> Tensor:
-        """The input of the head of target `offset`. `previous` embeds the character before the target, if sequential."""
-        return self.target_blocks[f"target_{offset}"](state, previous) if self.target_blocks else state
-
-    def draft(self, offset: int, state: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(B, V)` of the character `offset` (2..K) steps ahead, and the `state` to pass for the next offset.
-
-        Args:
-            state: `(B, hidden_size)`. For target 2 a position's `final_hidden_state`, then the state that the last call returned.
-            previous: Ids `(B,)` of the characters `offset - 1` steps ahead, known or drafted.
-        """
-        head_input = self._head_input(
-            offset, state, self.model.embed_tokens(previous) if self._is_sequential else None
-        )
-        return self.auxiliary_heads[f"target_{offset}"](head_input), head_input if self._is_sequential else state
-
-    def classify(self, terms: Sequence[LossTerm], hidden_states: Tensor) -> list[Tensor]:
-        """Logits `(..., V)` of the heads of auxiliary `terms`, all of one layer.
-
-        Args:
-            terms: At least one.
-            hidden_states: The layer's output `(..., hidden_size)`. That of the final layer has passed the final norm.
-        """
-        if terms[0].layer < len(self.model.layers):
-            hidden_states = self.model.norm(hidden_states)
-        hidden_states = to_autocast_dtype(hidden_states)
-        return [self.auxiliary_heads[term.name](hidden_states) for term in terms]
 
     def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> None:
         for name, given in (("labels", labels), ("shift_labels", shift_labels)):
@@ -422,6 +367,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=False,
             on_layer_output=step.on_layer_output(losses_of),
+            training_progress=training_progress,
             **kwargs,
         )
         logits = self.score(self._select(outputs.last_hidden_state, attention_mask))

@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, auxiliary_losses, loss_settings
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, cross_entropy, loss_settings
 from modeling_charformer.auxiliary_losses import (
     Targets,
     causal_lm_losses,
-    chunked_cross_entropy_sums,
-    cross_entropy_sum,
     last_target_positions,
     shifted_targets,
 )
+from modeling_charformer.cross_entropy import chunked_cross_entropy_sums, cross_entropy_sum
 from modeling_charformer.loss_settings import (
     AuxiliaryLossSettings,
     LossTerm,
@@ -212,7 +211,7 @@ def test_zero_weights_train_like_the_plain_model_at_the_same_seed(make_model, ma
 
 
 def test_paper_schedule_drops_the_first_layer_first_and_all_by_half():
-    settings = AuxiliaryLossSettings(4)
+    settings = AuxiliaryLossSettings(num_layers=4)
 
     def layers_at(progress: float) -> set[int]:
         weights = settings.weights_at(progress)
@@ -241,7 +240,11 @@ def test_schedules_stay_in_the_unit_interval_and_never_rise(name):
 
 def test_terms_of_two_targets_and_chosen_layers():
     settings = AuxiliaryLossSettings(
-        4, target_weights=[0.25], intermediate_layers=[3, 1], intermediate_weight=0.5, term_weights={"layer_3": 0.8}
+        num_layers=4,
+        target_weights=[0.25],
+        intermediate_layers=[3, 1],
+        intermediate_weight=0.5,
+        term_weights={"layer_3": 0.8},
     )
     assert settings.terms == (
         LossTerm("next_char", 4, 1, 1.0, True, "all"),
@@ -255,7 +258,7 @@ def test_terms_of_two_targets_and_chosen_layers():
 
 
 def test_forward_schedule_brings_targets_in_one_after_the_other():
-    settings = AuxiliaryLossSettings(2, num_targets=4, target_schedule="forward", intermediate_layers=None)
+    settings = AuxiliaryLossSettings(num_layers=2, num_targets=4, target_schedule="forward", intermediate_layers=None)
 
     def targets_at(progress: float) -> set[int]:
         weights = settings.weights_at(progress)
@@ -278,7 +281,7 @@ def test_random_schedule_takes_one_layer_a_step_and_all_equally_often():
 
 @pytest.mark.parametrize("interval", [2, 4, 8])
 def test_rotating_schedule_takes_every_layer_once_an_interval(interval):
-    settings = AuxiliaryLossSettings(9, num_targets=1, intermediate_schedule=f"rotate_{interval}")
+    settings = AuxiliaryLossSettings(num_layers=9, num_targets=1, intermediate_schedule=f"rotate_{interval}")
     for layer in settings.layers:
         active = [settings.weights_at(0.5, step)[f"layer_{layer}"] for step in range(3 * interval)]
         assert sum(active) == 3 and active[:interval] == active[interval : 2 * interval]
@@ -302,7 +305,7 @@ def test_rotating_schedule_takes_every_layer_once_an_interval(interval):
 )
 def test_wrong_settings_name_field_value_and_choice(settings, message):
     with pytest.raises(ValueError, match=message):
-        AuxiliaryLossSettings(4, **settings)
+        AuxiliaryLossSettings(num_layers=4, **settings)
 
 
 @pytest.mark.parametrize(("num_layers", "expected"), [(12, (4, 8)), (4, (1, 3)), (2, (1,)), (1, ())])
@@ -322,7 +325,7 @@ def test_chunks_give_the_same_losses_and_gradients(monkeypatch):
     weights = [hidden, *heads[0].parameters(), *heads[1].parameters()]
     whole = torch.stack([cross_entropy_sum(head(hidden), own) for head, own in zip(heads, targets, strict=True)])
     expected = torch.autograd.grad(whole @ torch.tensor([1.0, 0.3]), weights)
-    monkeypatch.setattr(auxiliary_losses, "MAX_LOGITS", 5 * 2 * 11)  # pieces of five rows
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 5 * 2 * 11)  # pieces of five rows
     pieces = chunked_cross_entropy_sums(hidden, targets, lambda rows: [head(rows) for head in heads], 11)
     torch.testing.assert_close(pieces, whole)
     torch.testing.assert_close(torch.autograd.grad(pieces @ torch.tensor([1.0, 0.3]), weights), expected)

@@ -73,6 +73,11 @@ def test_recommended_losses_and_dropout_are_those_of_the_recipes():
         ({"classifier_layers": [12]}, r"classifier_layers contains \[12\].* 1 to 11"),
         ({"classifier_weight": float("nan")}, "classifier_weight is nan"),
         ({"classifier_schedule": "papr"}, "classifier_schedule is 'papr'"),
+        ({"layer_dropout": 1.0}, "layer_dropout is 1.0; it must be in the range from 0 to below 1"),
+        ({"layer_dropout": -0.1}, "layer_dropout is -0.1"),
+        ({"layer_dropout": float("nan")}, "layer_dropout is nan"),
+        ({"layer_dropout": 0.1, "num_hidden_layers": 1, "intermediate_layers": None}, "a model of 1 layer has none"),
+        ({"layer_dropout_schedule": "cosine"}, "layer_dropout_schedule is 'cosine'; it must be 'constant' or"),
         ({"position_loss": "first"}, "position_loss is 'first'; it must be 'all' or 'last'"),
     ],
 )

@@ -27,8 +27,10 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulated": {"gradient_accumulation_steps": 2},
     "last_position": {"model": {"position_loss": "last", "num_targets": 3}},
     "checkpointed": {"gradient_checkpointing": True},
-    "learned_weights": {"model": {"loss_weighting": "uncertainty", "intermediate_schedule": "rotate_2"}},
-    "saved": {"save_strategy": "steps", "save_steps": 3},
+    "learned_weights": {
+        "model": {"loss_weighting": "uncertainty", "intermediate_schedule": "rotate_2", "position_share": 0.3}
+    },
+    "saved": {"save_strategy": "steps", "save_steps": 3, "model": {"position_share": 0.2}},
     "added": {"model": "llama", "gradient_accumulation_steps": 2},
     "half": {"bf16": True},
     "muon": {"muon": True},

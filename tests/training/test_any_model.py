@@ -10,6 +10,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BartForCausalLM,
     LlamaForCausalLM,
     set_seed,
@@ -194,7 +195,7 @@ def test_peft_trains_adapters_and_heads():
             r"no settings \['num_targets'\] for BertForSequenceClassification",
         ),
         (
-            lambda: BartForCausalLM(AutoConfig.for_model("bart", d_model=16, decoder_layers=2, vocab_size=61)),
+            lambda: BartForCausalLM(BartConfig(d_model=16, decoder_layers=2, vocab_size=61)),
             {},
             "the loss of BartForCausalLM is not the mean cross-entropy of its logits for the next token",
         ),

@@ -16,7 +16,7 @@ from charformer_training import (
     AuxiliaryLossTrainingArguments,
     add_auxiliary_losses,
 )
-from modeling_charformer import CharformerConfig, CharformerForSequenceClassification
+from modeling_charformer import CharformerConfig, CharformerForSequenceClassification, register_schedule
 from tests.helpers import TINY, assert_same_logs, loss_logs
 from tests.training.any_models import DEPRECATED, build
 
@@ -136,6 +136,31 @@ class TestTrainer:
         ]
         assert {"loss_next_token", "loss_target_2", "loss_layer_1_target_2", "loss_last_position"} <= set(logs[0][0])
         assert_same_logs(*logs)
+
+    @pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
+    def test_figures_of_drawn_positions_are_the_same_however_a_batch_is_split(self, weighting, tmp_path):
+        logs = []
+        for batch, seed in ((8, 0), (2, 0), (8, 1)):
+            model = add_auxiliary_losses(build("gpt2"), position_share=0.2, loss_weighting=weighting)
+            logs.append(loss_logs(train(model, tmp_path, batch=batch, accumulation=8 // batch, seed=seed)))
+        assert_same_logs(*logs[:2])
+        assert logs[0][0]["loss_next_token"] == pytest.approx(logs[2][0]["loss_next_token"])
+        assert abs(logs[0][0]["loss_layer_1"] - logs[2][0]["loss_layer_1"]) > 1e-3  # other positions
+        whole = loss_logs(train(add_auxiliary_losses(build("gpt2")), tmp_path))
+        assert logs[0][0]["loss_next_token"] == pytest.approx(whole[0]["loss_next_token"])
+        assert logs[0][0]["loss_layer_1"] == pytest.approx(whole[0]["loss_layer_1"], rel=0.2)
+
+    def test_schedule_that_is_never_on_is_refused_before_the_first_step(self, tmp_path):
+        register_schedule("never", lambda at: 0.0)
+        for field in ("intermediate_schedule", "target_schedule"):
+            model = add_auxiliary_losses(build("gpt2"), **{field: "never"})
+            with pytest.raises(ValueError, match=f"{field} is 'never', whose factor is 0 at each of the 4 steps"):
+                train(model, tmp_path)
+        register_schedule("late", lambda at: float(at.progress > 0.7))
+        assert (
+            "loss_layer_1"
+            in loss_logs(train(add_auxiliary_losses(build("gpt2"), intermediate_schedule="late"), tmp_path))[-1]
+        )
 
     @pytest.mark.parametrize("kind", ["bert", "llama"])
     @pytest.mark.parametrize("added", [False, True])

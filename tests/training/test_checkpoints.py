@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, add_auxiliary_losses
-from charformer_training.arguments import lower_is_better
 from charformer_training.manifest import inspect, newest_good
 from charformer_training.stopping import StoppedBySignal
 from tests.helpers import loss_logs
@@ -206,6 +205,10 @@ class TestOtherSettings:
     def test_a_name_that_is_none_of_a_setting_is_refused(self, make_trainer, checkpoint):
         with pytest.raises(ValueError, match="accept_changes names learning_rat; a run has the settings"):
             make_trainer(**SAVING).train(resume_from_checkpoint=str(checkpoint), accept_changes=["learning_rat"])
+        trainer = make_trainer()
+        with pytest.raises(ValueError, match="accept_changes names learning_rat; a run has the settings"):
+            trainer.train(accept_changes=["learning_rat"])  # nothing is resumed
+        assert trainer.state.global_step == 0
 
 
 class SendSignal(TrainerCallback):
@@ -358,12 +361,13 @@ class TestBestModel:
             ("eval_mine_loss_layer_2", True),
             ("eval_aux_loss", True),
             ("eval_perplexity", True),
+            ("eval_news_nll", True),
+            ("eval_map_loss_layer_3", True),
             ("eval_accuracy", False),
             ("eval_f1_glossary", False),
         ],
     )
     def test_lower_is_better_for_every_loss_and_bits_figure(self, metric, lower, tmp_path):
-        assert lower_is_better(metric) == lower
         settings = {"output_dir": str(tmp_path), "metric_for_best_model": metric, "use_cpu": True, "report_to": "none"}
         assert AuxiliaryLossTrainingArguments(**settings).greater_is_better == (not lower)
         assert AuxiliaryLossTrainingArguments(**settings, greater_is_better=True).greater_is_better

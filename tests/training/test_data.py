@@ -90,7 +90,7 @@ def test_a_failed_write_leaves_nothing(cache):
         raise RuntimeError("connection lost")
 
     with pytest.raises(RuntimeError, match="connection lost"):
-        data_module._write_corpus(texts(), b"", "key")
+        data_module.write_corpus(texts(), b"", "key")
     assert not list(cache.rglob("*.*"))
 
 

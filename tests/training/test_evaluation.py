@@ -102,7 +102,7 @@ def _bits_of(model, data, places):
     bits: dict[int, float] = {}
     for number in range(len(windows)):
         with torch.no_grad():
-            positions, values = evaluation._bits(model, np.frombuffer(data, np.uint8), *windows[number])
+            positions, values = evaluation.bits_of_positions(model, np.frombuffer(data, np.uint8), *windows[number])
         bits |= dict(zip(positions.tolist(), values.tolist(), strict=True))
     return [bits[place] for place in places]
 
@@ -111,7 +111,7 @@ def test_an_interrupted_evaluation_goes_on(make_model, tmp_path, monkeypatch):
     model, state = make_model(), tmp_path / "state"
     expected = bits_per_character(model, TEXT, batch_size=2, progress=False)
     monkeypatch.setattr(evaluation, "SECONDS_BETWEEN_SAVES", 0.0)
-    work = evaluation._bits
+    work = evaluation.bits_of_positions
     done: list[int] = []
 
     def interrupted(*arguments):
@@ -120,12 +120,12 @@ def test_an_interrupted_evaluation_goes_on(make_model, tmp_path, monkeypatch):
         done.append(1)
         return work(*arguments)
 
-    monkeypatch.setattr(evaluation, "_bits", interrupted)
+    monkeypatch.setattr(evaluation, "bits_of_positions", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bits_per_character(model, TEXT, batch_size=2, progress=False, state_file=state)
     assert (tmp_path / "state.0").exists()
 
-    monkeypatch.setattr(evaluation, "_bits", work)
+    monkeypatch.setattr(evaluation, "bits_of_positions", work)
     with pytest.raises(ValueError, match="belongs to an evaluation of another text or model"):
         bits_per_character(model, TEXT, batch_size=3, progress=False, state_file=state)
     calls = []
@@ -134,7 +134,7 @@ def test_an_interrupted_evaluation_goes_on(make_model, tmp_path, monkeypatch):
         calls.append(1)
         return work(*arguments)
 
-    monkeypatch.setattr(evaluation, "_bits", counted)
+    monkeypatch.setattr(evaluation, "bits_of_positions", counted)
     result = bits_per_character(model, TEXT, batch_size=2, progress=False, state_file=state)
     assert result.bpc == expected.bpc and len(calls) == 39 - 20
     assert not (tmp_path / "state.0").exists()

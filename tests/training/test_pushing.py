@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments
 from charformer_training.card import merged_card, run_card
-from charformer_training.pushing import _stage_checkpoint
+from charformer_training.pushing import stage_checkpoint
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerForSequenceClassification
 from modeling_charformer.hub import is_unfilled_form
 from tests.helpers import TINY
@@ -115,7 +115,7 @@ class TestMerging:
 class TestStage:
     def test_a_checkpoint_becomes_a_repository(self, trained, tmp_path):
         checkpoint = tmp_path / "run" / "checkpoint-2"
-        _stage_checkpoint(checkpoint, tmp_path / "stage", "last-checkpoint")
+        stage_checkpoint(checkpoint, tmp_path / "stage", "last-checkpoint")
         names = {path.name for path in (tmp_path / "stage").iterdir()}
         assert {"config.json", "model.safetensors", "modeling_charformer.py", "last-checkpoint"} <= names
         assert not names & {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
@@ -125,7 +125,7 @@ class TestStage:
         heads = tmp_path / "checkpoint" / "auxiliary_heads" / "model.safetensors"
         heads.parent.mkdir(parents=True)
         heads.write_bytes(b"heads")
-        _stage_checkpoint(tmp_path / "checkpoint", tmp_path / "stage", None)
+        stage_checkpoint(tmp_path / "checkpoint", tmp_path / "stage", None)
         assert (tmp_path / "stage" / "auxiliary_heads" / "model.safetensors").read_bytes() == b"heads"
 
     def test_no_pickle_of_the_arguments_is_written(self, trained, tmp_path):

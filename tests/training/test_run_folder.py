@@ -56,6 +56,18 @@ class TestOneCommandGivenAgain:
         assert main(longer) == 0
         assert [entry["step"] for entry in training_entries(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
+    @pytest.mark.parametrize("how", [{}, {"resume": "auto"}, {"overwrite_output_dir": "true"}], ids=str)
+    def test_a_change_of_no_setting_is_refused_at_the_beginning_too(self, command, tmp_path, capsys, how):
+        earlier = tmp_path / "run" / "checkpoint-2" / "kept"
+        if how == {"overwrite_output_dir": "true"}:
+            earlier.parent.mkdir(parents=True)
+            earlier.touch()
+        assert main(command(**how, accept_changes="learning_rat")) == 1
+        message = capsys.readouterr().err
+        assert "accept_changes names learning_rat; a run has the settings" in message and "learning_rate" in message
+        left = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "_run.lock"]
+        assert left == ([earlier] if earlier.exists() else [])
+
     def test_a_folder_with_a_foreign_model_is_refused(self, command, tmp_path, capsys):
         build_model(parse_arguments(command()).model).save_pretrained(tmp_path / "run")
         content = (tmp_path / "run" / "model.safetensors").read_bytes()

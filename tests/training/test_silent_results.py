@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel
 
 from charformer_training import AuxiliaryLossTrainer, add_auxiliary_losses
 from modeling_charformer import CharformerConfig
-from tests.helpers import TINY, loss_logs
+from tests.helpers import TINY, assert_same_logs, loss_logs
 
 
 LENGTHS = (9, 4, 7)
@@ -102,14 +102,25 @@ class TestSchedules:
 
 
 class TestTrainer:
-    def test_a_compute_loss_that_drops_the_terms_is_refused_at_the_first_step(self, make_trainer):
+    def test_a_compute_loss_of_ones_own_trains_the_terms(self, make_trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return model(**inputs).loss
 
-        trainer = make_trainer()
-        trainer.add_loss_term("zero", lambda outputs, inputs: outputs.logits.sum() * 0)
+        expected, trainer = make_trainer(), make_trainer()
         trainer.__class__ = type("Mine", (AuxiliaryLossTrainer,), {"compute_loss": compute_loss})
-        with pytest.raises(ValueError, match="compute_loss of Mine does not call super"):
+        expected.train()
+        trainer.train()
+        assert_same_logs(loss_logs(expected), loss_logs(trainer))
+
+    def test_a_compute_loss_that_takes_the_labels_out_is_refused_at_the_first_step(self, make_trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits
+            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+        trainer = make_trainer()
+        trainer.__class__ = type("Mine", (AuxiliaryLossTrainer,), {"compute_loss": compute_loss})
+        with pytest.raises(ValueError, match="compute_loss of Mine calls the model without labels"):
             trainer.train()
         assert trainer.state.global_step == 0
 

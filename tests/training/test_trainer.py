@@ -215,14 +215,14 @@ class TestCost:
 
         trainer = make_trainer(logging_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=4)
         trainer.add_loss_term("own", lambda outputs, inputs: outputs.logits.mean())
-        keep, add = trainer._add_training_terms, []
+        hold, add = trainer._hold_terms, []
 
         def watched(*arguments):
             with Watch():
                 add.append(trainer.state.global_step)
-                return keep(*arguments)
+                return hold(*arguments)
 
-        trainer._add_training_terms = watched
+        trainer._hold_terms = watched
         trainer.train()
         assert len(add) == 16 and not waited
         with Watch():

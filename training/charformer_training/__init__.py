@@ -7,16 +7,20 @@ from .any_model import add_auxiliary_losses, load_auxiliary_losses
 from .arguments import AuxiliaryLossTrainingArguments
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
 from .evaluation import Evaluation, bits_per_character
+from .loss_terms import LossTerms
+from .mixin import AuxiliaryLossMixin
 from .plots import plot_loss_terms
 from .pushing import push_folder
 from .trainer import AuxiliaryLossTrainer
 
 
 __all__ = [
+    "AuxiliaryLossMixin",
     "AuxiliaryLossTrainer",
     "AuxiliaryLossTrainingArguments",
     "ConsecutiveWindows",
     "Evaluation",
+    "LossTerms",
     "RandomWindows",
     "Split",
     "add_auxiliary_losses",

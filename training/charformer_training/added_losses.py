@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from modeling_charformer.auxiliary_heads import AuxiliaryHead, UncertaintyWeighting
+from modeling_charformer.auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, UncertaintyWeighting
 from modeling_charformer.auxiliary_losses import LossStep
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm
 
@@ -22,7 +23,7 @@ from .probe import Anatomy, Trace, through
 from .probe_loss import OwnLoss
 
 
-OWN_ARGUMENTS = ("training_progress", "training_step", "target_counts")
+OWN_ARGUMENTS = ("training_progress", "training_step", "training_seed", "target_counts")
 # The fields of an output that hold the outputs of layers.
 STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states", "reshaped_hidden_states")
 
@@ -36,6 +37,7 @@ class ModelWithLosses(SavesHeads):
     takes_target_counts = False
     shifts_labels: bool
     _own_loss = OwnLoss(None, False, False)
+    _heads_only = False
     # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
@@ -54,9 +56,14 @@ class ModelWithLosses(SavesHeads):
         raise NotImplementedError
 
     def add_heads(
-        self, settings: AuxiliaryLossSettings, anatomy: Anatomy, heads: str, checked: dict[str, Any]
+        self,
+        settings: AuxiliaryLossSettings,
+        anatomy: Anatomy,
+        heads: str,
+        checked: dict[str, Any],
+        heads_only: bool = False,
     ) -> None:
-        self.loss_settings = settings
+        self.loss_settings, self._heads_only = settings, heads_only
         self._anatomy = anatomy
         for name, value in checked.items():
             setattr(self, name, value)
@@ -67,6 +74,20 @@ class ModelWithLosses(SavesHeads):
         if settings.loss_weighting != "fixed":
             names = [term.name for term in settings.terms]
             self.loss_uncertainty = UncertaintyWeighting(names).to(self.device)
+        if heads_only:
+            for name, parameter in self.named_parameters():
+                if not name.startswith(TRAINING_ONLY):
+                    parameter.requires_grad_(False)
+            self.train(self.training)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode. With `heads_only` the body stays in evaluation mode, so that heads see the states of inference."""
+        super().train(mode)
+        if self._heads_only:
+            for name, module in self.named_children():
+                if f"{name}." not in TRAINING_ONLY:
+                    module.eval()
+        return self
 
     def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
         raise NotImplementedError
@@ -78,15 +99,16 @@ class ModelWithLosses(SavesHeads):
         return head
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        progress, number, counts = (kwargs.pop(name, None) for name in OWN_ARGUMENTS)
+        progress, number, seed, counts = (kwargs.pop(name, None) for name in OWN_ARGUMENTS)
         if args:
             kwargs |= dict(zip(inspect.signature(super().forward).parameters, args, strict=False))
         if kwargs.get("labels") is None:
             return super().forward(**kwargs)
-        step = LossStep(self.loss_settings, True, self.training, progress, number)
+        step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or self.training, "return_dict": True}
-        outputs = super().forward(**inputs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._heads_only):
+            outputs = super().forward(**inputs)
         share_of_step = self._add_losses(step, outputs, kwargs, counts)
         dropped = ("loss",) if asked else ("loss", *STATES)
         values = {name: value for name, value in outputs.items() if name not in dropped}

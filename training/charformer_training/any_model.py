@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from modeling_charformer.loss_settings import AuxiliaryLossSettings
+
 from .added_losses import ModelWithLosses, class_with_losses
 from .causal_lm import CausalLMWithLosses
 from .classifiers import ImageClassifierWithLosses, SequenceClassifierWithLosses, TokenClassifierWithLosses
@@ -26,11 +28,11 @@ KINDS = "causal and masked language models, encoder-decoders that predict text, 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any) -> Model:
+def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: bool = False, **settings: Any) -> Model:
     """Add auxiliary losses to `model`, a causal language model or sequence classification model of Transformers.
 
-    The model is changed and returned. In training, `forward` also takes `training_progress` and `training_step`, which
-    `AuxiliaryLossTrainer` passes. Its output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without
+    The model is changed and returned. In training, `forward` also takes `training_progress`, `training_step` and
+    `training_seed`, which `AuxiliaryLossTrainer` passes. Its output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without
     labels, and in evaluation, the model computes what it did before. `save_pretrained` writes the plain model, with the
     auxiliary heads in the subfolder `auxiliary_heads/`; `load_auxiliary_losses` loads these.
 
@@ -44,8 +46,10 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any
             block before them, which begins as the identity (like Medusa, Cai et al. 2024, arXiv 2401.10774). `"own"`
             gives each term a separate linear head, like Al-Rfou et al. (2018). Sequence classification models accept
             `"own"` only.
-        settings: The fields of `AuxiliaryLossSettings`, with the meaning and defaults that they have in
-            `CharformerConfig`; the main term is called `next_token`. A sequence classification model accepts
+        heads_only: Train the heads alone, on a frozen model that may be quantized (like Medusa-1, Cai et al. 2024, section
+            2.2.1). No other weight is trained, the model runs without a backward pass and without dropout, and its own
+            loss is only reported. Each term needs weights of its own: with shared heads, further targets alone have any.
+        settings: The fields of `LossFields`, with the defaults that they have there; the main term is called `next_token`. A sequence classification model accepts
             `intermediate_layers` (default `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule`
             (`"constant"`), `term_weights` and `loss_weighting`; its main term is called `classification`.
 
@@ -67,10 +71,12 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, **settings: Any
     losses.weights_at(0.0)  # a schedule that returns an impossible value raises here, not after hours of training
     losses.weights_at(1.0)
     checked = mixin.check(base, anatomy, trace, heads)
-    _check_layers(base, anatomy, losses.layers)
+    _check_layers(base, anatomy, losses.layers, "num_targets" in accepted)
+    if heads_only:
+        _check_heads_alone(losses, heads)
     base.__class__ = class_with_losses(cast(Any, type(base)), cast(Any, mixin), anatomy.output_kind)
-    cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked)
-    base.config.auxiliary_losses = {"heads": heads, **settings}
+    cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked, heads_only)
+    base.config.auxiliary_losses = {"heads": heads, **({"heads_only": True} if heads_only else {}), **settings}
     return model
 
 
@@ -93,18 +99,34 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) ->
     return model
 
 
-def _check_layers(model: PreTrainedModel, anatomy: Anatomy, layers: tuple[int, ...]) -> None:
+def _check_layers(model: PreTrainedModel, anatomy: Anatomy, layers: tuple[int, ...], has_other_terms: bool) -> None:
     """Check that the outputs of `layers` are among the hidden states, and that the model's tail can be applied to them."""
+    choose = "; choose intermediate_layers=None" if has_other_terms else ""
     missing = [layer for layer in layers if layer not in anatomy.layers]
     if missing:
         raise ValueError(
             f"the hidden states that {type(model).__name__} returns do not contain the outputs of its layers {missing}, so"
-            " these layers cannot have losses; choose intermediate_layers=None"
+            f" these layers cannot have losses{choose}"
         )
     if layers and anatomy.tail is None:
         raise ValueError(
             f"{type(model).__name__} does not compute its last hidden state from its last layer's output by a chain of"
-            " modules, so heads on other layers cannot do the same; choose intermediate_layers=None"
+            f" modules, so heads on other layers cannot do the same{choose}"
+        )
+
+
+def _check_heads_alone(losses: AuxiliaryLossSettings, heads: str) -> None:
+    """Check that each auxiliary term trains weights of its own."""
+    terms = [term for term in losses.terms if not term.is_main]
+    if not terms:
+        raise ValueError(
+            "heads_only is true, and these settings give no heads to train; set num_targets or intermediate_layers"
+        )
+    shared = [term.name for term in terms if heads == "shared" and term.offset == 1]
+    if shared:
+        raise ValueError(
+            f"heads_only is true, and with heads='shared' the terms {shared} have no weights of their own to train; choose"
+            " heads='own', or intermediate_layers=None"
         )
 
 
@@ -145,4 +167,4 @@ def _kind_of(model: PreTrainedModel, trace: Trace) -> type[ModelWithLosses]:
     if "decoder_input_ids" in trace.inputs:
         return Seq2SeqLMWithLosses
     is_masked = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or not is_causal_lm(type(model))
-    return MaskedLMWithLosses if is_masked and own_loss_of(model, trace).layout == "aligned" else CausalLMWithLosses
+    return MaskedLMWithLosses if is_masked and own_loss_of(model, trace).layout != "shifted" else CausalLMWithLosses

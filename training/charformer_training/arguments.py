@@ -12,10 +12,14 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from modeling_charformer import CharformerConfig
+from modeling_charformer.configuration_charformer import OWN_FIELDS
+from modeling_charformer.loss_settings import LossFields
 
 from .checks import check_ranges, check_type, shown
+from .metrics import lower_is_better
 from .strict_yaml import read_yaml
 from .terminal import one_line
+from .trainer_options import check_optimizer_arguments
 
 
 STANDARD_LIBRARY = "python-stdlib"
@@ -45,7 +49,7 @@ def _described_fields(config: type) -> dict[str, str]:
 
 def _config_fields() -> list[tuple[str, Any, Any]]:
     """Each field of `CharformerConfig` as a field of the command line, left out by default."""
-    help_texts = _described_fields(CharformerConfig)
+    help_texts = _described_fields(LossFields) | _described_fields(CharformerConfig)
     # `use_cache` is left out: training has no cache, and `TrainingArguments` has a field of this name.
     known = {item.name for item in fields(TrainingArguments)}
     return [
@@ -55,7 +59,7 @@ def _config_fields() -> list[tuple[str, Any, Any]]:
             field(default=None, metadata={"help": help_texts.get(item.name, "").replace("%", "%%")}),
         )
         for item in fields(CharformerConfig)
-        if item.name in CharformerConfig.__annotations__ and item.name not in known
+        if item.name in OWN_FIELDS and item.name not in known
     ]
 
 
@@ -248,11 +252,6 @@ class RunArguments:
         check_text("sample_prompt", self.sample_prompt)
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a loss, a number of bits or a perplexity, judged by its name."""
-    return re.search(r"(?:^|_)(?:loss|losses|bpc|bpb|bits|nats|perplexity|ppl)(?:_|$)", metric) is not None
-
-
 @dataclass
 class AuxiliaryLossTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, with what `AuxiliaryLossTrainer` adds."""
@@ -289,8 +288,15 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.greater_is_better is None and lower_is_better(self.metric_for_best_model or ""):
-            self.greater_is_better = False
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and metric:
+            lower = lower_is_better(metric)
+            if lower is None:
+                raise ValueError(
+                    f"metric_for_best_model is {shown('', metric)}, a name that does not tell whether higher or lower is"
+                    " better; give greater_is_better too, true or false"
+                )
+            self.greater_is_better = not lower
         numbers = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "max_steps"}
         check_ranges(numbers)  # TrainingArguments checks few numbers itself
         super().__post_init__()
@@ -303,6 +309,7 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             )
         if self.muon and self.optim_args:
             raise ValueError(f"optim_args is {self.optim_args!r} and muon is on, which takes none; leave it out")
+        check_optimizer_arguments(self)
 
 
 @dataclass

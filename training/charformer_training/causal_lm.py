@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_charformer.auxiliary_heads import AuxiliaryHead, ResidualBlock
-from modeling_charformer.auxiliary_losses import LossStep, Targets, causal_lm_losses, loss_of_logits
-from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm
+from modeling_charformer.auxiliary_losses import LossStep, Targets, causal_lm_losses, loss_of_logits, sampled_loss
+from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossFields, LossTerm
 
 from .added_losses import ModelWithLosses
 from .models import label_inputs
@@ -19,9 +19,7 @@ from .probe_loss import LogitsPath, logits_path, own_loss_of
 
 
 class CausalLMWithLosses(ModelWithLosses):
-    accepted_settings = [
-        field.name for field in fields(AuxiliaryLossSettings) if field.name not in ("num_layers", "main", "prefix")
-    ]
+    accepted_settings = [field.name for field in fields(LossFields)]
     accepted_heads = ("shared", "own")
     main = "next_token"
     takes_target_counts = True
@@ -31,7 +29,7 @@ class CausalLMWithLosses(ModelWithLosses):
 
     @classmethod
     def settings_for(cls, num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
-        return AuxiliaryLossSettings(num_layers, main=cls.main, **settings)
+        return AuxiliaryLossSettings(num_layers=num_layers, main=cls.main, **settings)
 
     @classmethod
     def check(cls, model: PreTrainedModel, anatomy: Anatomy, trace: Trace, heads: str) -> dict[str, Any]:
@@ -86,22 +84,30 @@ class CausalLMWithLosses(ModelWithLosses):
         num_items = inputs.get("num_items_in_batch")
         return Targets(label_inputs(self, inputs), self.loss_settings.num_targets, num_items, target_counts)
 
+    def logits_of_head(self, term: LossTerm, outputs: Any) -> Tensor:
+        """Logits `(B, S, V)` of a term's head, from the model's output with its hidden states."""
+        return self._logits_of(term, self._head_input(term, outputs))[0]
+
     def _add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         targets = self._targets(inputs, target_counts)
         own_loss: Tensor = outputs.loss
-        if not self._own_loss.follows_num_items and inputs.get("num_items_in_batch") is not None:
-            own_loss = own_loss * targets.share_of_step()
+        num_items = inputs.get("num_items_in_batch")
+        if (num_items is None or not self._own_loss.follows_num_items) and (num_items, target_counts) != (None, None):
+            own_loss = own_loss * targets.share_of_step()  # the model took the mean over this batch alone
 
         def loss_of(term: LossTerm) -> Tensor:
             if term.name == self.main:
                 return own_loss
             if term.is_main:
                 return loss_of_logits(outputs.logits, term, targets)
-            logits_of = functools.partial(self._logits_of, term)
+            logits_of, states = functools.partial(self._logits_of, term), self._head_input(term, outputs)
+            if samples := step.samples([term], targets):
+                sample = samples[term]
+                return sampled_loss(sample.of(states), logits_of, term, sample, targets, self._vocab_size)
             # One term at a time: with a large vocabulary, several at once would run on smaller chunks.
-            losses = causal_lm_losses(self._head_input(term, outputs), logits_of, [term], targets, self._vocab_size)
+            losses = causal_lm_losses(states, logits_of, [term], targets, self._vocab_size)
             return losses[term.name]
 
         if not self.training:

@@ -22,7 +22,7 @@ from .manifest import RUNNING_SUMS, inspect, is_scheduled, newest_good, write_ma
 from .models import unwrap_peft
 from .pushing import HubTrainer
 from .resuming import changed, check_same_weights, find_checkpoint, let_lower_be_better, only_run
-from .run_settings import OPTIMIZER_FIELDS, check_same_settings, run_settings
+from .run_settings import OPTIMIZER_FIELDS, check_accepted, check_same_settings, run_settings
 from .stopping import StoppedBySignal, StopSignals, random_states
 
 
@@ -334,6 +334,8 @@ class SafeTrainer(HubTrainer):
     def _checked(self, resume: str | bool | None, accepted: Collection[str]) -> str | None:
         """The checkpoint to resume from, after checking every byte of it. All processes call this together."""
         if not resume:
+            if accepted:
+                check_accepted(accepted, self.run_settings())
             return None
         answer: list[Any] = [None, None, set()]
         if self.is_world_process_zero():

@@ -64,8 +64,8 @@ class SequenceClassifierWithLosses(ClassifierWithLosses):
 
     def _classified(self, term: LossTerm, hidden_states: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The logits `(B, num_labels)` of a term."""
-        operation = self._pooling.operation
-        vector = pooled(self._finished(term, hidden_states), operation, counted(operation, inputs, self.config))
+        mask = counted(self._pooling.operation, inputs, self.config)
+        vector = pooled(self._finished(term, hidden_states), self._pooling, mask)
         logits: Tensor = self.auxiliary_heads[term.name](vector)
         return logits
 

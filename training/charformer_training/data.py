@@ -136,7 +136,7 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None) 
         key = _cache_key("dataset", str(arguments.dataset_name), arguments.source, column, separator.hex())
         if not write:
             return _cache_path(key)
-        return _write_corpus(([text] for text in _dataset_texts(arguments)), separator, key)
+        return write_corpus(([text] for text in _dataset_texts(arguments)), separator, key)
     if arguments.data_path == STANDARD_LIBRARY:
         return _cached(_standard_library_files(), arguments, separator)
     path = Path(arguments.data_path or "").expanduser()
@@ -266,7 +266,7 @@ def _cached(files: list[Path], arguments: DataArguments, separator: bytes) -> Pa
     if path.exists():
         return path
     texts = (text for file in files for text in documents(file, arguments.text_column, tables))
-    return _write_corpus(texts, separator, key)
+    return write_corpus(texts, separator, key)
 
 
 def _dataset_texts(arguments: DataArguments) -> Iterator[bytes]:
@@ -302,7 +302,7 @@ def _cache_path(key: str) -> Path:
     return Path(HF_HOME) / "charformer" / f"{key}.bytes"
 
 
-def _write_corpus(documents: Iterable[Iterable[bytes]], separator: bytes, key: str) -> Path:
+def write_corpus(documents: Iterable[Iterable[bytes]], separator: bytes, key: str) -> Path:
     path = _cache_path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(path.parent)

@@ -125,7 +125,7 @@ def bits_per_character(
             disable=True if not progress or rank > 0 else None,  # None: not in a log file
         )
         for number in todo:
-            positions, bits = _bits(model, data, *windows[number])
+            positions, bits = bits_of_positions(model, data, *windows[number])
             np.add.at(state.bits, positions // BYTES_PER_BLOCK, bits)
             state.finish_batch()
     result = _evaluation(
@@ -206,7 +206,7 @@ class _Windows:
         return ends, ends - (self.first - 1 + index * self.stride), self.window
 
 
-def _bits(
+def bits_of_positions(
     model: CharformerForCausalLM, data: np.ndarray, ends: np.ndarray, counted: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The positions in the text of the bytes that count in a batch of windows, and the bits of each, float64."""

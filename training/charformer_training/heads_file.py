@@ -59,7 +59,7 @@ class SavesHeads(PreTrainedModel):
 
     def load_heads_file(self, path: Path) -> None:
         saved = load_file(path)
-        if self.loss_settings.position_loss is None:  # a classifier's, saved by earlier versions but never trained
+        if not self.loss_settings.has_last_position:  # a classifier's, saved by earlier versions but never trained
             saved.pop(f"loss_uncertainty.log_variances.{LAST_POSITION}", None)
         expected = {name for name in self.state_dict() if name.startswith(TRAINING_ONLY)}
         if saved.keys() != expected:

@@ -39,7 +39,9 @@ class MaskedLMWithLosses(CausalLMWithLosses):
 
     @classmethod
     def settings_for(cls, num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
-        return AuxiliaryLossSettings(num_layers, num_targets=1, position_loss=None, main=cls.main, **settings)
+        return AuxiliaryLossSettings(
+            num_layers=num_layers, num_targets=1, has_last_position=False, main=cls.main, **settings
+        )
 
     @classmethod
     def check(cls, model: PreTrainedModel, anatomy: Anatomy, trace: Trace, heads: str) -> dict[str, Any]:

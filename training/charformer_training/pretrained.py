@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
-from modeling_charformer.configuration_charformer import SIZES
+from modeling_charformer.configuration_charformer import SIZES, parameter_counts
 
 from .checks import shown
 from .terminal import one_line
@@ -36,9 +36,7 @@ def check_size(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {shown(name, value)}; it must be a whole number of 1 or more")
     if sizes["num_hidden_layers"] > _MAX_LAYERS:
         raise ValueError(f"num_hidden_layers is {sizes['num_hidden_layers']:,}; it must be {_MAX_LAYERS:,} or fewer")
-    layers, width = sizes["num_hidden_layers"], sizes["hidden_size"]
-    layer = width * (4 * width + 2 * sizes["intermediate_size"] + sizes["max_position_embeddings"])
-    parameters = layers * layer + width * sizes["vocab_size"] * (1 + sizes["num_targets"])
+    parameters = sum(parameter_counts(fields).values())
     needed, memory = 4 * parameters, _memory()
     if needed > memory:
         given = ", ".join(

@@ -79,7 +79,7 @@ def trace_of(model: PreTrainedModel) -> Trace:
     name, inputs = type(model).__name__, probe_inputs(model)
     with looking_at(model), _watched(model) as (layer_lists, calls):
         try:
-            outputs: Any = model(**inputs, output_hidden_states=True, return_dict=True)
+            outputs: Any = model(**inputs, **no_cache(model), output_hidden_states=True, return_dict=True)
         except Exception as error:
             raise ValueError(
                 f"{name} does not run on {' and '.join(inputs)} alone, so its layers cannot be found:"
@@ -126,7 +126,9 @@ def _reads_forward(model: PreTrainedModel, trace: Trace) -> bool:
     other = trace.inputs[name].clone()
     other[0, -1] = other[0, 0]
     with looking_at(model):
-        outputs: Any = model(**{**trace.inputs, name: other}, output_hidden_states=True, return_dict=True)
+        outputs: Any = model(
+            **{**trace.inputs, name: other}, **no_cache(model), output_hidden_states=True, return_dict=True
+        )
     before, after = (states[-1][:, :-1].float() for states in (trace.states, outputs[trace.states_name]))
     if before.shape != after.shape or not before.numel():
         return False
@@ -150,11 +152,21 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     return {"input_ids": probe_ids(model)}
 
 
+def no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Training has no cache; with one, FSMT's decoder reads in both directions."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
 def probe_ids(model: PreTrainedModel) -> Tensor:
-    """Ids `(1, 6)`, without 0 if the vocabulary allows it: 0 may be padding, whose embedding is zero."""
-    sizes = [getattr(part, "vocab_size", None) for part in (model.config.get_text_config(), model.config)]
-    vocab_size = next((size for size in sizes if isinstance(size, int)), 7)
-    return (torch.arange(1, 7, device=model.device) % vocab_size)[None]
+    """Six different ids `(1, 6)`, without those that have a role, like padding, if the vocabulary is large enough."""
+    parts = (model.config.get_text_config(), model.config)
+    vocab_size = next((size for part in parts if isinstance(size := getattr(part, "vocab_size", None), int)), 20)
+    with_role = {0} | {
+        value for name, value in vars(parts[0]).items() if name.endswith("_token_id") and isinstance(value, int)
+    }
+    plain = [number for number in range(min(vocab_size, 20)) if number not in with_role]
+    ids = plain if len(plain) >= 6 else [*range(1, 7)]
+    return torch.tensor([ids[:6]], device=model.device) % vocab_size
 
 
 def _image(model: PreTrainedModel) -> Tensor:
@@ -243,6 +255,14 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.shape == other.shape and bool(one.equal(other)))
 
 
+def _holds(output: Tensor, state: Tensor) -> bool:
+    """Whether a layer's output is a hidden state, also with other dimensions first or padding at the end."""
+    if output.dim() != 3 or state.dim() != 3 or output.shape == state.shape:
+        return same(output, state)
+    views = (output[:, : state.shape[1]], output.transpose(0, 1), output.transpose(1, 2))
+    return any(same(view, state) for view in views)
+
+
 def close(one: Tensor, other: Tensor, tolerance: float = 1e-3) -> bool:
     """Whether two tensors differ by rounding alone, compared with the largest number."""
     if one.shape != other.shape:
@@ -264,10 +284,11 @@ def _layers_and_tail(
         found: dict[int, int] = {}
         for number, output in enumerate(returned, start=1):
             after = max(found.values(), default=-1) + 1
-            index = next((i for i in range(after, len(states)) if same(states[i], output)), None)
+            index = next((i for i in range(after, len(states)) if _holds(output, states[i])), None)
             if index is not None:
                 found[number] = index
-        own_tail = chain(model, trace.calls, returned[-1], states[-1])
+        is_last = found.get(len(returned)) == len(states) - 1
+        own_tail = () if is_last else chain(model, trace.calls, returned[-1], states[-1])
         if (len(found), own_tail is not None) > (len(best), tail is not None):
             best, tail, num_layers = found, own_tail, len(returned)
     return best, tail, num_layers

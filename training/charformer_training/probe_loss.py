@@ -1,5 +1,6 @@
 """How a model computes its logits and its loss, found by comparing what it returns."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .probe import Trace, chains, close, looking_at, through
+from .probe import Trace, chains, close, looking_at, no_cache, through
 
 
 @dataclass(frozen=True)
@@ -26,38 +27,49 @@ class OwnLoss:
 
 
 def own_loss_of(model: PreTrainedModel, trace: Trace) -> OwnLoss:
-    """Compare the model's loss with the cross-entropy of its logits, on the label that these make least likely."""
-    logits, inputs = trace.logits.float(), trace.inputs
-    nothing = torch.full(logits.shape[:2], -100, device=logits.device)
+    """Compare the model's loss with the cross-entropy of its logits, on one label that tells two positions apart."""
+    logits, inputs = trace.logits[0].float(), trace.inputs
+    labels = torch.full(trace.logits.shape[:2], -100, device=logits.device)
+    log_probabilities = logits[-2:].log_softmax(-1)
+    labels[0, -1] = (log_probabilities[0] - log_probabilities[1]).abs().argmax()
     with looking_at(model):
-        for layout, position in (("shifted", -2), ("aligned", -1)):
-            labels, expected = nothing.clone(), logits[0, position]
-            labels[0, -1] = expected.argmin()
-            if not _accepts(model, expected, labels[0, -1], {**inputs, "labels": labels}):
-                continue
-            halved = _accepts(model, expected, labels[0, -1], {**inputs, "labels": labels, "num_items_in_batch": 2}, 2)
-            aligned = nothing.clone()
-            aligned[0, 0] = logits[0, 0].argmin()
-            given = {**inputs, "labels": labels, "shift_labels": aligned}
-            follows = _accepts(model, logits[0, 0], aligned[0, 0], given)
-            return OwnLoss(layout, follows, halved)
-    return OwnLoss(None, False, False)
+        loss = _loss(model, {**inputs, "labels": labels})
+        values = {"shifted": _cross_entropy(logits[-2], labels), "aligned": _cross_entropy(logits[-1], labels)}
+        layout = min(values, key=lambda layout: abs(values[layout] - loss))
+        if not _agree(loss, values[layout], trace.logits.dtype):
+            return OwnLoss(None, False, False)
+        halved = _loss(model, {**inputs, "labels": labels, "num_items_in_batch": 2})
+        aligned = torch.full_like(labels, -100)
+        aligned[0, 0] = logits[0].argmin()
+        followed = _loss(model, {**inputs, "labels": labels, "shift_labels": aligned})
+    dtype = trace.logits.dtype
+    return OwnLoss(
+        layout,
+        follows_shift_labels=_agree(followed, _cross_entropy(logits[0], aligned), dtype),
+        follows_num_items=_agree(halved, values[layout] / 2, dtype),
+    )
 
 
-def _accepts(model: PreTrainedModel, logits: Tensor, label: Tensor, inputs: dict[str, Any], divisor: int = 1) -> bool:
+def _cross_entropy(logits: Tensor, labels: Tensor) -> float:
+    """That of one position's logits `(V,)` for the only label that is not -100."""
+    return float(F.cross_entropy(logits, labels[labels != -100].squeeze()))
+
+
+def _agree(loss: float, expected: float, dtype: torch.dtype) -> bool:
+    precision = 1e-4 if dtype in (torch.float32, torch.float64) else 1e-2
+    return abs(loss - expected) <= precision * abs(expected)
+
+
+def _loss(model: PreTrainedModel, inputs: dict[str, Any]) -> float:
+    """The model's loss without that of a mixture of experts, or NaN if it does not accept these inputs."""
     try:
-        return _agrees(model, logits, label, inputs, divisor)
-    except Exception:  # the model does not accept these inputs
-        return False
-
-
-def _agrees(model: PreTrainedModel, logits: Tensor, label: Tensor, inputs: dict[str, Any], divisor: int = 1) -> bool:
-    outputs: Any = model(**inputs, return_dict=True)
-    loss, expected = outputs.loss.float(), F.cross_entropy(logits, label) / divisor
-    if (balance := getattr(outputs, "aux_loss", None)) is not None:  # a mixture of experts adds it to its loss
+        outputs: Any = model(**inputs, **no_cache(model), return_dict=True)
+    except Exception:
+        return math.nan
+    loss = outputs.loss.float()
+    if (balance := getattr(outputs, "aux_loss", None)) is not None:
         loss = loss - getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * balance
-    precision = 1e-4 if outputs.logits.dtype in (torch.float32, torch.float64) else 1e-2
-    return bool((loss - expected).abs() <= precision * expected.abs())
+    return float(loss)
 
 
 @dataclass(frozen=True)

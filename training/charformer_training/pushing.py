@@ -179,7 +179,7 @@ class HubTrainer(Trainer):
         }.get(HubStrategy(self.args.hub_strategy))
         stage = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=str(self.args.output_dir)))
         try:
-            _stage_checkpoint(Path(checkpoint_folder), stage, subfolder)
+            stage_checkpoint(Path(checkpoint_folder), stage, subfolder)
             run_card(self.facts(), str(self.hub_model_id).split("/")[-1]).save(stage / CARD_FILE)
             self._draw_loss_terms(stage)
         except OSError as error:  # such as a full disk; the checkpoint itself is complete
@@ -376,7 +376,7 @@ def _joined(names: str | Sequence[str] | None) -> str:
     return names if isinstance(names, str) else ", ".join(names or ())
 
 
-def _stage_checkpoint(checkpoint: Path, stage: Path, subfolder: str | None) -> None:
+def stage_checkpoint(checkpoint: Path, stage: Path, subfolder: str | None) -> None:
     """Fill `stage` with the checkpoint's model and, if `subfolder` is given, with the whole checkpoint in it.
 
     Files are linked if the file system has links, and copied otherwise, so that the checkpoint can be deleted meanwhile.

@@ -1,22 +1,14 @@
 """Recipes and the command line of `charformer-train`, read into settings."""
 
 import difflib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, Trainer, get_scheduler
-from transformers.integrations.integration_utils import (
-    get_available_reporting_integrations,
-    get_reporting_integration_callbacks,
-)
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames, trainer_log_levels
+from transformers import HfArgumentParser
 
 from modeling_charformer import CharformerConfig
 
@@ -34,10 +26,18 @@ from .command_help import training_help
 from .pretrained import check_batch, check_size
 from .strict_yaml import MAX_LENGTH, read_yaml
 from .terminal import one_line
+from .trainer_options import check_optimizer, check_options
 
 
 USAGE = "charformer-train RECIPE.yaml [--field value ...]"
-_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# What an argument is, by the type that argparse names in its errors.
+_ACCEPTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "DebugOption": "'underflow_overflow'",
+    "ParallelismConfig": "left out; accelerate's own configuration sets it",
+    "dict": "left out, or a mapping in a recipe",
+}
 # Fields that recipes of earlier versions may hold.
 _FORMER_NAMES = {"loss_weights": "term_weights", "max_eval_characters": "max_eval_bytes"}
 _PARTS = (ModelArguments, DataArguments, RunArguments, AuxiliaryLossTrainingArguments)
@@ -48,10 +48,15 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument --(\w+)(/--[\w-]+)?: ", r"\1: ", message)  # argparse names both spellings
-        for kind, accepted in (("int", "a whole number"), ("float", "a number")):
+        for kind, accepted in _ACCEPTED.items():
             message = re.sub(rf"^(\w+): invalid {kind} value: (.*)$", rf"\1 is \2; it must be {accepted}", message)
         message = re.sub(
             r"^(\w+): invalid choice: (.*) \(choose from (.*)\)$", r"\1 is \2; it must be one of \3", message
+        )
+        message = re.sub(
+            r"^(\w+): Truthy value expected: got (.*) but expected .*$",
+            r"\1 is '\2'; it must be true or false",
+            message,
         )
         raise ValueError(one_line(message))
 
@@ -111,23 +116,38 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     values = parser.parse(words)
     if values["num_targets"] == 1 and "__num_targets" in given and "__target_weights" not in given:
         values["target_weights"] = None  # the recipe's weights are of targets that there are not
+    for kind, its_settings in (("optim", "optim_args"), ("lr_scheduler_type", "lr_scheduler_kwargs")):
+        if f"__{kind}" in given and f"__{its_settings}" not in given:
+            values[its_settings] = None  # the recipe's are of its own choice
     _check_program(values)
-    _check_trainer(values)
+    check_options(values)
     check_ranges({name: value for name, value in values.items() if name not in CONFIG_TYPES})
     model = ModelArguments(**_fields_of(ModelArguments, values))
     _check_model(model)
     data = DataArguments(**_fields_of(DataArguments, values))
     run = RunArguments(**_fields_of(RunArguments, values))
-    try:
-        training = AuxiliaryLossTrainingArguments(**_fields_of(AuxiliaryLossTrainingArguments, values))
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"the Trainer does not accept its settings: {error}") from error
-    _check_optimizer(training)
+    training = _trainer_settings(values)
+    check_optimizer(training)
     if model.model_name_or_path is None:
         check_batch(model.config_fields(), training.per_device_train_batch_size, training.device.type == "cpu")
     # The windows themselves are random; shuffling their numbers would only cost memory.
     training.train_sampling_strategy = "sequential"
     return Arguments(model, data, run, training)
+
+
+def _trainer_settings(values: dict[str, Any]) -> AuxiliaryLossTrainingArguments:
+    try:
+        training = AuxiliaryLossTrainingArguments(**_fields_of(AuxiliaryLossTrainingArguments, values))
+        _ = training.device
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if values["ddp_backend"] is not None and "process group" in str(error):
+            raise ValueError(
+                f"ddp_backend is {shown('', values['ddp_backend'])}; it must be left out: this is a single process"
+            ) from error
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"the Trainer does not accept its settings: {one_line(error)}") from error
+    return training
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -225,73 +245,6 @@ def _check_program(values: dict[str, Any]) -> None:
         raise ValueError(
             f"label_names is {shown('', values['label_names'])}; it must be left out: windows have 'labels'"
         )
-
-
-def _check_trainer(values: dict[str, Any]) -> None:
-    """Refuse early what the Trainer refuses only after the corpus is read, or at the first evaluation."""
-    for name, kind in get_type_hints(AuxiliaryLossTrainingArguments).items():
-        value = values.get(name)
-        if dict not in {get_origin(member) or member for member in get_args(kind)} or not isinstance(value, str):
-            continue
-        if value.lstrip().startswith("{") or name not in (
-            "accelerator_config",
-            "deepspeed",
-            "fsdp_config",
-        ):  # or a file
-            try:
-                fits = isinstance(json.loads(value), dict)
-            except (RecursionError, ValueError):
-                fits = False
-            if not fits:
-                raise ValueError(f"{name} is {shown(name, value)}; it must be a mapping in JSON")
-    for name in ("log_level", "log_level_replica"):
-        if values[name] not in trainer_log_levels:
-            raise ValueError(f"{name} is {shown(name, values[name])}; it must be one of {list(trainer_log_levels)}")
-    names = values["report_to"] if isinstance(values["report_to"], list) else [values["report_to"]]
-    for name in names:
-        if name in (None, "none", "all"):
-            continue
-        try:
-            get_reporting_integration_callbacks([name])
-        except ValueError as error:
-            raise ValueError(f"report_to is {shown('', name)}; {one_line(error)}") from None
-        if name not in get_available_reporting_integrations():
-            raise ValueError(f"report_to is {shown('', name)}, which is not installed here")
-    metric = values["metric_for_best_model"]
-    if metric is not None and not re.fullmatch(r"(eval_)?(loss|bpc|bpb|loss_next_char|loss_last_position)", metric):
-        raise ValueError(
-            f"metric_for_best_model is {shown('', metric)}; it must be one of eval_loss, eval_bpc, eval_bpb,"
-            " eval_loss_next_char and eval_loss_last_position"
-        )
-    if values["torch_compile_mode"] not in (None, *_COMPILE_MODES):
-        raise ValueError(
-            f"torch_compile_mode is {shown('', values['torch_compile_mode'])}; it must be one of {list(_COMPILE_MODES)}"
-        )
-
-
-def _check_optimizer(training: AuxiliaryLossTrainingArguments) -> None:
-    """Refuse early what fails at the first step, when an earlier model may have been deleted already."""
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(training)
-    except ImportError as error:
-        raise ValueError(f"optim is {OptimizerNames(training.optim).value!r}; {one_line(error)}") from error
-    except (AttributeError, ValueError):
-        pass  # some optimizers need the model, which is not there yet
-    kwargs: Any = training.lr_scheduler_kwargs  # a mapping by now
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], training.learning_rate)
-    try:
-        get_scheduler(
-            training.lr_scheduler_type,
-            optimizer,
-            training.get_warmup_steps(training.max_steps),
-            training.max_steps,
-            kwargs or {},
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"lr_scheduler_kwargs is {shown('', kwargs)}, which lr_scheduler_type"
-            f" {SchedulerType(training.lr_scheduler_type).value!r} does not accept: {one_line(error)}"
-        ) from error
 
 
 def _check_model(model: ModelArguments) -> None:

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import TrainingArguments
 
-from .arguments import AuxiliaryLossTrainingArguments, lower_is_better
+from .arguments import AuxiliaryLossTrainingArguments
 from .locks import run_lock
 from .manifest import Checkpoint, inspect, newest_good
+from .metrics import lower_is_better
 from .models import saved_heads
 
 
@@ -34,7 +35,7 @@ def changed(args: TrainingArguments | None, **values: Any) -> Iterator[None]:
 
 
 def let_lower_be_better(args: TrainingArguments) -> None:
-    """Set `greater_is_better` right for losses, bits and perplexities, which Transformers knows by one name only."""
+    """Set `greater_is_better` right for losses, bits and errors, which Transformers knows by one name only."""
     metric = args.metric_for_best_model
     if isinstance(args, AuxiliaryLossTrainingArguments) or not metric or not args.greater_is_better:
         return  # AuxiliaryLossTrainingArguments has done this already

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from .models import unwrap_peft
+from .terminal import one_line
 
 
 # Fields of `TrainingArguments` that affect speed, or what is shown, saved or pushed, but not what is learned.
@@ -169,8 +170,7 @@ def check_same_settings(
     Raises:
         ValueError: If a setting differs that is not accepted, or an accepted name is not a setting.
     """
-    if unknown := sorted(set(accepted) - now.keys() - saved.keys()):
-        raise ValueError(f"accept_changes names {', '.join(unknown)}; a run has the settings {', '.join(sorted(now))}")
+    check_accepted(accepted, {*saved, *now})
     changed = differences(saved, now)
     if changed.keys() & saved.keys() - {"trained_parameters"} and "trained_parameters" not in accepted:
         changed.pop("trained_parameters", None)  # follows from the other changes
@@ -182,6 +182,17 @@ def check_same_settings(
             f" accept_changes={refused})"
         )
     return changed.keys() & set(accepted)
+
+
+def check_accepted(accepted: Collection[str], known: Collection[str]) -> None:
+    """Refuse names that are no settings of a run, also when nothing is resumed.
+
+    Raises:
+        ValueError: Names them and all settings.
+    """
+    if unknown := sorted(set(accepted) - set(known)):
+        names = one_line(", ".join(unknown))
+        raise ValueError(f"accept_changes names {names}; a run has the settings {', '.join(sorted(known))}")
 
 
 def _short(value: Any) -> str:

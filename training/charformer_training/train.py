@@ -30,7 +30,7 @@ from .pushing import RESULT
 from .recipes import USAGE, parse_arguments
 from .resuming import only_run
 from .run_folder import SAMPLES, Start, plan_start, record_run
-from .run_settings import check_same_settings
+from .run_settings import check_accepted, check_same_settings
 from .stopping import StoppedBySignal
 from .terminal import USER_ERRORS, printable, report_error, use_safe_streams
 from .trainer import AuxiliaryLossTrainer
@@ -182,6 +182,8 @@ def _read_metrics(path: Path) -> dict[str, Any]:
 def _same_run(start: Start, trainer: AuxiliaryLossTrainer, run: RunArguments) -> Start:
     """`start`, after a check of the settings. If accepted changes differ, training goes on from a checkpoint."""
     if not start.trained:
+        if start.resume_from is None and run.accept_changes:  # before an earlier model is replaced
+            check_accepted(run.accept_changes, trainer.run_settings())
         return start
     folder = Path(str(trainer.args.output_dir))
     if not check_same_settings(folder, start.settings or {}, trainer.run_settings(), run.accept_changes):

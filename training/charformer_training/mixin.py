@@ -1,0 +1,393 @@
+"""What `AuxiliaryLossTrainer` adds, for any Trainer."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import EvalLoopOutput
+
+from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
+from modeling_charformer.loss_settings import AuxiliaryLossSettings
+
+from .differentiated import depends_on
+from .loss_terms import LossTerms, auxiliary_loss, further_losses_of, log_key, loss_dict_of
+from .models import shifts_labels
+from .resuming import let_lower_be_better
+from .running_means import EvaluationTerms
+from .units import NATS_PER_BIT, begins_character
+
+
+class Pass(NamedTuple):
+    """One forward pass of the model within a `compute_loss`."""
+
+    outputs: Any
+    is_share: bool
+    """Whether its loss is a share of the optimizer step's, and not the mean of the batch."""
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """The loss and its terms."""
+        loss = self.outputs.get("loss") if isinstance(self.outputs, Mapping) else None
+        return [*loss_dict_of(self.outputs).values(), *([loss] if isinstance(loss, Tensor) else [])]
+
+
+class AuxiliaryLossMixin(Trainer):
+    """Trains the auxiliary losses of a model in any Trainer, and logs each term: `class Mine(AuxiliaryLossMixin, SFTTrainer)`.
+
+    It tells the model how far training is and how many targets the whole optimizer step has, however `compute_loss` calls
+    the model. The log holds each term, unweighted, as `loss_<name>`. An evaluation holds the terms of the model's output
+    head as `eval_loss_<name>`, means over targets. No value depends on how a batch is split over accumulation steps and
+    processes. An evaluation of a model of bytes also reports `eval_bpb`, bits per byte, and `eval_bpc`, bits per character
+    of UTF-8.
+
+    Two corrections of `transformers.Trainer` apply to any model. It counts one target too many in each row of causal
+    language models whose class name does not end in `ForCausalLM`, such as GPT-2's. It also adds up the micro-batch
+    losses of models that accept `num_items_in_batch` and ignore it; they are averaged here.
+
+    Args:
+        args, kwargs: The arguments of the Trainer.
+
+    Raises:
+        ValueError: If a setting would replace or distort the model's losses.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        let_lower_be_better(self.args)
+        model: Any = self.model
+        if (shifts := shifts_labels(model)) is not None:
+            # Transformers looks for ForCausalLM at the end of the class name, and counts one target too many in GPT-2's rows.
+            self._loss_shifts_labels = shifts
+        self.loss_terms = LossTerms(model, seed=self.args.seed)
+        settings = self.loss_terms.settings
+        if "training_progress" in self.loss_terms.takes:
+            self._find_unused_parameters()
+            self._check_model_losses()
+        if settings is not None:
+            for percent in range(101):  # a wrong schedule raises here, before anything is trained
+                settings.weights_at(percent / 100, percent)
+        if self.args.torch_compile and settings is not None:
+            # Each layer that drops out causes a recompilation; above its limit torch would silently run eagerly.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
+        # Known for this project's losses, and if a subclass sets `loss_is_scaled_for_ga` (Transformers 5.19).
+        self._knows_how_losses_are_scaled = (
+            (settings is not None and type(self).compute_loss is Trainer.compute_loss)
+            or getattr(self, "loss_is_scaled_for_ga", None) is not None
+            or self.compute_loss_func is not None
+        )
+        self._lacks_losses: bool | None = None
+        self._evaluation_terms = EvaluationTerms()
+        # Around the method of whatever class, so that a `compute_loss` of one's own need not know of the terms.
+        self.compute_loss = self._compute_loss_with_terms  # type: ignore[method-assign]
+
+    def add_loss_term(
+        self,
+        name: str,
+        function: Callable[[Any, Mapping[str, Any]], Tensor],
+        weight: float = 1.0,
+        schedule: str = "constant",
+    ) -> None:
+        """Add `weight * function(outputs, inputs)` to the loss in training, and log its raw value as `loss_<name>`.
+
+        The arguments, and what is refused, are those of `LossTerms.add_term`.
+        """
+        self.loss_terms.add_term(name, function, weight, schedule)
+
+    def _find_unused_parameters(self) -> None:
+        """Heads that drop out in the middle of training leave parameters without a gradient."""
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True
+            if (handler := self.accelerator.ddp_handler) is not None:
+                handler.find_unused_parameters = True
+
+    def _check_model_losses(self) -> None:
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.args.label_smoothing_factor}; it would replace the model's own losses,"
+                " including the auxiliary ones, by a loss of the Trainer. It must be 0"
+            )
+        if callable(self.compute_loss_func):  # TRL sets it to a text
+            raise ValueError(
+                "compute_loss_func would replace the model's own losses, including the auxiliary ones; leave it out, and add"
+                " a term to the loss with add_loss_term"
+            )
+        if "target_counts" not in self.loss_terms.takes:
+            return
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and (getattr(parallel, "cp_enabled", False) or getattr(parallel, "sp_enabled", False)):
+            raise ValueError(
+                "parallelism_config splits rows over processes (context or sequence parallelism); targets 2..K and last"
+                " positions would be wrong at the borders. Leave both kinds of parallelism out"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"this process sees {self.args.n_gpu} GPUs, on which Transformers would use torch's DataParallel. That cannot"
+                " split the inputs of the losses. Start one process per GPU with torchrun or accelerate launch, or make"
+                " a single GPU visible (CUDA_VISIBLE_DEVICES=0)"
+            )
+
+    # ---- Training ----
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        # Training that begins again, with a smaller batch because memory ran out, logs no part of its first try.
+        self.loss_terms.forget()
+        trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        return trained
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if num_items_in_batch is not None and not self._knows_how_losses_are_scaled:
+            self._knows_how_losses_are_scaled = True
+            if self.model_accepts_loss_kwargs and not self._is_scaled_by_items(batch_samples[0]):
+                self.model_accepts_loss_kwargs = False
+                num_items_in_batch = None
+        self.loss_terms.begin_step(
+            batch_samples,
+            self.state.global_step,
+            self._training_progress,
+            over_processes=self.args.average_tokens_across_devices,
+        )
+        return batch_samples, num_items_in_batch
+
+    @property
+    def _training_progress(self) -> float:
+        # max_steps is 0 before training.
+        return min(1.0, self.state.global_step / self.state.max_steps) if self.state.max_steps > 0 else 0.0
+
+    def _is_scaled_by_items(self, batch: dict[str, Any]) -> bool:
+        """Whether the loss is divided by `num_items_in_batch`, found by computing it with 1 and with 2 items.
+
+        A loss that is divided by the number halves; any other stays the same. Transformers does not test this: it
+        treats the loss of every model that accepts the argument as divided.
+        """
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        losses = []
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                inputs = self._prepare_inputs(batch)
+                for items in (1, 2):
+                    losses.append(float(self._given_compute_loss(model, dict(inputs), num_items_in_batch=items)))
+        finally:
+            model.train(was_training)
+        once, twice = losses
+        return abs(once - 2 * twice) < abs(once - twice)
+
+    def _given_compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self).compute_loss(self, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _watching(self, model: nn.Module) -> Iterator[list[Pass]]:
+        """Tell the model how far training is at each call that trains it, and record these calls."""
+        passes: list[Pass] = []
+
+        def tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            if not torch.is_grad_enabled():
+                return args, kwargs
+            told = self.loss_terms.model_inputs()
+            if kwargs.get("num_items_in_batch") is None:
+                told.pop("target_counts", None)  # a mean over the batch is asked for
+            return args, {**told, **kwargs}
+
+        def record(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+            if torch.is_grad_enabled():
+                counted = ("num_items_in_batch", "target_counts")
+                passes.append(Pass(outputs, any(kwargs.get(name) is not None for name in counted)))
+
+        hooks = [model.register_forward_hook(record, with_kwargs=True)]
+        if self.loss_terms.takes:
+            hooks.append(model.register_forward_pre_hook(tell, with_kwargs=True))
+        try:
+            yield passes
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _compute_loss_with_terms(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if not model.training:
+            return self._evaluate_with_terms(model, inputs, return_outputs)
+        given = dict(inputs)  # compute_loss may take things out
+        with self._watching(model) as passes:
+            computed = self._given_compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        loss = computed[0] if return_outputs else computed
+        if not passes:  # a Trainer that calls parts of the model
+            passes = [Pass(computed[1] if return_outputs else None, False)]
+        loss = self._hold_terms(loss, passes, given, num_items_in_batch)
+        return (loss, computed[1]) if return_outputs else loss
+
+    def _hold_terms(
+        self, loss: Tensor, passes: list[Pass], inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Keep the terms of a micro-batch for the log; returns the loss, with the terms that it lacks added."""
+        # Training sets it; before training, a batch counts as a whole optimizer step.
+        self.loss_terms.parts = getattr(self, "current_gradient_accumulation_steps", 1)
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # subclasses may set it, from Transformers 5.19
+        if is_scaled is None:
+            is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        loss_scale = 1.0 if is_scaled else 1 / self.loss_terms.parts
+        # A model may be called more than once, such as with and without an adapter.
+        outputs, is_share = next((each for each in reversed(passes) if each.losses), passes[-1])
+        scale = 1 / self.loss_terms.parts
+        if is_share:
+            # The model has divided the terms by the counts of the whole step. Logging takes the mean over processes,
+            # like the Trainer does for the loss.
+            scale = float(self.accelerator.num_processes) if self.args.average_tokens_across_devices else 1.0
+        if self._lacks_auxiliary_losses(loss, passes):
+            loss = loss + auxiliary_loss(outputs, self.loss_terms.settings) * (scale / loss_scale)
+        return self.loss_terms.hold(loss, outputs, inputs, loss_scale=loss_scale, scale=scale)
+
+    def _lacks_auxiliary_losses(self, loss: Tensor, passes: list[Pass]) -> bool:
+        """Whether `compute_loss` leaves out auxiliary losses that the model has computed; found at the first micro-batch.
+
+        Raises:
+            ValueError: If the model has auxiliary losses, and `compute_loss` leaves no way to train them.
+        """
+        settings = self.loss_terms.settings
+        if self._lacks_losses is None:
+            self._lacks_losses = False
+            if settings is not None and any(term.weight and not term.is_main for term in settings.terms):
+                self._lacks_losses = not any(depends_on(loss, each.losses) for each in passes)
+                if self._lacks_losses:
+                    self._check_can_be_added(passes, settings)
+        return self._lacks_losses
+
+    def _check_can_be_added(self, passes: list[Pass], settings: AuxiliaryLossSettings) -> None:
+        owner = next(kind for kind in type(self).__mro__ if "compute_loss" in vars(kind)).__name__
+        if not any(loss_dict_of(each.outputs) for each in passes):
+            raise ValueError(
+                f"compute_loss of {owner} calls the model without labels, so that its auxiliary losses cannot be computed."
+                " Leave the labels in the inputs of the model, or train a model without auxiliary losses"
+            )
+        if settings.loss_weighting != "fixed":
+            raise ValueError(
+                f"loss_weighting is {settings.loss_weighting!r}, which learns a weight of the main loss, too; {owner} computes"
+                " that loss without the model. It must be 'fixed'"
+            )
+        weights = {term.name: term.weight for term in settings.terms if term.is_main}
+        if weights != settings.evaluation_weights:
+            raise ValueError(
+                f"the model gives the losses of its own head the weights {weights}; {owner} computes the main loss without the"
+                f" model, with the weights {settings.evaluation_weights}. Leave position_loss and term_weights of these out"
+            )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.loss_terms.drop_held()
+        loss = super().training_step(*args, **kwargs)
+        self.loss_terms.keep_held()
+        return loss
+
+    # ---- Evaluation ----
+
+    def _evaluate_with_terms(self, model: nn.Module, inputs: Any, return_outputs: bool) -> Any:
+        # Without counts of the whole step, the losses are means over this batch; they are weighted below.
+        inputs = self._without_repeated_rows(inputs)
+        given, seen = dict(inputs), []
+        hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
+        try:
+            computed = self._given_compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
+        finally:
+            hook.remove()
+        loss, outputs = computed if return_outputs else (computed, None)
+        self._add_evaluation_terms(loss, seen[-1] if seen else outputs, given)
+        return computed
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the rows that fill the last batches on several processes; they are repeats of the first rows."""
+        labels, loader = inputs.get("labels"), self.accelerator.gradient_state
+        if self.args.world_size == 1 or not isinstance(labels, Tensor):
+            return inputs
+        if not loader.end_of_dataloader or loader.remainder <= 0:
+            return inputs
+        rows = labels.shape[0]
+        kept = min(max(loader.remainder - self.args.process_index * rows, 0), rows)
+        labels = labels.clone()
+        labels[kept:] = IGNORE_INDEX
+        return {**inputs, "labels": labels}
+
+    def _add_evaluation_terms(self, loss: Tensor, outputs: Any, inputs: dict[str, Any]) -> None:
+        labels, terms = inputs.get("labels"), loss_dict_of(outputs) | further_losses_of(outputs)
+        if not isinstance(labels, Tensor):
+            positions = rows = find_batch_size(inputs) or 1
+        elif labels.dim() == 2 and self._loss_shifts_labels:
+            positions, rows = Targets(inputs, 1).counts()[:, 0]
+        else:
+            positions = rows = labels.ne(IGNORE_INDEX).sum()
+        self._evaluation_terms.add("loss", loss, positions)
+        for name, value in terms.items():
+            self._evaluation_terms.add(log_key(name), value, rows if name == "last_position" else positions)
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        if "next_char" in terms and isinstance(labels, Tensor) and getattr(config, "vocab_size", None) == 256:
+            targets = Targets(inputs, 1).ahead(1)
+            characters = ((targets != IGNORE_INDEX) & begins_character(targets)).sum()
+            self._evaluation_terms.add("characters", torch.zeros_like(terms["next_char"]), characters)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if ignore_keys is None:
+            config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+        return super().prediction_step(
+            model, inputs, prediction_loss_only, [*ignore_keys, "loss_dict", "loss_weights"], **kwargs
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._evaluation_terms = EvaluationTerms()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        totals = self._evaluation_terms.totals()
+        _, characters = totals.pop("characters", (0.0, 0))
+        metrics = {name: total / count for name, (total, count) in totals.items() if count}
+        if characters:
+            nats, num_bytes = totals["loss_next_char"]
+            metrics["bpb"] = nats / NATS_PER_BIT / num_bytes
+            if getattr(dataloader.dataset, "is_utf8", True):  # characters can be counted in UTF-8 only
+                metrics["bpc"] = nats / NATS_PER_BIT / characters
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        if self.is_in_train and (names := [name for name, value in named.items() if not math.isfinite(value)]):
+            raise self._not_finite_error(self.state.global_step, names)
+        return output._replace(metrics={**(output.metrics or {}), **named})
+
+    # ---- Logs ----
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:  # an entry of the training loop
+            if (found := self.loss_terms.first_not_finite()) is not None:
+                raise self._not_finite_error(*found)
+            means = self.loss_terms.means(over_layers=getattr(self.args, "log_loss_terms", "each") == "groups")
+            means.pop("loss", None)
+            logs.update(means)
+        super().log(logs, *args, **kwargs)
+
+    def _not_finite_error(self, step: int, names: list[str]) -> FloatingPointError:
+        return FloatingPointError(
+            f"not finite at step {step}: {', '.join(names)}. Lower the learning rate, warm it up for longer, or clip gradients"
+            " (max_grad_norm)"
+        )
