@@ -103,18 +103,32 @@ class ModelWithLosses(SavesHeads):
         if args:
             kwargs |= dict(zip(inspect.signature(super().forward).parameters, args, strict=False))
         if kwargs.get("labels") is None:
-            return super().forward(**kwargs)
+            return self._plain_forward(kwargs)
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or self.training, "return_dict": True}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._heads_only):
-            outputs = super().forward(**inputs)
+            outputs = self._plain_forward(inputs)
         share_of_step = self._add_losses(step, outputs, kwargs, counts)
         dropped = ("loss",) if asked else ("loss", *STATES)
         values = {name: value for name, value in outputs.items() if name not in dropped}
         return self._output_class(
             **values, **step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)
         )
+
+    def _plain_forward(self, inputs: dict[str, Any]) -> Any:
+        """The plain model's output, with what its own head read as `head_input` where that is no hidden state."""
+        if not self._anatomy.reads_embeddings_input:
+            return super().forward(**inputs)
+        seen: list[Tensor] = []
+        hook = self.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            outputs = super().forward(**inputs)
+        finally:
+            hook.remove()
+        if isinstance(outputs, ModelOutput):
+            vars(outputs)["head_input"] = seen[-1]
+        return outputs
 
     def _plain_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs without a divisor that the plain model does not follow."""
@@ -131,6 +145,8 @@ class ModelWithLosses(SavesHeads):
     def _head_input(self, term: LossTerm, outputs: Any) -> Tensor:
         """The output of a term's layer, `(B, S, hidden_size)`; for the last layer, the model's last hidden state."""
         last = term.layer == self.loss_settings.num_layers
+        if last and self._anatomy.reads_embeddings_input:
+            return cast(Tensor, vars(outputs)["head_input"])
         states: tuple[Tensor, ...] = outputs[self._anatomy.states_name]
         return states[-1 if last else self._anatomy.layers[term.layer]]
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -31,6 +31,13 @@ class Trace:
     layer_lists: dict[str, list[Tensor]]
     """The outputs of the modules of each module list, by the list's name, in the order of the calls."""
     calls: list[Call]
+    embeddings_input: Tensor | None
+    """What the output embeddings were given, where the last hidden state has other positions, like Gemma 3n's."""
+
+    @property
+    def last(self) -> Tensor:
+        """What the model's own head reads."""
+        return self.states[-1] if self.embeddings_input is None else self.embeddings_input
 
     @property
     def states_name(self) -> str:
@@ -57,6 +64,8 @@ class Anatomy:
     output_kind: type[ModelOutput]
     states_name: str
     """The field of the output that holds the hidden states."""
+    reads_embeddings_input: bool
+    """Whether the model's own head reads `Trace.embeddings_input`, and not the last of the hidden states."""
     num_layers: int
     width: int
     """Width of the last hidden state."""
@@ -87,11 +96,14 @@ def trace_of(model: PreTrainedModel) -> Trace:
             ) from error
     if not isinstance(outputs, ModelOutput) or not isinstance(outputs.get("logits"), Tensor):
         raise ValueError(f"{name} returns no logits, so there is no main loss that the auxiliary losses could go with")
-    trace = Trace(inputs, outputs, layer_lists, calls)
+    trace = Trace(inputs, outputs, layer_lists, calls, None)
     states = outputs.get(trace.states_name)
     if not isinstance(states, tuple | list) or not states or not all(isinstance(state, Tensor) for state in states):
         raise ValueError(f"{name} returns no hidden states, so heads on its layers have no input")
-    return trace
+    embeddings = model.get_output_embeddings()
+    own = next((module_name for module_name, module in model.named_modules() if module is embeddings), None)
+    given = next((call.given for call in reversed(calls) if call.name == own), states[-1])
+    return replace(trace, embeddings_input=given if given.shape[:-1] != states[-1].shape[:-1] else None)
 
 
 def anatomy_of(model: PreTrainedModel, trace: Trace) -> Anatomy:
@@ -107,8 +119,9 @@ def anatomy_of(model: PreTrainedModel, trace: Trace) -> Anatomy:
     return Anatomy(
         output_kind=type(trace.outputs),
         states_name=trace.states_name,
+        reads_embeddings_input=trace.embeddings_input is not None,
         num_layers=num_layers,
-        width=width_of(states[-1]),
+        width=width_of(trace.last),
         layers=layers,
         widths={layer: width_of(states[index]) for layer, index in layers.items()},
         tail=tail,
@@ -129,7 +142,11 @@ def _reads_forward(model: PreTrainedModel, trace: Trace) -> bool:
         outputs: Any = model(
             **{**trace.inputs, name: other}, **no_cache(model), output_hidden_states=True, return_dict=True
         )
-    before, after = (states[-1][:, :-1].float() for states in (trace.states, outputs[trace.states_name]))
+    if trace.logits.shape[:2] == other.shape:
+        both = (trace.logits, outputs.logits)
+    else:
+        both = (trace.states[-1], outputs[trace.states_name][-1])
+    before, after = (of_positions[:, :-1].float() for of_positions in both)
     if before.shape != after.shape or not before.numel():
         return False
     # Both runs do the same operations; a difference beyond rounding means that a position saw the last token.
@@ -288,7 +305,8 @@ def _layers_and_tail(
             if index is not None:
                 found[number] = index
         is_last = found.get(len(returned)) == len(states) - 1
-        own_tail = () if is_last else chain(model, trace.calls, returned[-1], states[-1])
+        is_last = is_last and trace.embeddings_input is None
+        own_tail = () if is_last else chain(model, trace.calls, returned[-1], trace.last)
         if (len(found), own_tail is not None) > (len(best), tail is not None):
             best, tail, num_layers = found, own_tail, len(returned)
     return best, tail, num_layers

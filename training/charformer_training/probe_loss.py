@@ -98,7 +98,7 @@ class LogitsPath:
 
 def logits_path(model: PreTrainedModel, trace: Trace) -> LogitsPath | None:
     """The path from the last hidden state to the logits; `None` if there is none of this form."""
-    state, logits = trace.states[-1], trace.logits
+    state, logits = trace.last, trace.logits
     embeddings = model.get_output_embeddings()
     own = next((name for name, module in model.named_modules() if module is embeddings), None)
     found = [names for made, names in chains(trace.calls, state) if names and made.shape == logits.shape]
