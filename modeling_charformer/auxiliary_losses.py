@@ -12,7 +12,7 @@ Shapes: B batch, S sequence, V vocabulary, K number of targets.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .auxiliary_heads import UncertaintyWeighting
 from .cross_entropy import IGNORE_INDEX as IGNORE_INDEX
 from .cross_entropy import chunked_cross_entropy_sums, cross_entropy_sum
+from .linear_cross_entropy import LinearClassifier, row_cross_entropies
 from .loss_settings import AuxiliaryLossSettings, LossTerm
 from .position_sampling import PositionSampler, SampledPositions
 
@@ -212,6 +213,13 @@ class LossStep:
             return None
         return {term: self._sampler.sample(term, targets.ahead(term.offset)) for term in terms}
 
+    def expected_weights(self, weighting: UncertaintyWeighting | None) -> dict[str, Any]:
+        """The weights that `breakdown` will give the terms, without gradients."""
+        if weighting is None:
+            return dict(self.weights)
+        with torch.no_grad():
+            return {**self.weights, **weighting(self.weights, [term.name for term in self.terms])[0]}
+
     @property
     def final_terms(self) -> list[LossTerm]:
         """The active terms of the final layer that need auxiliary heads."""
@@ -313,6 +321,40 @@ def sampled_loss(
     """
     sums = chunked_cross_entropy_sums(head_input, sample.targets[None], head, vocab_size, sample.weights[None])
     return sums[0] / targets.denominator(term)
+
+
+class HeadInput(NamedTuple):
+    """What a term's classifier reads and should predict, at all positions or at those of a sample."""
+
+    term: LossTerm
+    states: Tensor
+    """`(B, P, hidden_size)`."""
+    sample: SampledPositions | None = None
+
+
+def linear_losses(
+    classifier: LinearClassifier, inputs: Sequence[HeadInput], targets: Targets, expected_weights: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The raw values in nats, float32 scalars by name, of terms at all positions that share a linear classifier.
+
+    Args:
+        inputs: At least one.
+        expected_weights: The weights of the terms in the loss. The results are right with any; the gradient takes longest
+            if the loss weighs the terms in other proportions. See `linear_cross_entropy`.
+    """
+    rows, wanted, counts, expected = [], [], [], []
+    for term, states, sample in inputs:
+        symbols = (targets.ahead(term.offset) if sample is None else sample.targets).flatten()
+        counts.append(torch.ones_like(symbols, dtype=torch.float32) if sample is None else sample.weights.flatten())
+        rows.append(states.flatten(0, 1))
+        wanted.append(symbols)
+        expected.append(counts[-1] * (expected_weights[term.name] / targets.denominator(term)))
+    values = row_cross_entropies(torch.cat(rows), classifier, torch.cat(wanted), torch.cat(expected))
+    parts = values.split([len(one) for one in wanted])
+    return {
+        one.term.name: part @ count / targets.denominator(one.term)
+        for one, part, count in zip(inputs, parts, counts, strict=True)
+    }
 
 
 def loss_of_logits(logits: Tensor, term: LossTerm, targets: Targets) -> Tensor:

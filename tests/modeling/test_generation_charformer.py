@@ -9,7 +9,13 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer, drafting_charformer
+from modeling_charformer import (
+    CharformerConfig,
+    CharformerForCausalLM,
+    CharformerTokenizer,
+    drafting_charformer,
+    verification_charformer,
+)
 from modeling_charformer.compatibility import CACHE
 from tests.helpers import TINY
 
@@ -177,14 +183,13 @@ def test_long_drafts_are_sampled_from_the_models_distribution(make_model, monkey
         torch.nn.init.normal_(block.linear.weight, std=0.3)
     monkeypatch.setattr(drafting_charformer, "CONFIDENCE", 0.3)
     lengths = []
-    draft = drafting_charformer.ExtraTargetCandidateGenerator.get_candidates
+    forward = verification_charformer.VerifiedDecoding._forward
 
-    def counted(self, input_ids, *args, **kwargs):
-        candidates, logits = draft(self, input_ids, *args, **kwargs)
-        lengths.append(candidates.shape[1] - input_ids.shape[1])
-        return candidates, logits
+    def counted(self, drafts):
+        lengths.append(drafts.shape[1])
+        return forward(self, drafts)
 
-    monkeypatch.setattr(drafting_charformer.ExtraTargetCandidateGenerator, "get_candidates", counted)
+    monkeypatch.setattr(verification_charformer.VerifiedDecoding, "_forward", counted)
     texts = torch.tensor([[1, 0, *(number >> bit & 1 for bit in range(6))] for number in range(64)])
     log_probabilities = model(texts).logits.log_softmax(-1)[:, 1:-1]
     exact = log_probabilities.gather(-1, texts[:, 2:, None]).sum((1, 2)).exp().detach()
@@ -352,7 +357,7 @@ def test_half_the_window_is_the_default(model):
         ({"max_new_tokens": 29}, "more than the window .* or give rolling_context"),
         ({"inputs": torch.zeros(1, 32, dtype=torch.long)}, "the prompt is 32 characters long"),
         ({"inputs": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty"),
-        ({"inputs": PROMPT.repeat(2, 1), "use_extra_targets": True}, "one prompt at a time, and there are 2"),
+        ({"inputs": PROMPT.repeat(2, 1), "assistant_early_exit": 2}, "one prompt at a time, and there are 2"),
     ],
     ids=str,
 )

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "half": {"bf16": True},
     "muon": {"muon": True},
     "ignores_counts": {"model": "bert", "gradient_accumulation_steps": 2},
+    "gradients": {"log_term_gradients": 3, "gradient_accumulation_steps": 2},
 }
 ROWS_PER_STEP = 8
 

@@ -153,7 +153,8 @@ class TestTrainer:
     def test_schedule_that_is_never_on_is_refused_before_the_first_step(self, tmp_path):
         register_schedule("never", lambda at: 0.0)
         for field in ("intermediate_schedule", "target_schedule"):
-            model = add_auxiliary_losses(build("gpt2"), **{field: "never"})
+            settings: dict[str, Any] = {field: "never"}
+            model = add_auxiliary_losses(build("gpt2"), **settings)
             with pytest.raises(ValueError, match=f"{field} is 'never', whose factor is 0 at each of the 4 steps"):
                 train(model, tmp_path)
         register_schedule("late", lambda at: float(at.progress > 0.7))

@@ -315,6 +315,41 @@ def test_either_spelling_of_an_option_replaces_the_recipes_text(recipe):
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([""], "the recipe is empty; give a path"),
+        ([" "], "the recipe is empty; give a path"),
+        (["."], ". is not a recipe, but a folder, a device or a pipe"),
+        (["/dev/null"], "/dev/null is not a recipe, but a folder, a device or a pipe"),
+        (["x" * 300], "the recipe is 'xxx"),
+        (["x\0y"], "a path holds no zero byte"),
+        ([QUICKSTART, "--output_dir", "x" * 300], "output_dir is 'xxx"),
+        ([QUICKSTART, "-x"], "options begin with two"),
+    ],
+)
+def test_names_that_no_recipe_or_folder_can_have_are_refused(words, message):
+    assert message in refused(words)
+
+
+@pytest.mark.parametrize("name", ["output", "plots", "state_file"])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/proc/a.png", "the folder of /proc/a.png cannot be written to"),
+        ("/dev/full", "is a device or a pipe"),
+        (f"{'x' * 300}.png", "304 bytes long"),
+        (" ", "is empty; give a path"),
+    ],
+)
+def test_results_that_cannot_be_written_are_refused_before_the_evaluation(name, path, message):
+    if path.startswith("/proc") and not Path("/proc").is_dir():
+        pytest.skip("no such file system here")
+    with pytest.raises((OSError, ValueError), match=message) as found:
+        evaluate_cli.check_places(EvaluateArguments(**{name: path}))
+    assert str(found.value).startswith(name)
+
+
+@pytest.mark.parametrize(
     "settings", [{"save_steps": -1}, {"max_grad_norm": float("nan")}, {"adam_beta2": 2.0}], ids=str
 )
 def test_a_trainers_settings_are_checked_without_a_recipe_too(tmp_path, settings):

@@ -80,6 +80,7 @@ class LossTerms:
         """Numbers of targets in the present optimizer step, see `Targets.counts`."""
         self._added: dict[str, AddedTerm] = {}
         self._held: list[tuple[dict[str, Tensor], float]] = []
+        self._held_added: list[Tensor] = []
         self._sums = TrainingTerms()
 
     # ---- Terms of one's own ----
@@ -128,8 +129,16 @@ class LossTerms:
                 raise ValueError(f"the model has a loss term {name!r} too; give the term that was added another name")
             weight = _weight_of(term, self.progress, self.step)
             if weight or not weighted:
-                values[name] = weight, _scalar(name, term.function(outputs, inputs))
+                values[name] = weight, self.added_value(name, outputs, inputs)
         return values
+
+    def added_names(self) -> list[str]:
+        """The names of the terms of `add_term` that have a weight now."""
+        return [name for name, term in self._added.items() if _weight_of(term, self.progress, self.step)]
+
+    def added_value(self, name: str, outputs: Any, inputs: Batch) -> Tensor:
+        """The raw value of a term of `add_term`."""
+        return _scalar(name, self._added[name].function(outputs, inputs))
 
     # ---- An optimizer step ----
 
@@ -228,23 +237,34 @@ class LossTerms:
         terms, means = loss_dict_of(outputs), further_losses_of(outputs)
         for name, (weight, value) in self.added_values(outputs, inputs).items():
             means[name] = value
-            loss = loss + weight * value / (self.parts * loss_scale)
+            self._held_added.append(weight * value / self.parts)
+            loss = loss + self._held_added[-1] / loss_scale
         self._held = [({"loss": loss}, loss_scale), (terms, scale), (means, 1 / self.parts)]
         return loss
+
+    def keep(self, figures: Mapping[str, float]) -> None:
+        """Add figures of the present step to the sums, the same on all processes."""
+        device = next(self.model.parameters()).device
+        values = {name: torch.tensor(value, device=device) for name, value in figures.items()}
+        self._sums.add(self.step + 1, values, 1.0)
 
     @property
     def holds(self) -> bool:
         return bool(self._held)
 
+    def auxiliary_parts(self, outputs: Any, scale: float) -> list[Tensor]:
+        """What each auxiliary term, and each of `add_term`, gives to the step's loss in the micro-batch that is held."""
+        return [value * scale for value in weighted_terms(outputs, self.settings)] + self._held_added
+
     def drop_held(self) -> None:
-        self._held = []
+        self._held, self._held_added = [], []
 
     def keep_held(self) -> None:
         """Add what is held to the sums; a micro-batch whose backward pass failed runs again, and must count once."""
         for terms, scale in self._held:
             if terms:
                 self._sums.add(self.step + 1, terms, scale)
-        self._held = []
+        self.drop_held()
 
     # ---- Means ----
 
@@ -286,8 +306,8 @@ def takes(model: nn.Module | None, parameter: str) -> bool:
 
 
 def log_key(term: str) -> str:
-    """The name of a term in a log: `loss_` and its name."""
-    return term if term == "loss" or term.startswith("loss_") else f"loss_{term}"
+    """The name of a term in a log: `loss_` and its name. Figures of gradients keep theirs."""
+    return term if term == "loss" or term.startswith(("loss_", "gradient_")) else f"loss_{term}"
 
 
 def loss_dict_of(outputs: Any) -> dict[str, Tensor]:
@@ -306,11 +326,16 @@ def further_losses_of(outputs: Any) -> dict[str, Tensor]:
     }
 
 
-def auxiliary_loss(outputs: Any, settings: AuxiliaryLossSettings | None) -> Tensor | float:
-    """The weighted sum of a model's losses without those of its own head; 0 if all of them have dropped out."""
+def weighted_terms(outputs: Any, settings: AuxiliaryLossSettings | None) -> list[Tensor]:
+    """A model's losses times their weights, without those of its own head and those that have dropped out."""
     main = [term.name for term in settings.terms if term.is_main] if settings is not None else []
     terms, weights = loss_dict_of(outputs), outputs["loss_weights"]
-    summands = [weights[name] * value for name, value in terms.items() if name not in main and weights[name]]
+    return [weights[name] * value for name, value in terms.items() if name not in main and weights[name]]
+
+
+def auxiliary_loss(outputs: Any, settings: AuxiliaryLossSettings | None) -> Tensor | float:
+    """The weighted sum of a model's losses without those of its own head; 0 if all of them have dropped out."""
+    summands = weighted_terms(outputs, settings)
     return torch.stack(summands).sum() if summands else 0.0
 
 

@@ -16,6 +16,8 @@ from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 from .differentiated import depends_on
+from .gradient_options import bare_model, check_gradient_options, conflict_free_gradients, measured_gradients
+from .head_accuracy import check_head_accuracy, head_accuracies
 from .loss_terms import LossTerms, auxiliary_loss, further_losses_of, log_key, loss_dict_of
 from .models import shifts_labels
 from .resuming import let_lower_be_better
@@ -82,6 +84,10 @@ class AuxiliaryLossMixin(Trainer):
             or getattr(self, "loss_is_scaled_for_ga", None) is not None
             or self.compute_loss_func is not None
         )
+        check_gradient_options(self, self.loss_terms)
+        check_head_accuracy(self)
+        self._conflict_free = conflict_free_gradients(self)
+        self._to_measure: tuple[list[dict[str, Any]], Tensor | int | None] | None = None
         self._lacks_losses: bool | None = None
         self._evaluation_terms = EvaluationTerms()
         # Around the method of whatever class, so that a `compute_loss` of one's own need not know of the terms.
@@ -139,6 +145,8 @@ class AuxiliaryLossMixin(Trainer):
         # Training that begins again, with a smaller batch because memory ran out, logs no part of its first try.
         self.loss_terms.forget()
         trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        if self.loss_terms.settings is not None:
+            self.loss_terms.settings.check_schedules_are_on(self.state.max_steps)
         return trained
 
     def get_batch_samples(
@@ -156,6 +164,11 @@ class AuxiliaryLossMixin(Trainer):
             self._training_progress,
             over_processes=self.args.average_tokens_across_devices,
         )
+        every = getattr(self.args, "log_term_gradients", 0)
+        is_due = every and batch_samples and self.state.global_step % every == 0
+        self._to_measure = (batch_samples, num_items_in_batch) if is_due else None
+        if self._conflict_free is not None:
+            self._conflict_free.begin_step()
         return batch_samples, num_items_in_batch
 
     @property
@@ -250,7 +263,10 @@ class AuxiliaryLossMixin(Trainer):
             scale = float(self.accelerator.num_processes) if self.args.average_tokens_across_devices else 1.0
         if self._lacks_auxiliary_losses(loss, passes):
             loss = loss + auxiliary_loss(outputs, self.loss_terms.settings) * (scale / loss_scale)
-        return self.loss_terms.hold(loss, outputs, inputs, loss_scale=loss_scale, scale=scale)
+        loss = self.loss_terms.hold(loss, outputs, inputs, loss_scale=loss_scale, scale=scale)
+        if self._conflict_free is not None:
+            self._conflict_free.add(loss * loss_scale, self.loss_terms.auxiliary_parts(outputs, scale))
+        return loss
 
     def _lacks_auxiliary_losses(self, loss: Tensor, passes: list[Pass]) -> bool:
         """Whether `compute_loss` leaves out auxiliary losses that the model has computed; found at the first micro-batch.
@@ -287,9 +303,14 @@ class AuxiliaryLossMixin(Trainer):
             )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._to_measure is not None:  # here, because a run that is resumed restores its random numbers only now
+            batches, self._to_measure = self._to_measure, None
+            self.loss_terms.keep(measured_gradients(self, self.loss_terms, *batches))
         self.loss_terms.drop_held()
         loss = super().training_step(*args, **kwargs)
         self.loss_terms.keep_held()
+        if self._conflict_free is not None and self.accelerator.sync_gradients:
+            self._conflict_free.end_step()
         return loss
 
     # ---- Evaluation ----
@@ -329,6 +350,10 @@ class AuxiliaryLossMixin(Trainer):
         else:
             positions = rows = labels.ne(IGNORE_INDEX).sum()
         self._evaluation_terms.add("loss", loss, positions)
+        if getattr(self.args, "eval_head_accuracy", False):
+            with self.compute_loss_context_manager():
+                for name, figures in head_accuracies(bare_model(self), inputs).items():
+                    self._evaluation_terms.add(name, *figures)
         for name, value in terms.items():
             self._evaluation_terms.add(log_key(name), value, rows if name == "last_position" else positions)
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
