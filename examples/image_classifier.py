@@ -50,12 +50,11 @@ def accuracy(prediction):
 
 train, test = images(fonts, COPIES, seed=1), images(held_out, 4, seed=2)
 # Any image classifier: AutoModelForImageClassification.from_pretrained(...). This one is small and new.
-model = AutoModelForImageClassification.from_config(
-    ResNetConfig(
-        num_channels=1, embedding_size=16, hidden_sizes=[16, 32, 64, 64], depths=[1, 1, 1, 1], layer_type="basic",
-        num_labels=len(LETTERS),
-    )
-)  # fmt: skip
+config = ResNetConfig(
+    num_channels=1, embedding_size=16, hidden_sizes=[16, 32, 64, 64], depths=[1, 1, 1, 1], layer_type="basic"
+)
+config.num_labels = len(LETTERS)
+model = AutoModelForImageClassification.from_config(config)
 add_auxiliary_losses(model, intermediate_layers=[2, 3], intermediate_weight=0.3)
 
 trainer = AuxiliaryLossTrainer(

@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from modeling_charformer.auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, UncertaintyWeighting
 from modeling_charformer.auxiliary_losses import LossStep
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm
+from modeling_charformer.unused_losses import LossWatch
 
 from .heads_file import SavesHeads
 from .probe import Anatomy, Trace, through
@@ -37,7 +38,8 @@ class ModelWithLosses(SavesHeads):
     takes_target_counts = False
     shifts_labels: bool
     _own_loss = OwnLoss(None, False, False)
-    _heads_only = False
+    heads_only = False
+    """Whether nothing but the heads is trained."""
     # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
@@ -63,7 +65,7 @@ class ModelWithLosses(SavesHeads):
         checked: dict[str, Any],
         heads_only: bool = False,
     ) -> None:
-        self.loss_settings, self._heads_only = settings, heads_only
+        self.loss_settings, self.heads_only = settings, heads_only
         self._anatomy = anatomy
         for name, value in checked.items():
             setattr(self, name, value)
@@ -74,6 +76,7 @@ class ModelWithLosses(SavesHeads):
         if settings.loss_weighting != "fixed":
             names = [term.name for term in settings.terms]
             self.loss_uncertainty = UncertaintyWeighting(names).to(self.device)
+        self.loss_watch = LossWatch(type(self).__name__, self.base_model, settings)
         if heads_only:
             for name, parameter in self.named_parameters():
                 if not name.startswith(TRAINING_ONLY):
@@ -83,7 +86,7 @@ class ModelWithLosses(SavesHeads):
     def train(self, mode: bool = True) -> Any:
         """Set the mode. With `heads_only` the body stays in evaluation mode, so that heads see the states of inference."""
         super().train(mode)
-        if self._heads_only:
+        if self.heads_only:
             for name, module in self.named_children():
                 if f"{name}." not in TRAINING_ONLY:
                     module.eval()
@@ -107,14 +110,13 @@ class ModelWithLosses(SavesHeads):
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or self.training, "return_dict": True}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._heads_only):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_only):
             outputs = self._plain_forward(inputs)
-        share_of_step = self._add_losses(step, outputs, kwargs, counts)
+        share_of_step = self.add_losses(step, outputs, kwargs, counts)
         dropped = ("loss",) if asked else ("loss", *STATES)
         values = {name: value for name, value in outputs.items() if name not in dropped}
-        return self._output_class(
-            **values, **step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)
-        )
+        losses = step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)
+        return self._output_class(**values, **self.loss_watch.watched(losses))
 
     def _plain_forward(self, inputs: dict[str, Any]) -> Any:
         """The plain model's output, with what its own head read as `head_input` where that is no hidden state."""
@@ -136,7 +138,7 @@ class ModelWithLosses(SavesHeads):
             return inputs
         return {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
 
-    def _add_losses(
+    def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         """Add the values of all active terms; returns a function that computes this batch's share of the optimizer step."""
@@ -147,7 +149,7 @@ class ModelWithLosses(SavesHeads):
         last = term.layer == self.loss_settings.num_layers
         if last and self._anatomy.reads_embeddings_input:
             return cast(Tensor, vars(outputs)["head_input"])
-        states: tuple[Tensor, ...] = outputs[self._anatomy.states_name]
+        states: tuple[Tensor, ...] = getattr(outputs, self._anatomy.states_name)
         return states[-1 if last else self._anatomy.layers[term.layer]]
 
     def _finished(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ def class_with_losses(
         "__module__": kind.__module__,
         "forward": forward,
         "_made_of": (kind, mixin, output_kind),
-        "_output_class": _output_class(output_kind),
+        "_output_class": output_class(output_kind),
     }
     return type(kind.__name__, (mixin, kind), content)
 
@@ -202,7 +204,7 @@ def _empty_model(kind: type[PreTrainedModel], mixin: type[ModelWithLosses], outp
 
 
 @functools.cache
-def _output_class(kind: type[ModelOutput]) -> type[ModelOutput]:
+def output_class(kind: type[ModelOutput]) -> type[ModelOutput]:
     @dataclass
     class OutputWithBreakdown(kind):  # type: ignore[misc,valid-type]  # a base class known only at run time
         loss_dict: dict[str, Tensor] | None = None
@@ -215,4 +217,4 @@ def _output_class(kind: type[ModelOutput]) -> type[ModelOutput]:
 
 
 def _output(kind: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
-    return _output_class(kind)(**values)
+    return output_class(kind)(**values)

@@ -50,7 +50,7 @@ class SequenceClassifierWithLosses(ClassifierWithLosses):
             )
         return {"_pooling": pooling}
 
-    def _add_losses(
+    def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         labels = inputs["labels"]
@@ -108,7 +108,7 @@ class TokenClassifierWithLosses(ClassifierWithLosses):
             )
         return {"_own_loss": own_loss}
 
-    def _add_losses(
+    def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         labels, num_items, own_loss = inputs["labels"], inputs.get("num_items_in_batch"), outputs.loss
