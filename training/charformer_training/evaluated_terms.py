@@ -1,6 +1,7 @@
 """The terms of a model's loss in the evaluations of any Trainer: means over targets, on all processes."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,12 +21,30 @@ from .running_means import EvaluationTerms
 from .units import NATS_PER_BIT, begins_character
 
 
+def counts_of(inputs: Mapping[str, Any], shifts_labels: bool) -> tuple[Tensor | int, Tensor | int]:
+    """Numbers of the targets in a batch over which a loss is a mean, and of the rows that have one.
+
+    Args:
+        inputs: The batch. Without labels, both are its number of rows.
+        shifts_labels: Whether the model is a language model, which predicts the label of the next position.
+    """
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor):
+        rows = find_batch_size(inputs) or 1
+        return rows, rows
+    if labels.dim() == 2 and shifts_labels:
+        positions, of_rows = Targets(inputs, 1).counts()[:, 0]
+        return positions, of_rows
+    count = labels.ne(IGNORE_INDEX).sum()
+    return count, count
+
+
 class EvaluatesTerms(Trainer):
     """The part of `AuxiliaryLossMixin` that evaluates."""
 
     loss_terms: LossTerms
     logger_names: LoggerNames
-    _evaluation_terms = EvaluationTerms()
+    _evaluation_terms: EvaluationTerms
 
     def _given_compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The `compute_loss` of whatever class."""
@@ -59,12 +78,7 @@ class EvaluatesTerms(Trainer):
 
     def _add_evaluation_terms(self, loss: Tensor, outputs: Any, inputs: dict[str, Any]) -> None:
         labels, terms = inputs.get("labels"), loss_dict_of(outputs) | further_losses_of(outputs)
-        if not isinstance(labels, Tensor):
-            positions = rows = find_batch_size(inputs) or 1
-        elif labels.dim() == 2 and self._loss_shifts_labels:
-            positions, rows = Targets(inputs, 1).counts()[:, 0]
-        else:
-            positions = rows = labels.ne(IGNORE_INDEX).sum()
+        positions, rows = counts_of(inputs, self._loss_shifts_labels)
         self._evaluation_terms.add("loss", loss, positions)
         if getattr(self.args, "eval_head_accuracy", False):
             with self.compute_loss_context_manager():

@@ -216,7 +216,10 @@ class LossTerms:
         Raises:
             ValueError: If the model returns no loss.
         """
-        outputs = self.model(**batch, **self.model_inputs())
+        told = self.model_inputs()
+        if self.counts is not None:
+            told["num_items_in_batch"] = self.counts[0, 0]
+        outputs = self.model(**batch, **told)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is None:
             raise ValueError(
@@ -228,7 +231,26 @@ class LossTerms:
         self.keep_held()
         return loss
 
-    def hold(self, loss: Tensor, outputs: Any, inputs: Batch, *, loss_scale: float, scale: float) -> Tensor:
+    def shares_of(self, outputs: Any, inputs: Batch) -> dict[str, Tensor]:
+        """The terms in a model's output, which are means over this batch, as shares of the whole step's means."""
+        terms = loss_dict_of(outputs)
+        if self.settings is None or self.counts is None:
+            return terms
+        own = Targets(inputs, self.settings.num_targets).counts().to(self.counts.device)
+        ratios = own.clamp(min=1) / self.counts.clamp(min=1)
+        by_name = {term.name: ratios[int(term.positions == "last"), term.offset - 1] for term in self.settings.terms}
+        return {name: value * by_name[name] for name, value in terms.items()}
+
+    def hold(
+        self,
+        loss: Tensor,
+        outputs: Any,
+        inputs: Batch,
+        *,
+        loss_scale: float,
+        scale: float,
+        terms: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Hold the terms of a micro-batch until `keep_held`; returns the loss, with the terms of `add_term` added.
 
         Args:
@@ -236,9 +258,10 @@ class LossTerms:
             outputs: The model's output.
             inputs: The batch.
             loss_scale: Factor that makes the loss this micro-batch's part of the step's loss.
-            scale: The same for the terms in `loss_dict`.
+            scale: The same for the terms.
+            terms: The terms by name; by default those in `loss_dict` of the output.
         """
-        terms, means = loss_dict_of(outputs), further_losses_of(outputs)
+        terms, means = loss_dict_of(outputs) if terms is None else terms, further_losses_of(outputs)
         self.weights = dict((outputs.get("loss_weights") if isinstance(outputs, Mapping) else None) or {})
         main = {} if terms or not self._added else {MAIN: loss}
         for name, (weight, value) in self.added_values(outputs, inputs).items():
@@ -258,9 +281,9 @@ class LossTerms:
     def holds(self) -> bool:
         return bool(self._held)
 
-    def auxiliary_parts(self, outputs: Any, scale: float) -> list[Tensor]:
+    def auxiliary_parts(self, terms: Mapping[str, Tensor], weights: Batch, scale: float) -> list[Tensor]:
         """What each auxiliary term, and each of `add_term`, gives to the step's loss in the micro-batch that is held."""
-        return [value * scale for value in weighted_terms(outputs, self.settings)] + self._held_added
+        return [value * scale for value in weighted_terms(terms, weights, self.settings)] + self._held_added
 
     def drop_held(self) -> None:
         self._held, self._held_added = [], []
@@ -334,16 +357,19 @@ def further_losses_of(outputs: Any) -> dict[str, Tensor]:
     }
 
 
-def weighted_terms(outputs: Any, settings: AuxiliaryLossSettings | None) -> list[Tensor]:
-    """A model's losses times their weights, without those of its own head and those that have dropped out."""
+def weighted_terms(
+    terms: Mapping[str, Tensor], weights: Batch, settings: AuxiliaryLossSettings | None
+) -> list[Tensor]:
+    """A model's terms times their weights, without those of its own head and those that have dropped out."""
     main = [term.name for term in settings.terms if term.is_main] if settings is not None else []
-    terms, weights = loss_dict_of(outputs), outputs["loss_weights"]
     return [weights[name] * value for name, value in terms.items() if name not in main and weights[name]]
 
 
-def auxiliary_loss(outputs: Any, settings: AuxiliaryLossSettings | None) -> Tensor | float:
-    """The weighted sum of a model's losses without those of its own head; 0 if all of them have dropped out."""
-    summands = weighted_terms(outputs, settings)
+def auxiliary_loss(
+    terms: Mapping[str, Tensor], weights: Batch, settings: AuxiliaryLossSettings | None
+) -> Tensor | float:
+    """The weighted sum of a model's terms without those of its own head; 0 if all of them have dropped out."""
+    summands = weighted_terms(terms, weights, settings)
     return torch.stack(summands).sum() if summands else 0.0
 
 

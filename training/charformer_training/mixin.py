@@ -20,6 +20,7 @@ from .logger_names import LoggerNames
 from .loss_terms import LossTerms, auxiliary_loss, loss_dict_of
 from .models import heads_as_adapters, shifts_labels
 from .resuming import let_lower_be_better
+from .running_means import EvaluationTerms
 
 
 class Pass(NamedTuple):
@@ -98,6 +99,7 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         self._conflict_free = conflict_free_gradients(self)
         self._to_measure: tuple[list[dict[str, Any]], Tensor | int | None] | None = None
         self._lacks_losses: bool | None = None
+        self._evaluation_terms = EvaluationTerms()
         self.logger_names = LoggerNames(getattr(self.args, "log_group_prefix", self.log_group_prefix))
         # Around the method of whatever class, so that a `compute_loss` of one's own need not know of the terms.
         self.compute_loss = self._compute_loss_with_terms  # type: ignore[method-assign]
@@ -266,17 +268,21 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         loss_scale = 1.0 if is_scaled else 1 / self.loss_terms.parts
         # A model may be called more than once, such as with and without an adapter.
         outputs, is_share = next((each for each in reversed(passes) if each.losses), passes[-1])
+        terms, settings = loss_dict_of(outputs), self.loss_terms.settings
+        lacks = self._lacks_auxiliary_losses(loss, passes)
+        if lacks and not is_share and self.loss_terms.counts is not None:
+            terms, is_share = self.loss_terms.shares_of(outputs, inputs), True
         scale = 1 / self.loss_terms.parts
         if is_share:
-            # The model has divided the terms by the counts of the whole step. Logging takes the mean over processes,
-            # like the Trainer does for the loss.
+            # Logging takes the mean over processes, like the Trainer does for the loss.
             scale = float(self.accelerator.num_processes) if self.args.average_tokens_across_devices else 1.0
-        if self._lacks_auxiliary_losses(loss, passes):
-            # One whose terms have all dropped out adds 0.
-            loss = loss + auxiliary_loss(outputs, self.loss_terms.settings) * (scale / loss_scale)
-        loss = self.loss_terms.hold(loss, outputs, inputs, loss_scale=loss_scale, scale=scale)
+        if lacks and settings is not None and terms:
+            added = auxiliary_loss(terms, outputs["loss_weights"], settings)
+            loss = loss + added * (scale / loss_scale)
+        loss = self.loss_terms.hold(loss, outputs, inputs, loss_scale=loss_scale, scale=scale, terms=terms)
         if self._conflict_free is not None:
-            self._conflict_free.add(loss * loss_scale, self.loss_terms.auxiliary_parts(outputs, scale))
+            parts = self.loss_terms.auxiliary_parts(terms, outputs["loss_weights"], scale)
+            self._conflict_free.add(loss * loss_scale, parts)
         return loss
 
     def _lacks_auxiliary_losses(self, loss: Tensor, passes: list[Pass]) -> bool:
