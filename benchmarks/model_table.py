@@ -1,7 +1,7 @@
 """Which classes of Transformers take auxiliary losses: each one is tried from a tiny configuration.
 
     python benchmarks/model_table.py [--only bert gpt2] [--seconds 60] [--output benchmarks/results/models.json]
-    python benchmarks/model_table.py --table benchmarks/results/models.json > docs/models.md
+    python benchmarks/model_table.py --table benchmarks/results/models.json docs/models.md    # write these results into the page
 
 A class works if after `add_auxiliary_losses`, in training, every term is finite and every head gets a gradient; if the loss of
 each layer is that of the model cut off after that layer, where such a model runs; if the evaluation loss is that of the plain model; and if
@@ -165,7 +165,7 @@ def attempt(kind: str, model_type: str, name: str) -> tuple[str, str]:
     try:
         model = build(model_type, name, kind)
     except Exception as error:
-        return "not tried", f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return "not tried", f"{type(error).__name__}: {' '.join(str(error).split())}"[:150]
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > 3e8:
         return "not tried", f"the smallest model has {parameters:,} parameters"
@@ -244,8 +244,53 @@ def try_all(only: list[str], seconds: float, output: Path | None) -> list[dict[s
     return rows
 
 
-def table(rows: list[dict[str, str]], version: str) -> str:
-    return ""
+def table(result: dict[str, Any]) -> str:
+    """The results in Markdown: the numbers of each kind, then the classes."""
+    rows = result["models"]
+    lines = [
+        f"Transformers {result['transformers']}, {len(rows)} entries. An entry is a class in one of the lists of the Auto classes.",
+        "",
+        "| Kind | Works | Works with a setting | Refused | Not tried |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    for kind in kinds:
+        states = [state_of(row) for row in rows if row["kind"] == kind]
+        numbers = [str(states.count(state)) for state in ("works", "setting", "refused", "not tried")]
+        lines.append(f"| {kind.capitalize()} | {' | '.join(numbers)} |")
+    for kind in kinds:
+        mine = [row for row in rows if row["kind"] == kind]
+        working = sorted(row["class"] for row in mine if state_of(row) == "works")
+        lines += ["", f"### {kind.capitalize()}", "", f"Work: {', '.join(f'`{name}`' for name in working)}.", ""]
+        others = sorted((row for row in mine if state_of(row) != "works"), key=lambda row: row["class"].lower())
+        if others:
+            lines += ["| Class | Result |", "| --- | --- |"]
+            lines += [f"| `{row['class']}` | {in_words(row)} |" for row in others]
+    return "\n".join(lines) + "\n"
+
+
+def state_of(row: dict[str, str]) -> str:
+    return "setting" if row["result"] == "works" and row["why"].startswith("with ") else row["result"]
+
+
+def in_words(row: dict[str, str]) -> str:
+    why = row["why"].removesuffix(" checked").split("; choose ")[0]
+    if state_of(row) == "setting":
+        setting, _, reason = why.removeprefix("with ").partition(": ")
+        why = f"works with `{setting}`: {reason}"
+    else:
+        why = f"{row['result']}: {why}"
+    return why.replace("|", "\\|").replace("\n", " ").strip(" :")
+
+
+def write_table(results: Path, page: Path) -> None:
+    """Put the table in place of the former one, after the line that says where it begins."""
+    begin = "<!-- The rest is written by benchmarks/model_table.py. -->"
+    before, found, _ = page.read_text(encoding="utf-8").partition(begin)
+    if not found:
+        raise ValueError(f"{page} has no line {begin!r}, after which the table would come")
+    result = json.loads(results.read_text(encoding="utf-8"))
+    page.write_text(f"{before}{begin}\n\n{table(result)}", encoding="utf-8")
 
 
 def main() -> None:
@@ -253,7 +298,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="model types or class names")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, nargs=2, metavar=("RESULTS", "PAGE"))
     arguments = parser.parse_args()
+    if arguments.table:
+        write_table(*arguments.table)
+        return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rows = try_all(arguments.only, arguments.seconds, arguments.output)

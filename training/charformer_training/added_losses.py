@@ -36,10 +36,10 @@ class ModelWithLosses(SavesHeads):
     accepted_heads: tuple[str, ...]
     main: str
     takes_target_counts = False
-    heads_only = False
-    """Whether nothing but the heads is trained."""
     shifts_labels: bool
     _own_loss = OwnLoss(None, False, False)
+    heads_only = False
+    """Whether nothing but the heads is trained."""
     # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
@@ -149,7 +149,7 @@ class ModelWithLosses(SavesHeads):
         last = term.layer == self.loss_settings.num_layers
         if last and self._anatomy.reads_embeddings_input:
             return cast(Tensor, vars(outputs)["head_input"])
-        states: tuple[Tensor, ...] = outputs[self._anatomy.states_name]
+        states: tuple[Tensor, ...] = getattr(outputs, self._anatomy.states_name)
         return states[-1 if last else self._anatomy.layers[term.layer]]
 
     def _finished(self, term: LossTerm, hidden_states: Tensor) -> Tensor:

@@ -111,22 +111,25 @@ class LanguageModelWithLosses(ModelWithLosses):
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         targets = self._targets(inputs, target_counts)
-        own_loss: Tensor = outputs.loss
+        own_loss: Tensor | None = outputs.loss  # none from a Trainer that computes it itself
         num_items = inputs.get("num_items_in_batch")
-        if (num_items is None or not self._own_loss.follows_num_items) and (num_items, target_counts) != (None, None):
+        divided = num_items is not None and self._own_loss.follows_num_items
+        if own_loss is not None and not divided and (num_items is not None or target_counts is not None):
             own_loss = own_loss * targets.share_of_step()  # the model took the mean over this batch alone
 
         def main_loss(term: LossTerm) -> Tensor:
-            if term.name == self.main:
+            if term.name == self.main and own_loss is not None:
                 return own_loss
             return loss_of_logits(outputs.logits, term, targets)
 
-        if not self.training:
+        if not self.training and own_loss is not None:
             step.add({self.main: own_loss})  # no further head runs in evaluation
             return targets.share_of_step
-        step.add_main(main_loss)
+        if own_loss is not None:
+            step.add_main(main_loss)
         self._add_auxiliary_losses(step, outputs, targets)
-        add_distillation(step, targets, outputs.logits, self._logits_of)
+        if step.reads:
+            add_distillation(step, targets, outputs.logits, self._logits_of)
         return targets.share_of_step
 
     def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets) -> None:

@@ -236,7 +236,8 @@ class LossTerms:
         terms = loss_dict_of(outputs)
         if self.settings is None or self.counts is None:
             return terms
-        own = Targets(inputs, self.settings.num_targets).counts().to(self.counts.device)
+        base = extract_model_from_parallel(self.model)
+        own = Targets(label_inputs(base, inputs), self.settings.num_targets).counts().to(self.counts.device)
         ratios = own.clamp(min=1) / self.counts.clamp(min=1)
         by_name = {term.name: ratios[int(term.positions == "last"), term.offset - 1] for term in self.settings.terms}
         return {name: value * by_name[name] for name, value in terms.items()}
