@@ -263,7 +263,10 @@ class LossTerms:
             terms: The terms by name; by default those in `loss_dict` of the output.
         """
         terms, means = loss_dict_of(outputs) if terms is None else terms, further_losses_of(outputs)
-        self.weights = dict((outputs.get("loss_weights") if isinstance(outputs, Mapping) else None) or {})
+        given = outputs.get("loss_weights") if isinstance(outputs, Mapping) else None
+        # The output leaves out terms that have dropped out.
+        self.weights = dict.fromkeys((term.name for term in (self.settings.terms if self.settings else ())), 0.0)
+        self.weights |= given or {}
         main = {} if terms or not self._added else {MAIN: loss}
         for name, (weight, value) in self.added_values(outputs, inputs).items():
             means[name], self.weights[name] = value, weight
