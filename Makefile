@@ -10,12 +10,13 @@ SERVING := .venv-serving
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart shakespeare ablation test test-fast test-oldest test-newest test-clients test-serving docs check format clean
+.PHONY: help quickstart shakespeare ablation gpu test test-fast test-oldest test-newest test-clients test-serving docs check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about three minutes), show the result"
 	@echo "make shakespeare  train on DATA=tinyshakespeare.txt at nanoGPT's CPU setting (a few minutes)"
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
+	@echo "make gpu          measure on one GPU, with DATA=tinyshakespeare.txt, what a CPU cannot tell (at most eight minutes)"
 	@echo "make test         install, run all tests"
 	@echo "make test-fast    those that take about two minutes on two cores"
 	@echo "make test-oldest  the same with the oldest versions supported"
@@ -36,6 +37,10 @@ shakespeare: $(VENV)/train.stamp
 ablation: $(VENV)/train.stamp
 	$(BIN)/python -m benchmarks.ablation run cpu --workers 2 --data $(DATA) --output runs/ablation/ablation.jsonl
 	$(BIN)/python -m benchmarks.ablation report runs/ablation/ablation.jsonl
+
+# From a checkout with the packages of `.[train]` installed, PYTHONPATH=.:training does in place of an environment.
+gpu: $(VENV)/dev.stamp
+	PYTHONPATH=.:training $(BIN)/python -m benchmarks.gpu --text $(DATA)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python $(PYTEST)

@@ -204,6 +204,10 @@ class LossStep:
             if self.weights.get(term.name) or (term.is_main and term.name in self.weights)
         ]
         self.values: dict[str, Tensor] = {}
+        self.reads: list[HeadInput] = []
+        """What the auxiliary heads have read, recorded if they are to be distilled."""
+        self._distillation = settings.distillation if training else 0.0
+        self._distilled: list[str] = []
         self._num_layers = settings.num_layers
         self._sampler = PositionSampler(settings, seed, step) if settings.position_share < 1 else None
 
@@ -243,6 +247,17 @@ class LossStep:
         """Add the raw values of terms by name."""
         self.values.update(values)
 
+    def record(self, term: LossTerm, states: Tensor, sample: SampledPositions | None = None) -> None:
+        """Record what the head of an auxiliary term reads, if it is to be distilled."""
+        if self._distillation:
+            self.reads.append(HeadInput(term, states, sample))
+
+    def add_distilled(self, term: LossTerm, value: Tensor) -> None:
+        """Add the divergence of a term's head from the model's own; its weight follows from the term's."""
+        name = f"{term.name}_distillation"
+        self.values[name], self.weights[name] = value, self._distillation * self.weights[term.name]
+        self._distilled.append(name)
+
     def add_main(self, loss_of: Callable[[LossTerm], Tensor]) -> None:
         """Add the terms of the model's own head. A term of weight 0 is only reported and gets no gradient."""
         for term in self.terms:
@@ -261,7 +276,8 @@ class LossStep:
         """
         if not self.terms:
             return {"loss": None, "loss_dict": None, "loss_weights": None}
-        losses = {term.name: self.values[term.name] for term in self.terms if term.name in self.values}
+        names = [*(term.name for term in self.terms), *self._distilled]
+        losses = {name: self.values[name] for name in names if name in self.values}
         weights: dict[str, Any] = {name: self.weights[name] for name in losses}
         if weighting is not None:
             weights, uncertainty = weighting(weights, list(losses))

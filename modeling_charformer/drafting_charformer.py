@@ -4,6 +4,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ LOOK_UP_TRUST = 0.9
 # The most drafts of an early exit. Each costs a pass through some layers.
 MAX_EARLY_DRAFTS = 8
 # So many passes with drafts are compared with plain ones. If they did not pay, so many passes go without: at first, and at most.
-PATIENCE, SHORTEST_REST, LONGEST_REST = 4, 8, 64
+# `TOLERANCE` is how much slower than plain passes they may be, since times are noisy.
+PATIENCE, SHORTEST_REST, LONGEST_REST, TOLERANCE = 8, 8, 64, 1.03
+# How many ranges of a drafter's probabilities are told apart.
+BINS = 5
 # After this many passes one without drafts is timed.
 PLAIN_EVERY = 64
 
@@ -93,16 +97,19 @@ class EarlyExitDrafter:
 
 
 class Pace:
-    """How likely a draft must be to pay, from what passes cost and what drafts bring, both measured while they run.
+    """Which drafts pay, from what passes cost and what drafts bring, both measured while they run.
 
-    One draft more costs `extra` seconds. With `rate` tokens a second, that is worth it if the draft, and all drafts before it,
-    are right with a probability of at least `extra * rate`. All counts of tokens are means over the rows of a batch.
+    One draft more costs some seconds. With `rate` tokens a second, it is worth them if it and all drafts before it are right with
+    a probability of at least seconds times `rate`. All counts of tokens are means over the rows of a batch.
     """
 
     def __init__(self) -> None:
         self.plain: deque[float] = deque(maxlen=9)
-        self.extra: deque[float] = deque(maxlen=9)
-        self.recent: deque[tuple[int, float, float]] = deque(maxlen=8 * PATIENCE)
+        # Of each recent pass with drafts: how many tokens it verified and wrote; seconds of drafting and in all.
+        self.recent: deque[tuple[int, float, float, float]] = deque(maxlen=4 * PATIENCE)
+        self.of_draft: deque[float] = deque(maxlen=9)
+        # By the drafter's probability of a draft: how often it was right, of how many.
+        self.right = [[0.0, 0.0] for _ in range(BINS)]
         self.passes = self.resting = self.losses = 0
 
     def rests(self) -> bool:
@@ -111,38 +118,60 @@ class Pace:
         self.resting -= 1
         return self.resting >= 0 or self.passes % PLAIN_EVERY == 1
 
-    def threshold(self) -> float:
-        """The probability below which a draft, together with those before it, does not pay."""
-        if len(self.extra) < PATIENCE or not self.recent:
-            return CONFIDENCE
-        rate = sum(tokens for _, tokens, _ in self.recent) / sum(seconds for *_, seconds in self.recent)
-        return min(max(statistics.median(self.extra) * rate, LOWEST), HIGHEST)
+    def chance(self, probability: float) -> float:
+        """How likely a draft is right that the drafter gives this probability.
 
-    def looked_up(self, confidence: float, threshold: float) -> int:
-        """How many tokens that were looked up, one after the other, are worth their cost."""
-        count = 0
-        while count < LOOK_UP and confidence >= threshold:
-            count, confidence = count + 1, confidence * LOOK_UP_TRUST
-        return count
+        At first the probability itself. When sampling, drafts share their noise with the text and are right more often.
+        """
+        hits, trials = self.right[min(int(probability * BINS), BINS - 1)]
+        return (hits + 2 * probability) / (trials + 2)
 
-    def passed(self, drafts: int, tokens: float, seconds: float, rested: bool) -> None:
-        """Take down one pass: the number of its drafts, the tokens that it wrote, its time with that of drafting."""
-        if rested:
-            self.plain.append(seconds)
-            return
-        plain = statistics.median(self.plain)
-        self.recent.append((drafts, tokens, seconds))
+    def verified(self, probabilities: list[float], matches: int) -> None:
+        """Take down which drafts were right: the first `matches`, and not the one after them."""
+        for number, probability in enumerate(probabilities[: matches + 1]):
+            found = self.right[min(int(probability * BINS), BINS - 1)]
+            found[0] += number < matches
+            found[1] += 1
+
+    def thresholds(self) -> tuple[float, float]:
+        """The probabilities below which a draft, and a token that was looked up, do not pay."""
+        if len(self.recent) < PATIENCE:
+            return CONFIDENCE, CONFIDENCE
+        counts, tokens, drafting, seconds = zip(*self.recent, strict=True)
+        usual = 2 * statistics.median(seconds)
+        verifying = [(n, all_ - some) for n, some, all_ in zip(counts, drafting, seconds, strict=True) if all_ < usual]
+        rate, slope = sum(tokens) / sum(seconds), 0.0
+        if len({n for n, _ in verifying}) > 1:
+            slope = max(0.0, statistics.linear_regression(*zip(*verifying, strict=True)).slope)
+        of_draft = statistics.median(self.of_draft) if self.of_draft else 0.0
+        return _bounded((slope + of_draft) * rate), _bounded(slope * rate)
+
+    def passed(self, verified: int, drafts: int, tokens: float, drafting: float, seconds: float) -> None:
+        """Take down one pass with drafting.
+
+        Args:
+            verified: Number of tokens that followed the last one.
+            drafts: Number of those that the drafter wrote.
+            tokens: Number of tokens written.
+            drafting: Seconds that the drafts took.
+            seconds: Seconds in all.
+        """
+        self.recent.append((verified, tokens, drafting, seconds))
         if drafts:
-            self.extra.append(max(0.0, seconds - plain) / drafts)
+            self.of_draft.append(drafting / drafts)
         if len(self.recent) < PATIENCE:
             return
-        drafted, written, taken = (sum(values) for values in zip(*self.recent, strict=True))
-        if drafted and written * plain >= taken:
+        drafted, written = sum(one[0] for one in self.recent), sum(one[1] for one in self.recent)
+        if drafted and written * statistics.median(self.plain) * TOLERANCE >= sum(one[3] for one in self.recent):
             self.losses = 0
             return
         self.losses += 1
         self.resting = min(SHORTEST_REST * 2 ** (self.losses - 1), LONGEST_REST)
         self.recent.clear()
+
+
+def _bounded(probability: float) -> float:
+    return min(max(probability, LOWEST), HIGHEST)
 
 
 def continuation(ids: Tensor, length: int) -> list[int]:
@@ -157,41 +186,54 @@ Choose = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 """Maps the drafts so far, each `(B,)`, and logits `(B, V)` to probabilities `(B, V)` and the choice `(B,)` among them."""
 
 
+@dataclass
+class Drafts:
+    """What was drafted after each row of a batch."""
+
+    tokens: Tensor
+    """`(B, n)`: first those of the drafter, then what was looked up."""
+    probabilities: list[list[float]]
+    """Of each row, the drafter's probabilities of its own drafts, up to one that was looked up."""
+    written: int = 0
+    """How many the drafter wrote."""
+
+
 def write_drafts(
     draft: Draft, max_drafts: int, choose: Choose, texts: list[Tensor], limit: int, pace: Pace, live: list[int]
-) -> Tensor:
-    """Drafts `(B, n)`, at most `limit`, of what follows the `texts`, of which those with the numbers `live` count.
+) -> Drafts:
+    """Drafts, at most `limit`, of what follows the `texts`, of which those with the numbers `live` count.
 
     Where a text repeats itself, its earlier continuation is drafted (prompt look-up, Saxena 2023) until the drafter
     contradicts it. It also extends beyond the drafter's last draft.
     """
     looked_up = [continuation(text[-LOOK_BACK:], min(LOOK_UP, limit)) for text in texts]
-    agrees = [bool(known) for known in looked_up]
-    confidence = [1.0] * len(texts)
-    threshold = pace.threshold()
+    agrees, confidence = [bool(known) for known in looked_up], [1.0] * len(texts)
+    of_draft, of_known = pace.thresholds()
     previous = torch.stack([text[-1] for text in texts])
     drafts: list[Tensor] = []
+    found = Drafts(previous[:, None][:, :0], [[] for _ in texts])
     for number in range(min(max_drafts, limit)):
         probabilities, choice = choose(drafts, draft(number, previous))
+        found.written += 1
         for row, known in enumerate(looked_up):
             # A looked-up draft does not lower the confidence: the text, not the drafter, proposed it.
             agrees[row] = agrees[row] and number < len(known) and float(probabilities[row, known[number]]) >= AGREEMENT
             if agrees[row]:
                 choice[row] = known[number]
             else:
-                confidence[row] *= float(probabilities[row, choice[row]])
-        if sum(confidence[row] for row in live) < threshold * len(live):
+                found.probabilities[row].append(float(probabilities[row, choice[row]]))
+                confidence[row] *= pace.chance(found.probabilities[row][-1])
+        if sum(confidence[row] for row in live) < of_draft * len(live):
             break
         drafts.append(choice)
         previous = choice
     else:
-        rest = pace.looked_up(sum(confidence[row] for row in live if agrees[row]) / len(live), threshold)
         width = max((len(known) for known, agreed in zip(looked_up, agrees, strict=True) if agreed), default=0)
-        for number in range(len(drafts), min(width, len(drafts) + rest)):
-            known_now = [
-                known[number] if agreed and number < len(known) else -1
-                for known, agreed in zip(looked_up, agrees, strict=True)
-            ]
-            found = torch.tensor(known_now, device=previous.device)
-            drafts.append(torch.where(found < 0, previous, found))
-    return torch.stack(drafts, dim=1) if drafts else previous[:, None][:, :0]
+        trust = sum(confidence[row] for row in live if agrees[row]) / len(live)
+        while len(drafts) < width and trust >= of_known:
+            now = [known[len(drafts)] if len(drafts) < len(known) else 0 for known in looked_up]
+            drafts.append(torch.tensor(now, device=previous.device))
+            trust *= LOOK_UP_TRUST
+    if drafts:
+        found.tokens = torch.stack(drafts, dim=1)
+    return found

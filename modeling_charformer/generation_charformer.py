@@ -142,7 +142,9 @@ class CharformerGenerationMixin(SelfDraftingMixin):
 
     def _check_assistant(self, assistant: Any, translates: bool) -> None:
         if not hasattr(assistant, "generation_config"):
-            raise ValueError(f"assistant_model is a {type(assistant).__name__}; it must be a language model that generates")
+            raise ValueError(
+                f"assistant_model is a {type(assistant).__name__}; it must be a language model that generates"
+            )
         vocab_size = assistant.config.get_text_config(decoder=True).vocab_size
         if vocab_size != self.config.vocab_size and not translates:
             raise ValueError(

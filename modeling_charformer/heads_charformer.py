@@ -45,6 +45,8 @@ class CharformerHeadsMixin:
             }
         if any(self._classifier(term) is not None for term in terms):
             return {term.name: self._loss_of_head(step, targets, term, hidden_states) for term in terms}
+        for term in terms:
+            step.record(term, hidden_states)
         return causal_lm_losses(hidden_states, partial(self.classify, terms), terms, targets, self.config.vocab_size)
 
     def _classifier(self, term: LossTerm) -> LinearClassifier | None:
@@ -59,6 +61,7 @@ class CharformerHeadsMixin:
         sample: SampledPositions | None = None,
     ) -> Tensor:
         """The value of an auxiliary term, from the states that its head reads: at all positions, or at those of `sample`."""
+        step.record(term, states, sample)
         if (classifier := self._classifier(term)) is not None:
             read = HeadInput(term, self._normed(term, states), sample)
             return linear_losses(classifier, [read], targets, step.expected_weights(self.loss_uncertainty))[term.name]

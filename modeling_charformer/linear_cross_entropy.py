@@ -8,8 +8,7 @@ computed piece by piece while the logits are there. Of N rows of width d, over V
 
 The product is a sum over all rows. How much each row counts is known for certain in the backward pass only. The caller therefore
 says what it expects, up to a factor that all rows share, like the scale of the loss. If the backward pass finds
-other proportions, it runs the classifier again: exact in any case, and slower only there. Gradients of gradients are not
-supported.
+other proportions, it runs the classifier again: exact in any case, and slower only there. Second derivatives are refused.
 
 Shapes: N rows, d their width, V vocabulary.
 """
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .cross_entropy import IGNORE_INDEX, MAX_LOGITS
@@ -124,8 +122,11 @@ class _RowCrossEntropies(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "auxiliary losses over a large vocabulary have no second derivatives; leave create_graph=True out"
+            )
         rows, weight, bias, targets, expected, counted, row_gradient = ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad[:3]
         with _without_autocast(rows.device.type):

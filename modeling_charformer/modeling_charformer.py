@@ -28,11 +28,13 @@ from .auxiliary_losses import (
 )
 from .compatibility import CACHE, check_arguments, check_ids, check_range, one_cache
 from .configuration_charformer import CharformerConfig
+from .distillation import add_distillation
 from .generation_charformer import CharformerGenerationMixin
 from .heads_charformer import CharformerHeadsMixin
 from .layers_charformer import CharformerLayer, rows_to_run
 from .loss_settings import AuxiliaryLossSettings, LossTerm
 from .pretrained_charformer import CharformerCausalLMOutput, CharformerClassifierOutput, CharformerPreTrainedModel
+from .unused_losses import LossWatch
 
 
 class CharformerModel(CharformerPreTrainedModel):
@@ -205,6 +207,7 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
             {f"target_{k}": ResidualBlock(config.hidden_size, reads_previous=sequential) for k in blocks}
         )
         self.loss_uncertainty = self._uncertainty_weighting()
+        self.loss_watch = LossWatch(type(self).__name__, self.model, self.loss_settings)
         self.post_init()
         self.generation_config = self._own_generation_config()
 
@@ -282,8 +285,11 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
                 logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else self.lm_head(hidden_states)
             )
             step.add_main(lambda term: loss_of_logits(all_logits, term, targets))
+            add_distillation(step, targets, all_logits, lambda term, states: self.classify([term], states))
         return CharformerCausalLMOutput(
-            **step.breakdown(self.loss_uncertainty if self.training else None, targets.share_of_step),
+            **self.loss_watch.watched(
+                step.breakdown(self.loss_uncertainty if self.training else None, targets.share_of_step)
+            ),
             logits=logits,
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
@@ -319,6 +325,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
         self.model = CharformerModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.loss_uncertainty = self._uncertainty_weighting()
+        self.loss_watch = LossWatch(type(self).__name__, self.model, self.loss_settings)
         self.post_init()
 
     @can_return_tuple
@@ -373,7 +380,7 @@ class CharformerClassifier(CharformerPreTrainedModel):
         logits = self.score(self._select(outputs.last_hidden_state, attention_mask))
         step.add_main(lambda term: self._loss(logits, labels, num_items_in_batch))
         return CharformerClassifierOutput(
-            **step.breakdown(self.loss_uncertainty if self.training else None, share_of_step),
+            **self.loss_watch.watched(step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

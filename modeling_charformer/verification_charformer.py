@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .compatibility import CACHE
-from .drafting_charformer import EarlyExitDrafter, HeadDrafter, Pace, write_drafts
+from .drafting_charformer import Drafts, EarlyExitDrafter, HeadDrafter, Pace, write_drafts
 
 
 # Processors that look at the scores of one place alone.
@@ -144,17 +144,32 @@ class VerifiedDecoding:
             del outputs
             with self.model._optimize_model_for_decode():
                 while not self._is_done():
-                    begin, written = time.perf_counter(), sum(self.lengths)
-                    rested = self.pace.rests()
-                    drafts = self.text[:, :0] if rested else self._draft()
-                    self._accept(self._forward(drafts), drafts)
-                    tokens = (sum(self.lengths) - written) / max(1, len(self._live()))
-                    self.pace.passed(drafts.shape[1], tokens, time.perf_counter() - begin, rested)
+                    self._pass()
         finally:
             handle.remove()
         if self.streamer is not None:
             self.streamer.end()
         return self._result()
+
+    def _pass(self) -> None:
+        """Draft, verify and write once, and take down what it cost."""
+        begin, before, rows = time.perf_counter(), sum(self.lengths), len(self._live())
+        if self.pace.rests():
+            none = self.text[:, :0]
+            self._accept(self._forward(none), none)
+            self.pace.plain.append(time.perf_counter() - begin)
+            return
+        drafts = self._draft()
+        drafting = time.perf_counter() - begin
+        matches = self._accept(self._forward(drafts.tokens), drafts.tokens)
+        for row, probabilities in enumerate(drafts.probabilities):
+            # Those that were looked up come first; what the drafter wrote after them may not have been verified.
+            first = drafts.written - len(probabilities)
+            if matches[row] >= first:
+                self.pace.verified(probabilities[: drafts.tokens.shape[1] - first], matches[row] - first)
+        tokens = (sum(self.lengths) - before) / rows
+        seconds = time.perf_counter() - begin
+        self.pace.passed(drafts.tokens.shape[1], drafts.written, tokens, drafting, seconds)
 
     def _keep_states(self, module: Any, args: Any, outputs: Any) -> None:
         self.states = outputs[0]
@@ -189,14 +204,13 @@ class VerifiedDecoding:
             return True
         return not self._live()
 
-    def _draft(self) -> Tensor:
-        """Drafts `(B, n)` of what follows each row."""
+    def _draft(self) -> Drafts:
         live = self._live()
         limit = max(self.stops.max_length - self.lengths[row] for row in live) - 1
         room = self.model._room_for_drafts(self.cache)
         limit = limit if room is None else min(limit, room)
         if limit < 1:
-            return self.text[:, :0]
+            return Drafts(self.text[:, :0], [])
         self._reserve(limit)
         mask = None if self.mask is None else mask_up_to(self.mask, self.seen + 1)
         texts = [self.text[row, :length] for row, length in enumerate(self.lengths)]
@@ -272,8 +286,8 @@ class VerifiedDecoding:
             scores = scores + self.noise.at(places, offset, scores.shape[1], scores)
         return scores.argmax(-1)
 
-    def _accept(self, logits: Tensor, drafts: Tensor) -> None:
-        """Write what the model picks as long as it is what was drafted, and one token more."""
+    def _accept(self, logits: Tensor, drafts: Tensor) -> list[int]:
+        """Write what the model picks as long as it is what was drafted, and one token more; returns how many matched."""
         fed = drafts.shape[1] + 1
         logits = logits.to(self.text.device, torch.float32)
         scores = self._processed(logits, 0)
@@ -296,6 +310,7 @@ class VerifiedDecoding:
         if self.position is not None:
             self.position = self.position + torch.tensor(kept, device=self.position.device)[:, None]
         self._align(kept, fed)
+        return [int(one) for one in matches]
 
     def _of_each(self, states: Tensor, kept: list[int]) -> Tensor:
         numbers = torch.tensor(kept, device=states.device) - 1

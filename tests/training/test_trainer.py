@@ -119,9 +119,11 @@ class TestLogs:
         (file,) = folder.rglob("events.*")
         events = EventAccumulator(str(file)).Reload()
         tags = set(events.Tags()["scalars"])
-        assert {"train/loss", "train/loss_next_char", "train/loss_layer_1_target_2"} <= tags
-        assert {"eval/loss", "eval/loss_next_char", "eval/bpc"} <= tags
-        assert len(events.Scalars("train/loss_layer_1")) == 2
+        assert {"train/loss", "loss_terms/next_char", "loss_terms/layer_1_target_2", "loss_weights/layer_1"} <= tags
+        assert {"eval/loss", "eval_loss_terms/next_char", "eval/bpc"} <= tags
+        assert not any(tag.startswith(("train/loss_", "eval/loss_")) for tag in tags)
+        assert len(events.Scalars("loss_terms/layer_1")) == 2
+        assert [event.value for event in events.Scalars("loss_weights/layer_1")] == [1, 1, 0, 0, 0, 0, 0, 0]
 
     def test_plain_training_arguments_will_do(self, make_trainer, tmp_path):
         model = make_trainer().model

@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from modeling_charformer.auxiliary_heads import TRAINING_ONLY, AuxiliaryHead, UncertaintyWeighting
 from modeling_charformer.auxiliary_losses import LossStep
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm
+from modeling_charformer.unused_losses import LossWatch
 
 from .heads_file import SavesHeads
 from .probe import Anatomy
@@ -32,7 +33,8 @@ class ModelWithLosses(SavesHeads):
     accepted_heads: tuple[str, ...]
     main: str
     takes_target_counts = False
-    _heads_only = False
+    heads_only = False
+    """Whether nothing but the heads is trained."""
     # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
@@ -58,7 +60,7 @@ class ModelWithLosses(SavesHeads):
         checked: dict[str, Any],
         heads_only: bool = False,
     ) -> None:
-        self.loss_settings, self._heads_only = settings, heads_only
+        self.loss_settings, self.heads_only = settings, heads_only
         self._anatomy = anatomy
         for name, value in checked.items():
             setattr(self, name, value)
@@ -69,6 +71,7 @@ class ModelWithLosses(SavesHeads):
         if settings.loss_weighting != "fixed":
             names = [term.name for term in settings.terms]
             self.loss_uncertainty = UncertaintyWeighting(names).to(self.device)
+        self.loss_watch = LossWatch(type(self).__name__, self.base_model, settings)
         if heads_only:
             for name, parameter in self.named_parameters():
                 if not name.startswith(TRAINING_ONLY):
@@ -78,7 +81,7 @@ class ModelWithLosses(SavesHeads):
     def train(self, mode: bool = True) -> Any:
         """Set the mode. With `heads_only` the body stays in evaluation mode, so that heads see the states of inference."""
         super().train(mode)
-        if self._heads_only:
+        if self.heads_only:
             for name, module in self.named_children():
                 if f"{name}." not in TRAINING_ONLY:
                     module.eval()
@@ -101,18 +104,17 @@ class ModelWithLosses(SavesHeads):
             return super().forward(**kwargs)
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._heads_only):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_only):
             outputs = super().forward(
                 **{**kwargs, "output_hidden_states": asked or self.training, "return_dict": True}
             )
-        share_of_step = self._add_losses(step, outputs, kwargs, counts)
+        share_of_step = self.add_losses(step, outputs, kwargs, counts)
         dropped = ("loss",) if asked else ("loss", "hidden_states")
         values = {name: value for name, value in outputs.items() if name not in dropped}
-        return self._output_class(
-            **values, **step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)
-        )
+        losses = step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)
+        return self._output_class(**values, **self.loss_watch.watched(losses))
 
-    def _add_losses(
+    def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         """Add the values of all active terms; returns a function that computes this batch's share of the optimizer step."""
@@ -165,7 +167,7 @@ def class_with_losses(
         "__module__": kind.__module__,
         "forward": forward,
         "_made_of": (kind, mixin, output_kind),
-        "_output_class": _output_class(output_kind),
+        "_output_class": output_class(output_kind),
     }
     return type(kind.__name__, (mixin, kind), content)
 
@@ -177,7 +179,7 @@ def _empty_model(kind: type[PreTrainedModel], mixin: type[ModelWithLosses], outp
 
 
 @functools.cache
-def _output_class(kind: type[ModelOutput]) -> type[ModelOutput]:
+def output_class(kind: type[ModelOutput]) -> type[ModelOutput]:
     @dataclass
     class OutputWithBreakdown(kind):  # type: ignore[misc,valid-type]  # a base class known only at run time
         loss_dict: dict[str, Tensor] | None = None
@@ -190,4 +192,4 @@ def _output_class(kind: type[ModelOutput]) -> type[ModelOutput]:
 
 
 def _output(kind: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
-    return _output_class(kind)(**values)
+    return output_class(kind)(**values)

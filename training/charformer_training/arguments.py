@@ -286,6 +286,14 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             " pass of drafting by the heads would yield. It takes one more forward pass, and that of the heads."
         },
     )
+    log_group_prefix: str = field(
+        default="loss_",
+        metadata={
+            "help": "Prefix of the groups in which TensorBoard, W&B, trackio, MLflow and other loggers show the terms"
+            " (loss_terms), their weights, accuracies and gradient norms; 'none' leaves the names to Transformers"
+            " (train/loss_next_char)."
+        },
+    )
     muon: bool = field(
         default=False,
         metadata={
@@ -324,6 +332,10 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.log_loss_terms not in ("each", "groups"):
             raise ValueError(f"log_loss_terms is {self.log_loss_terms!r}; it must be 'each' or 'groups'")
+        if re.fullmatch(r"[\w.-]*", self.log_group_prefix) is None:
+            raise ValueError(
+                f"log_group_prefix is {shown('', self.log_group_prefix)}; it may hold letters, digits, '_', '-' and '.'"
+            )
         if self.muon and self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(
                 f"optim is {OptimizerNames(self.optim).value!r} and muon is on: AdamW trains the weights that Muon does"

@@ -19,6 +19,7 @@ from modeling_charformer import CharformerForCausalLM, CharformerTokenizer
 
 from . import history
 from .files import whole_files
+from .logger_names import GROUPS
 from .models import evaluating
 from .running_means import group_by_layer
 from .terminal import printable
@@ -238,12 +239,13 @@ def _grouped(logs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split `logs` into the figures of a group, renamed to `group/name`, and all others, unchanged."""
     grouped, others = {}, {}
     for name, value in logs.items():
+        evaluation = "eval_" if name.startswith("eval_") else ""
+        key = name.removeprefix(evaluation)
+        start = next((start for start in GROUPS if key.startswith(start)), None)
         if name.endswith(("_runtime", "_per_second")):
             grouped[f"speed/{name}"] = value
-        elif name.startswith("loss_"):
-            grouped[f"loss_terms/{name.removeprefix('loss_')}"] = value
-        elif name.startswith("eval_loss_"):
-            grouped[f"eval_loss_terms/{name.removeprefix('eval_loss_')}"] = value
+        elif start is not None:
+            grouped[f"{evaluation}loss_{GROUPS[start]}/{key.removeprefix(start)}"] = value
         else:
             others[name] = value
     return grouped, others

@@ -18,6 +18,7 @@ from modeling_charformer.auxiliary_losses import (
     linear_losses,
     sampled_loss,
 )
+from modeling_charformer.distillation import add_distillation
 from modeling_charformer.linear_cross_entropy import LinearClassifier, linear_classifier
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossFields, LossTerm
 from modeling_charformer.self_drafting_charformer import SelfDraftingMixin
@@ -103,7 +104,7 @@ class CausalLMWithLosses(SelfDraftingMixin, ModelWithLosses):
     def _drafting_terms(self) -> dict[int, LossTerm]:
         return {term.offset: term for term in self.loss_settings.terms if term.layer == self.loss_settings.num_layers}
 
-    def _add_losses(
+    def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         if inputs.get("shift_labels") is not None and not self._follows_shift_labels:
@@ -128,6 +129,7 @@ class CausalLMWithLosses(SelfDraftingMixin, ModelWithLosses):
             return targets.share_of_step
         step.add_main(main_loss)
         self._add_auxiliary_losses(step, outputs, targets)
+        add_distillation(step, targets, outputs.logits, self._logits_of)
         return targets.share_of_step
 
     def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets) -> None:
@@ -137,6 +139,7 @@ class CausalLMWithLosses(SelfDraftingMixin, ModelWithLosses):
         for term in terms:
             states, sample = self._head_input(term, outputs), samples.get(term)
             states = states if sample is None else sample.of(states)
+            step.record(term, states, sample)
             classifier = self._classifier(term) if term.positions == "all" else None
             if classifier is not None:  # one run for all terms that share it
                 read = HeadInput(term, self._classifier_input(term, states), sample)

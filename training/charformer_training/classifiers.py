@@ -37,7 +37,7 @@ class SequenceClassifierWithLosses(ModelWithLosses):
     def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
         return self.linear_head(int(self.config.num_labels or 0), index)
 
-    def _add_losses(
+    def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
     ) -> Callable[[], Tensor | float]:
         labels = inputs["labels"]

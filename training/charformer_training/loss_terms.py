@@ -22,6 +22,8 @@ from .running_means import TrainingTerms, group_by_layer
 
 
 Batch = Mapping[str, Any]
+# The name of the model's own loss, where it is one term among others.
+MAIN = "main"
 # What a model with auxiliary losses takes in training, beside its inputs.
 TRAINING_INPUTS = ("training_progress", "training_step", "training_seed", "target_counts")
 
@@ -78,6 +80,8 @@ class LossTerms:
         """Micro-batches of the present optimizer step in this process."""
         self.counts: Tensor | None = None
         """Numbers of targets in the present optimizer step, see `Targets.counts`."""
+        self.weights: dict[str, Tensor | float] = {}
+        """The weights of the terms in the last micro-batch, by name."""
         self._added: dict[str, AddedTerm] = {}
         self._held: list[tuple[dict[str, Tensor], float]] = []
         self._held_added: list[Tensor] = []
@@ -210,7 +214,10 @@ class LossTerms:
         Raises:
             ValueError: If the model returns no loss.
         """
-        outputs = self.model(**batch, **self.model_inputs())
+        told = self.model_inputs()
+        if self.counts is not None:
+            told["num_items_in_batch"] = self.counts[0, 0]
+        outputs = self.model(**batch, **told)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is None:
             raise ValueError(
@@ -222,7 +229,26 @@ class LossTerms:
         self.keep_held()
         return loss
 
-    def hold(self, loss: Tensor, outputs: Any, inputs: Batch, *, loss_scale: float, scale: float) -> Tensor:
+    def shares_of(self, outputs: Any, inputs: Batch) -> dict[str, Tensor]:
+        """The terms in a model's output, which are means over this batch, as shares of the whole step's means."""
+        terms = loss_dict_of(outputs)
+        if self.settings is None or self.counts is None:
+            return terms
+        own = Targets(inputs, self.settings.num_targets).counts().to(self.counts.device)
+        ratios = own.clamp(min=1) / self.counts.clamp(min=1)
+        by_name = {term.name: ratios[int(term.positions == "last"), term.offset - 1] for term in self.settings.terms}
+        return {name: value * by_name[name] for name, value in terms.items()}
+
+    def hold(
+        self,
+        loss: Tensor,
+        outputs: Any,
+        inputs: Batch,
+        *,
+        loss_scale: float,
+        scale: float,
+        terms: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Hold the terms of a micro-batch until `keep_held`; returns the loss, with the terms of `add_term` added.
 
         Args:
@@ -230,14 +256,17 @@ class LossTerms:
             outputs: The model's output.
             inputs: The batch.
             loss_scale: Factor that makes the loss this micro-batch's part of the step's loss.
-            scale: The same for the terms in `loss_dict`.
+            scale: The same for the terms.
+            terms: The terms by name; by default those in `loss_dict` of the output.
         """
-        terms, means = loss_dict_of(outputs), further_losses_of(outputs)
+        terms, means = loss_dict_of(outputs) if terms is None else terms, further_losses_of(outputs)
+        self.weights = dict((outputs.get("loss_weights") if isinstance(outputs, Mapping) else None) or {})
+        main = {} if terms or not self._added else {MAIN: loss}
         for name, (weight, value) in self.added_values(outputs, inputs).items():
-            means[name] = value
+            means[name], self.weights[name] = value, weight
             self._held_added.append(weight * value / self.parts)
             loss = loss + self._held_added[-1] / loss_scale
-        self._held = [({"loss": loss}, loss_scale), (terms, scale), (means, 1 / self.parts)]
+        self._held = [({"loss": loss, **main}, loss_scale), (terms, scale), (means, 1 / self.parts)]
         return loss
 
     def keep(self, figures: Mapping[str, float]) -> None:
@@ -250,9 +279,9 @@ class LossTerms:
     def holds(self) -> bool:
         return bool(self._held)
 
-    def auxiliary_parts(self, outputs: Any, scale: float) -> list[Tensor]:
+    def auxiliary_parts(self, terms: Mapping[str, Tensor], weights: Batch, scale: float) -> list[Tensor]:
         """What each auxiliary term, and each of `add_term`, gives to the step's loss in the micro-batch that is held."""
-        return [value * scale for value in weighted_terms(outputs, self.settings)] + self._held_added
+        return [value * scale for value in weighted_terms(terms, weights, self.settings)] + self._held_added
 
     def drop_held(self) -> None:
         self._held, self._held_added = [], []
@@ -276,11 +305,13 @@ class LossTerms:
         """
         found = self._sums.means()
         self.forget()
-        return {log_key(name): value for name, value in (group_by_layer(found) if over_layers else found).items()}
+        found = group_by_layer(found) if over_layers else found
+        return {log_key(name): value for name, value in found.items()}
 
     def forget(self) -> None:
         """Forget the sums since the last call of `means`."""
-        self._sums, self._held = TrainingTerms(), []
+        self._sums = TrainingTerms()
+        self.drop_held()
 
     def first_not_finite(self) -> tuple[int, list[str]] | None:
         """The first step since `means` at which a term was nan or infinite on any process, and the names of these terms."""
@@ -324,16 +355,19 @@ def further_losses_of(outputs: Any) -> dict[str, Tensor]:
     }
 
 
-def weighted_terms(outputs: Any, settings: AuxiliaryLossSettings | None) -> list[Tensor]:
-    """A model's losses times their weights, without those of its own head and those that have dropped out."""
+def weighted_terms(
+    terms: Mapping[str, Tensor], weights: Batch, settings: AuxiliaryLossSettings | None
+) -> list[Tensor]:
+    """A model's terms times their weights, without those of its own head and those that have dropped out."""
     main = [term.name for term in settings.terms if term.is_main] if settings is not None else []
-    terms, weights = loss_dict_of(outputs), outputs["loss_weights"]
     return [weights[name] * value for name, value in terms.items() if name not in main and weights[name]]
 
 
-def auxiliary_loss(outputs: Any, settings: AuxiliaryLossSettings | None) -> Tensor | float:
-    """The weighted sum of a model's losses without those of its own head; 0 if all of them have dropped out."""
-    summands = weighted_terms(outputs, settings)
+def auxiliary_loss(
+    terms: Mapping[str, Tensor], weights: Batch, settings: AuxiliaryLossSettings | None
+) -> Tensor | float:
+    """The weighted sum of a model's terms without those of its own head; 0 if all of them have dropped out."""
+    summands = weighted_terms(terms, weights, settings)
     return torch.stack(summands).sum() if summands else 0.0
 
 

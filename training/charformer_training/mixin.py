@@ -1,28 +1,26 @@
 """What `AuxiliaryLossTrainer` adds, for any Trainer."""
 
 import contextlib
-import math
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import EvalLoopOutput
 
-from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 from .differentiated import depends_on
-from .gradient_options import bare_model, check_gradient_options, conflict_free_gradients, measured_gradients
-from .head_accuracy import check_head_accuracy, head_accuracies
-from .loss_terms import LossTerms, auxiliary_loss, further_losses_of, log_key, loss_dict_of
-from .models import is_causal_lm, unwrap_peft
+from .evaluated_terms import EvaluatesTerms
+from .fused_head import fused_head_of, learned_rows
+from .gradient_options import check_gradient_options, conflict_free_gradients, measured_gradients
+from .head_accuracy import check_head_accuracy
+from .logger_names import LoggerNames
+from .loss_terms import LossTerms, auxiliary_loss, loss_dict_of
+from .models import heads_as_adapters, is_causal_lm, unwrap_peft
 from .resuming import let_lower_be_better
 from .running_means import EvaluationTerms
-from .units import NATS_PER_BIT, begins_character
 
 
 class Pass(NamedTuple):
@@ -33,13 +31,17 @@ class Pass(NamedTuple):
     """Whether its loss is a share of the optimizer step's, and not the mean of the batch."""
 
     @property
+    def had_labels(self) -> bool:
+        return isinstance(self.outputs, Mapping) and self.outputs.get("loss_dict") is not None
+
+    @property
     def losses(self) -> list[Tensor]:
         """The loss and its terms."""
         loss = self.outputs.get("loss") if isinstance(self.outputs, Mapping) else None
         return [*loss_dict_of(self.outputs).values(), *([loss] if isinstance(loss, Tensor) else [])]
 
 
-class AuxiliaryLossMixin(Trainer):
+class AuxiliaryLossMixin(EvaluatesTerms):
     """Trains the auxiliary losses of a model in any Trainer, and logs each term: `class Mine(AuxiliaryLossMixin, SFTTrainer)`.
 
     It tells the model how far training is and how many targets the whole optimizer step has, however `compute_loss` calls
@@ -59,8 +61,12 @@ class AuxiliaryLossMixin(Trainer):
         ValueError: If a setting would replace or distort the model's losses.
     """
 
+    log_group_prefix = "loss_"
+    """Prefix of the groups in which loggers show terms, see `LoggerNames`; a field of that name in `args` goes first."""
+
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        with heads_as_adapters(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         let_lower_be_better(self.args)
         model: Any = self.model
         if is_causal_lm(type(unwrap_peft(model))):
@@ -78,9 +84,13 @@ class AuxiliaryLossMixin(Trainer):
             # Each layer that drops out causes a recompilation; above its limit torch would silently run eagerly.
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
+        self._fused_head = fused_head_of(model)
         # Known for this project's losses, and if a subclass sets `loss_is_scaled_for_ga` (Transformers 5.19).
         self._knows_how_losses_are_scaled = (
-            (settings is not None and type(self).compute_loss is Trainer.compute_loss)
+            (
+                settings is not None
+                and (type(self).compute_loss is Trainer.compute_loss or self._fused_head is not None)
+            )
             or getattr(self, "loss_is_scaled_for_ga", None) is not None
             or self.compute_loss_func is not None
         )
@@ -90,6 +100,7 @@ class AuxiliaryLossMixin(Trainer):
         self._to_measure: tuple[list[dict[str, Any]], Tensor | int | None] | None = None
         self._lacks_losses: bool | None = None
         self._evaluation_terms = EvaluationTerms()
+        self.logger_names = LoggerNames(getattr(self.args, "log_group_prefix", self.log_group_prefix))
         # Around the method of whatever class, so that a `compute_loss` of one's own need not know of the terms.
         self.compute_loss = self._compute_loss_with_terms  # type: ignore[method-assign]
 
@@ -196,11 +207,8 @@ class AuxiliaryLossMixin(Trainer):
         once, twice = losses
         return abs(once - 2 * twice) < abs(once - twice)
 
-    def _given_compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self).compute_loss(self, *args, **kwargs)
-
     @contextlib.contextmanager
-    def _watching(self, model: nn.Module) -> Iterator[list[Pass]]:
+    def _watching(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[list[Pass]]:
         """Tell the model how far training is at each call that trains it, and record these calls."""
         passes: list[Pass] = []
 
@@ -208,7 +216,7 @@ class AuxiliaryLossMixin(Trainer):
             if not torch.is_grad_enabled():
                 return args, kwargs
             told = self.loss_terms.model_inputs()
-            if kwargs.get("num_items_in_batch") is None:
+            if kwargs.get("num_items_in_batch") is None and not kwargs.get("fused_lm_head"):
                 told.pop("target_counts", None)  # a mean over the batch is asked for
             return args, {**told, **kwargs}
 
@@ -220,11 +228,15 @@ class AuxiliaryLossMixin(Trainer):
         hooks = [model.register_forward_hook(record, with_kwargs=True)]
         if self.loss_terms.takes:
             hooks.append(model.register_forward_pre_hook(tell, with_kwargs=True))
+        if self._fused_head is not None:
+            self._fused_head.rows = functools.partial(learned_rows(type(self)), inputs)
         try:
             yield passes
         finally:
             for hook in hooks:
                 hook.remove()
+            if self._fused_head is not None:
+                self._fused_head.rows = None
 
     def _compute_loss_with_terms(
         self,
@@ -236,7 +248,7 @@ class AuxiliaryLossMixin(Trainer):
         if not model.training:
             return self._evaluate_with_terms(model, inputs, return_outputs)
         given = dict(inputs)  # compute_loss may take things out
-        with self._watching(model) as passes:
+        with self._watching(model, given) as passes:
             computed = self._given_compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         loss = computed[0] if return_outputs else computed
         if not passes:  # a Trainer that calls parts of the model
@@ -256,16 +268,21 @@ class AuxiliaryLossMixin(Trainer):
         loss_scale = 1.0 if is_scaled else 1 / self.loss_terms.parts
         # A model may be called more than once, such as with and without an adapter.
         outputs, is_share = next((each for each in reversed(passes) if each.losses), passes[-1])
+        terms, settings = loss_dict_of(outputs), self.loss_terms.settings
+        lacks = self._lacks_auxiliary_losses(loss, passes)
+        if lacks and not is_share and self.loss_terms.counts is not None:
+            terms, is_share = self.loss_terms.shares_of(outputs, inputs), True
         scale = 1 / self.loss_terms.parts
         if is_share:
-            # The model has divided the terms by the counts of the whole step. Logging takes the mean over processes,
-            # like the Trainer does for the loss.
+            # Logging takes the mean over processes, like the Trainer does for the loss.
             scale = float(self.accelerator.num_processes) if self.args.average_tokens_across_devices else 1.0
-        if self._lacks_auxiliary_losses(loss, passes):
-            loss = loss + auxiliary_loss(outputs, self.loss_terms.settings) * (scale / loss_scale)
-        loss = self.loss_terms.hold(loss, outputs, inputs, loss_scale=loss_scale, scale=scale)
+        if lacks and settings is not None and terms:
+            added = auxiliary_loss(terms, outputs["loss_weights"], settings)
+            loss = loss + added * (scale / loss_scale)
+        loss = self.loss_terms.hold(loss, outputs, inputs, loss_scale=loss_scale, scale=scale, terms=terms)
         if self._conflict_free is not None:
-            self._conflict_free.add(loss * loss_scale, self.loss_terms.auxiliary_parts(outputs, scale))
+            parts = self.loss_terms.auxiliary_parts(terms, outputs["loss_weights"], scale)
+            self._conflict_free.add(loss * loss_scale, parts)
         return loss
 
     def _lacks_auxiliary_losses(self, loss: Tensor, passes: list[Pass]) -> bool:
@@ -276,16 +293,19 @@ class AuxiliaryLossMixin(Trainer):
         """
         settings = self.loss_terms.settings
         if self._lacks_losses is None:
-            self._lacks_losses = False
-            if settings is not None and any(term.weight and not term.is_main for term in settings.terms):
-                self._lacks_losses = not any(depends_on(loss, each.losses) for each in passes)
-                if self._lacks_losses:
-                    self._check_can_be_added(passes, settings)
-        return self._lacks_losses
+            if settings is None or not any(term.weight and not term.is_main for term in settings.terms):
+                self._lacks_losses = False
+            elif any(depends_on(loss, each.losses) for each in passes):
+                self._lacks_losses = False
+            else:
+                self._check_can_be_added(passes, settings)
+                # A micro-batch without any target says nothing.
+                self._lacks_losses = any(each.losses for each in passes) or None
+        return bool(self._lacks_losses)
 
     def _check_can_be_added(self, passes: list[Pass], settings: AuxiliaryLossSettings) -> None:
         owner = next(kind for kind in type(self).__mro__ if "compute_loss" in vars(kind)).__name__
-        if not any(loss_dict_of(each.outputs) for each in passes):
+        if not any(each.had_labels for each in passes):
             raise ValueError(
                 f"compute_loss of {owner} calls the model without labels, so that its auxiliary losses cannot be computed."
                 " Leave the labels in the inputs of the model, or train a model without auxiliary losses"
@@ -313,93 +333,6 @@ class AuxiliaryLossMixin(Trainer):
             self._conflict_free.end_step()
         return loss
 
-    # ---- Evaluation ----
-
-    def _evaluate_with_terms(self, model: nn.Module, inputs: Any, return_outputs: bool) -> Any:
-        # Without counts of the whole step, the losses are means over this batch; they are weighted below.
-        inputs = self._without_repeated_rows(inputs)
-        given, seen = dict(inputs), []
-        hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
-        try:
-            computed = self._given_compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
-        finally:
-            hook.remove()
-        loss, outputs = computed if return_outputs else (computed, None)
-        self._add_evaluation_terms(loss, seen[-1] if seen else outputs, given)
-        return computed
-
-    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Leave out the rows that fill the last batches on several processes; they are repeats of the first rows."""
-        labels, loader = inputs.get("labels"), self.accelerator.gradient_state
-        if self.args.world_size == 1 or not isinstance(labels, Tensor):
-            return inputs
-        if not loader.end_of_dataloader or loader.remainder <= 0:
-            return inputs
-        rows = labels.shape[0]
-        kept = min(max(loader.remainder - self.args.process_index * rows, 0), rows)
-        labels = labels.clone()
-        labels[kept:] = IGNORE_INDEX
-        return {**inputs, "labels": labels}
-
-    def _add_evaluation_terms(self, loss: Tensor, outputs: Any, inputs: dict[str, Any]) -> None:
-        labels, terms = inputs.get("labels"), loss_dict_of(outputs) | further_losses_of(outputs)
-        if not isinstance(labels, Tensor):
-            positions = rows = find_batch_size(inputs) or 1
-        elif labels.dim() == 2 and self._loss_shifts_labels:
-            positions, rows = Targets(inputs, 1).counts()[:, 0]
-        else:
-            positions = rows = labels.ne(IGNORE_INDEX).sum()
-        self._evaluation_terms.add("loss", loss, positions)
-        if getattr(self.args, "eval_head_accuracy", False):
-            with self.compute_loss_context_manager():
-                for name, figures in head_accuracies(bare_model(self), inputs).items():
-                    self._evaluation_terms.add(name, *figures)
-        for name, value in terms.items():
-            self._evaluation_terms.add(log_key(name), value, rows if name == "last_position" else positions)
-        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-        if "next_char" in terms and isinstance(labels, Tensor) and getattr(config, "vocab_size", None) == 256:
-            targets = Targets(inputs, 1).ahead(1)
-            characters = ((targets != IGNORE_INDEX) & begins_character(targets)).sum()
-            self._evaluation_terms.add("characters", torch.zeros_like(terms["next_char"]), characters)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if ignore_keys is None:
-            config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
-        return super().prediction_step(
-            model, inputs, prediction_loss_only, [*ignore_keys, "loss_dict", "loss_weights"], **kwargs
-        )
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        self._evaluation_terms = EvaluationTerms()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        totals = self._evaluation_terms.totals()
-        _, characters = totals.pop("characters", (0.0, 0))
-        metrics = {name: total / count for name, (total, count) in totals.items() if count}
-        if characters:
-            nats, num_bytes = totals["loss_next_char"]
-            metrics["bpb"] = nats / NATS_PER_BIT / num_bytes
-            if getattr(dataloader.dataset, "is_utf8", True):  # characters can be counted in UTF-8 only
-                metrics["bpc"] = nats / NATS_PER_BIT / characters
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        if self.is_in_train and (names := [name for name, value in named.items() if not math.isfinite(value)]):
-            raise self._not_finite_error(self.state.global_step, names)
-        return output._replace(metrics={**(output.metrics or {}), **named})
-
     # ---- Logs ----
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -409,10 +342,8 @@ class AuxiliaryLossMixin(Trainer):
             means = self.loss_terms.means(over_layers=getattr(self.args, "log_loss_terms", "each") == "groups")
             means.pop("loss", None)
             logs.update(means)
+            self.logger_names.add(means)
+            weights = self.loss_terms.weights.items()
+            self.logger_names.further = {f"weight_{name}": float(weight) for name, weight in weights}
+        self.logger_names.use_in(self.callback_handler.callbacks)
         super().log(logs, *args, **kwargs)
-
-    def _not_finite_error(self, step: int, names: list[str]) -> FloatingPointError:
-        return FloatingPointError(
-            f"not finite at step {step}: {', '.join(names)}. Lower the learning rate, warm it up for longer, or clip gradients"
-            " (max_grad_norm)"
-        )

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,3 +53,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def heads_as_adapters(model: Any) -> Iterator[None]:
+    """Let a Trainer take a quantized model whose heads alone are trained.
+
+    Transformers refuses to train a quantized model that has no adapters of PEFT. Heads on a frozen model are as good.
+    """
+    base = unwrap_peft(model) if isinstance(model, nn.Module) else None
+    if not (getattr(base, "heads_only", False) and getattr(base, "is_quantized", False)):
+        yield
+        return
+    held: Any = base
+    before = held._hf_peft_config_loaded
+    held._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        held._hf_peft_config_loaded = before

@@ -158,7 +158,7 @@ def only_term(model: nn.Module, name: str) -> Iterator[None]:
     base: Any = unwrap_peft(model)
     settings = base.loss_settings
     base.loss_settings = replace(
-        settings, term_weights={term.name: float(term.name == name) for term in settings.terms}
+        settings, term_weights={term.name: float(term.name == name) for term in settings.terms}, distillation=0.0
     )
     try:
         yield

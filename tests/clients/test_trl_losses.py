@@ -1,0 +1,213 @@
+"""TRL's Trainers train and log auxiliary losses as `AuxiliaryLossTrainer` does, or refuse at the first step."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+
+from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed  # noqa: E402
+
+from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments  # noqa: E402
+from modeling_charformer import CharformerForSequenceClassification  # noqa: E402, F401
+from tests.clients import trl_program as program  # noqa: E402
+from tests.clients.trl_program import MODELS, TEXTS  # noqa: E402
+from tests.helpers import assert_same_logs, loss_logs  # noqa: E402
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+QUESTIONS: dict[str, list[str]] = {"prompt": TEXTS, "completion": [" yes", " no", " sat down"] * 5 + [" é"]}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "packing": {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "completion only": {"rows": QUESTIONS, "completion_only_loss": True},
+}
+
+
+def ours(trainer: Any, model: Any, folder: Path) -> list[dict[str, float]]:
+    """What `AuxiliaryLossTrainer` logs on the batches of a Trainer of TRL."""
+    fields = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+    same = {name: getattr(trainer.args, name) for name in fields}
+    args = AuxiliaryLossTrainingArguments(**program.settings(folder / "ours", **same), remove_unused_columns=False)
+    other = AuxiliaryLossTrainer(model, args, train_dataset=trainer.train_dataset, data_collator=trainer.data_collator)
+    other.train()
+    return loss_logs(other)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("way", WAYS)
+def test_sft_has_the_figures_of_our_trainer(kind, way, tmp_path):
+    trainer = program.sft(tmp_path, MODELS[kind](), **WAYS[way])
+    trainer.train()
+    logs = loss_logs(trainer)
+    assert {"loss_target_2", "loss_layer_1", "loss_last_position"} <= logs[0].keys()
+    assert_same_logs(logs, ours(trainer, MODELS[kind](), tmp_path))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_sft_of_an_adapter_has_the_figures_of_our_trainer(kind, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", r=2)
+    trainer = program.sft(tmp_path, MODELS[kind](), peft_config=config)
+    trainer.train()
+    model = MODELS[kind]()
+    set_seed(trainer.args.seed)  # as TRL does, before it adds the adapter
+    assert_same_logs(loss_logs(trainer), ours(trainer, peft.get_peft_model(model, config), tmp_path))
+
+
+def test_sft_on_two_processes_has_the_figures_of_one(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, program.__file__, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    found = json.loads((tmp_path / "logs.json").read_text())
+    for kind, make in MODELS.items():
+        trainer = program.sft(tmp_path / "one", make())
+        trainer.train()
+        assert_same_logs(loss_logs(trainer), found[kind])
+
+
+class KeepGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.sizes = {name: p.grad is not None and float(p.grad.abs().sum()) for name, p in model.named_parameters()}
+
+
+def test_every_head_has_a_gradient_and_the_output_matrix_makes_no_logits_of_all_positions(tmp_path):
+    trainer = program.sft(tmp_path, MODELS["charformer"](intermediate_schedule="constant"), max_steps=1)
+    calls: list[str] = []
+    trainer.model.lm_head.register_forward_hook(lambda *_: calls.append("lm_head"))
+    trainer.add_callback(keep := KeepGradients())
+    trainer.train()
+    heads = {name: size for name, size in keep.sizes.items() if name.startswith("auxiliary_heads")}
+    assert len(heads) == 10 and all(heads.values())
+    assert not calls
+
+
+def preferences(**more: Any) -> Any:
+    return datasets.Dataset.from_dict({"prompt": TEXTS[:8], "chosen": [" sat"] * 8, "rejected": [" xqzé"] * 8, **more})
+
+
+def answers(model: Any, prompts: list[str], completions: list[str]) -> dict[str, float]:
+    """The terms on completions, as means over one batch, from the model's own forward."""
+    tokenizer = program.tokenizer()
+    rows = [
+        (list(prompt.encode()), [*completion.encode(), tokenizer.eos_token_id])
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    width = max(len(one) + len(other) for one, other in rows)
+    ids = torch.tensor([[*one, *other, *[255] * (width - len(one) - len(other))] for one, other in rows])
+    mask = torch.tensor([[1] * (len(one) + len(other)) + [0] * (width - len(one) - len(other)) for one, other in rows])
+    labels = torch.tensor(
+        [[-100] * len(one) + other + [-100] * (width - len(one) - len(other)) for one, other in rows]
+    )
+    return {
+        f"loss_{name}": value.item()
+        for name, value in model.train()(ids, attention_mask=mask, labels=labels).loss_dict.items()
+    }
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_dpo_adds_the_terms_of_the_chosen_answers(kind, tmp_path):
+    trainer: Any = program.DPOTrainer(
+        MODELS[kind](),
+        MODELS[kind](),
+        args=trl.DPOConfig(**program.settings(tmp_path, max_steps=1), max_length=64),
+        train_dataset=preferences(),
+        processing_class=program.tokenizer(),
+    )
+    trainer.train()
+    [entry] = loss_logs(trainer)
+    expected = answers(MODELS[kind](), TEXTS[:4], [" sat"] * 4)
+    assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    weights = trainer.model.loss_settings.weights_at(0.0)
+    added = sum(
+        weight * entry[f"loss_{name}"] for name, weight in weights.items() if name not in ("next_char", "next_token")
+    )
+    assert entry["loss"] == pytest.approx(0.6931 + added, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_kto_adds_the_terms_of_the_desirable_answers(kind, tmp_path):
+    rows = {"prompt": TEXTS[:4], "completion": [" sat", " xqz", " yes", " é"], "label": [True, False, True, False]}
+    trainer: Any = program.KTOTrainer(
+        MODELS[kind](),
+        MODELS[kind](),
+        args=trl.KTOConfig(**program.settings(tmp_path, max_steps=1, max_length=64)),
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=program.tokenizer(),
+    )
+    trainer.train()
+    [entry] = loss_logs(trainer)
+    expected = answers(MODELS[kind](), [TEXTS[0], TEXTS[2]], [" sat", " yes"])
+    assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_grpo_and_rloo_add_the_terms_of_the_completions(kind, name, tmp_path):
+    given: list[str] = []
+
+    def share_of_letters(completions: list[str], **_: Any) -> list[float]:
+        given.extend(completions)
+        return [sum(character.isalpha() for character in text) / 8 for text in completions]
+
+    changes = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = getattr(program, f"{name}Trainer")(
+        MODELS[kind](),
+        reward_funcs=share_of_letters,
+        args=getattr(trl, f"{name}Config")(
+            **program.settings(tmp_path, **changes), num_generations=2, max_completion_length=8, beta=0.0
+        ),
+        train_dataset=datasets.Dataset.from_dict({"prompt": TEXTS}),
+        processing_class=program.tokenizer(),
+    )
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    [entry] = loss_logs(trainer)
+    weights = trainer.model.loss_settings.weights_at(0.0)
+    added = sum(
+        weight * entry[f"loss_{name}"] for name, weight in weights.items() if name not in ("next_char", "next_token")
+    )
+    assert entry["loss"] == pytest.approx(added, abs=0.01)  # the policy's own loss is 0 in the first step
+    changed = {name for name, weight in trainer.model.named_parameters() if not weight.equal(before[name])}
+    assert {name for name in before if name.startswith("auxiliary_heads") and "bias" in name} <= changed
+
+
+def test_reward_is_refused_at_the_first_step(make_folder, tmp_path):
+    folder = make_folder("CharformerForSequenceClassification", num_labels=1)
+    trainer: Any = program.RewardTrainer(
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        args=trl.RewardConfig(**program.settings(tmp_path), max_length=64),
+        train_dataset=preferences(),
+        processing_class=program.tokenizer(),
+    )
+    with pytest.raises(ValueError, match="compute_loss of RewardTrainer calls the model without labels"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_without_the_mixin_the_model_says_that_its_losses_are_not_trained(kind, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    program.sft(tmp_path, MODELS[kind](), kind=trl.SFTTrainer).train()
+    told = [message for message in caplog.messages if message.startswith("The auxiliary losses of this")]
+    assert len(told) == 1 and "not trained: without labels" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_weighting": "uncertainty"}, "loss_weighting is 'uncertainty'.*SFTTrainer computes"),
+        ({"position_loss": "last"}, "the weights {'next_char': 0.0, 'last_position': 1.0}; SFTTrainer computes"),
+    ],
+)
+def test_what_does_not_fit_beside_a_foreign_main_loss_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        program.sft(tmp_path, MODELS["charformer"](**changes)).train()

@@ -1,0 +1,141 @@
+"""The terms of a model's loss in the evaluations of any Trainer: means over targets, on all processes."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import EvalLoopOutput
+
+from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
+
+from .gradient_options import bare_model
+from .head_accuracy import head_accuracies
+from .logger_names import LoggerNames
+from .loss_terms import MAIN, LossTerms, further_losses_of, log_key, loss_dict_of
+from .running_means import EvaluationTerms
+from .units import NATS_PER_BIT, begins_character
+
+
+def counts_of(inputs: Mapping[str, Any], shifts_labels: bool) -> tuple[Tensor | int, Tensor | int]:
+    """Numbers of the targets in a batch over which a loss is a mean, and of the rows that have one.
+
+    Args:
+        inputs: The batch. Without labels, both are its number of rows.
+        shifts_labels: Whether the model is a language model, which predicts the label of the next position.
+    """
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor):
+        rows = find_batch_size(inputs) or 1
+        return rows, rows
+    if labels.dim() == 2 and shifts_labels:
+        positions, of_rows = Targets(inputs, 1).counts()[:, 0]
+        return positions, of_rows
+    count = labels.ne(IGNORE_INDEX).sum()
+    return count, count
+
+
+class EvaluatesTerms(Trainer):
+    """The part of `AuxiliaryLossMixin` that evaluates."""
+
+    loss_terms: LossTerms
+    logger_names: LoggerNames
+    _evaluation_terms: EvaluationTerms
+
+    def _given_compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The `compute_loss` of whatever class."""
+        return type(self).compute_loss(self, *args, **kwargs)
+
+    def _evaluate_with_terms(self, model: nn.Module, inputs: Any, return_outputs: bool) -> Any:
+        # Without counts of the whole step, the losses are means over this batch; they are weighted below.
+        inputs = self._without_repeated_rows(inputs)
+        given, seen = dict(inputs), []
+        hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
+        try:
+            computed = self._given_compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
+        finally:
+            hook.remove()
+        loss, outputs = computed if return_outputs else (computed, None)
+        self._add_evaluation_terms(loss, seen[-1] if seen else outputs, given)
+        return computed
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the rows that fill the last batches on several processes; they are repeats of the first rows."""
+        labels, loader = inputs.get("labels"), self.accelerator.gradient_state
+        if self.args.world_size == 1 or not isinstance(labels, Tensor):
+            return inputs
+        if not loader.end_of_dataloader or loader.remainder <= 0:
+            return inputs
+        rows = labels.shape[0]
+        kept = min(max(loader.remainder - self.args.process_index * rows, 0), rows)
+        labels = labels.clone()
+        labels[kept:] = IGNORE_INDEX
+        return {**inputs, "labels": labels}
+
+    def _add_evaluation_terms(self, loss: Tensor, outputs: Any, inputs: dict[str, Any]) -> None:
+        labels, terms = inputs.get("labels"), loss_dict_of(outputs) | further_losses_of(outputs)
+        positions, rows = counts_of(inputs, self._loss_shifts_labels)
+        self._evaluation_terms.add("loss", loss, positions)
+        if getattr(self.args, "eval_head_accuracy", False):
+            with self.compute_loss_context_manager():
+                for name, figures in head_accuracies(bare_model(self), inputs).items():
+                    self._evaluation_terms.add(name, *figures)
+        if outputs is not None:
+            own = self.loss_terms.added_values(outputs, inputs, weighted=False)
+            terms |= {name: value for name, (_, value) in own.items()} | ({} if terms or not own else {MAIN: loss})
+        for name, value in terms.items():
+            self._evaluation_terms.add(log_key(name), value, rows if name == "last_position" else positions)
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        if "next_char" in terms and isinstance(labels, Tensor) and getattr(config, "vocab_size", None) == 256:
+            targets = Targets(inputs, 1).ahead(1)
+            characters = ((targets != IGNORE_INDEX) & begins_character(targets)).sum()
+            self._evaluation_terms.add("characters", torch.zeros_like(terms["next_char"]), characters)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if ignore_keys is None:
+            config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+        return super().prediction_step(
+            model, inputs, prediction_loss_only, [*ignore_keys, "loss_dict", "loss_weights"], **kwargs
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._evaluation_terms = EvaluationTerms()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        totals = self._evaluation_terms.totals()
+        _, characters = totals.pop("characters", (0.0, 0))
+        metrics = {name: total / count for name, (total, count) in totals.items() if count}
+        if characters:
+            nats, num_bytes = totals["loss_next_char"]
+            metrics["bpb"] = nats / NATS_PER_BIT / num_bytes
+            if getattr(dataloader.dataset, "is_utf8", True):  # characters can be counted in UTF-8 only
+                metrics["bpc"] = nats / NATS_PER_BIT / characters
+        self.logger_names.add(metrics, metric_key_prefix)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        if self.is_in_train and (names := [name for name, value in named.items() if not math.isfinite(value)]):
+            raise self._not_finite_error(self.state.global_step, names)
+        return output._replace(metrics={**(output.metrics or {}), **named})
+
+    def _not_finite_error(self, step: int, names: list[str]) -> FloatingPointError:
+        return FloatingPointError(
+            f"not finite at step {step}: {', '.join(names)}. Lower the learning rate, warm it up for longer, or clip gradients"
+            " (max_grad_norm)"
+        )
