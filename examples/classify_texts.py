@@ -33,7 +33,7 @@ def snippets(length: int) -> tuple[Examples, Examples]:
         for number, file in enumerate(path for path in files if "test" not in path.parts):
             text = file.read_text(encoding="utf-8")
             pieces = [(text[start : start + length], label) for start in range(0, len(text) - length, length)]
-            (test if number % 4 == 3 else train).extend(pieces)
+            (test if number % 3 == 1 else train).extend(pieces)
     return train, test
 
 
