@@ -27,7 +27,8 @@ Examples = list[tuple[str, int]]
 
 def snippets(length: int) -> tuple[Examples, Examples]:
     """Pieces of the packages' sources and their labels, to train on and to test on. No file is in both."""
-    train, test = [], []
+    train: Examples = []
+    test: Examples = []
     for label, package in enumerate(PACKAGES):
         files = sorted((Path(sysconfig.get_path("stdlib")) / package).rglob("*.py"))
         for number, file in enumerate(path for path in files if "test" not in path.parts):

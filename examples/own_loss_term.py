@@ -6,6 +6,7 @@ The term is scheduled, weighted and logged like all others. The program prints w
 """
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, set_seed
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, add_auxiliary_losses
 
 
-def z_loss(outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
+def z_loss(outputs: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The mean square of the logarithm of the partition function (Chowdhery et al. 2022, section 5)."""
     return outputs.logits.logsumexp(-1).pow(2).mean()
 

@@ -75,7 +75,7 @@ def main() -> None:
     )
     trainer.train()
     without = trainer.evaluate()["eval_bpb"]
-    best = trainer.hyperparameter_search(
+    best: Any = trainer.hyperparameter_search(
         hp_space=lambda trial: {},  # or fields of the arguments: {"learning_rate": trial.suggest_float(...)}
         n_trials=trials,
         direction="minimize",

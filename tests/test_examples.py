@@ -45,6 +45,7 @@ def test_no_example_is_left_out():
         "compress.py",
         "continue_training.py",
         "generate.py",
+        "image_classifier.py",
         "load_from_hub.py",
         "own_loss_term.py",
         "own_training_loop.py",
@@ -165,6 +166,14 @@ def test_search_loss_weights_tries_other_weights_in_each_trial(text_file, tmp_pa
     _, (best, *weights, without) = run_here("search_loss_weights.py", monkeypatch, capsys, text_file, tmp_path, 3, 10)
     assert len(weights) == 3 and all(0.01 <= weight <= 1 for weight in weights)
     assert best != without and 4 < best < 8
+
+
+def test_image_classifier(tmp_path):
+    shown = run("image_classifier.py", tmp_path / "run")
+    logged = [entry for entry in printed_figures(shown) if "loss_classification" in entry]
+    assert all({"loss_layer_2", "loss_layer_3"} <= entry.keys() for entry in logged)
+    trained, nearest, chance = (float(word.rstrip("%,")) for word in shown.split() if "%" in word)
+    assert trained > nearest + 5 > chance + 20
 
 
 def test_compress_and_restore(make_model, tmp_path):

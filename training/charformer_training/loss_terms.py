@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modeling_charformer.auxiliary_losses import Targets
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, ScheduleContext, scheduled
 
-from .models import unwrap_peft
+from .models import label_inputs, unwrap_peft
 from .running_means import TrainingTerms, group_by_layer
 
 
@@ -194,7 +194,9 @@ class LossTerms:
             return None
         if not all(isinstance(batch, Mapping) and "labels" in batch for batch in micro_batches):
             return None
-        own = [Targets(batch, self.settings.num_targets).counts() for batch in micro_batches]
+        base = extract_model_from_parallel(self.model)
+        targets = [Targets(label_inputs(base, batch), self.settings.num_targets) for batch in micro_batches]
+        own = [of_batch.counts() for of_batch in targets]
         device = next(self.model.parameters()).device
         counts = torch.stack(own).sum(0).to(device)
         if over_processes and PartialState().num_processes > 1:
@@ -234,7 +236,8 @@ class LossTerms:
         terms = loss_dict_of(outputs)
         if self.settings is None or self.counts is None:
             return terms
-        own = Targets(inputs, self.settings.num_targets).counts().to(self.counts.device)
+        base = extract_model_from_parallel(self.model)
+        own = Targets(label_inputs(base, inputs), self.settings.num_targets).counts().to(self.counts.device)
         ratios = own.clamp(min=1) / self.counts.clamp(min=1)
         by_name = {term.name: ratios[int(term.positions == "last"), term.offset - 1] for term in self.settings.terms}
         return {name: value * by_name[name] for name, value in terms.items()}

@@ -18,7 +18,7 @@ from .gradient_options import check_gradient_options, conflict_free_gradients, m
 from .head_accuracy import check_head_accuracy
 from .logger_names import LoggerNames
 from .loss_terms import LossTerms, auxiliary_loss, loss_dict_of
-from .models import heads_as_adapters, is_causal_lm, unwrap_peft
+from .models import heads_as_adapters, shifts_labels
 from .resuming import let_lower_be_better
 from .running_means import EvaluationTerms
 
@@ -69,9 +69,9 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             super().__init__(*args, **kwargs)
         let_lower_be_better(self.args)
         model: Any = self.model
-        if is_causal_lm(type(unwrap_peft(model))):
+        if (shifts := shifts_labels(model)) is not None:
             # Transformers looks for ForCausalLM at the end of the class name, and counts one target too many in GPT-2's rows.
-            self._loss_shifts_labels = True
+            self._loss_shifts_labels = shifts
         self.loss_terms = LossTerms(model, seed=self.args.seed)
         settings = self.loss_terms.settings
         if "training_progress" in self.loss_terms.takes:

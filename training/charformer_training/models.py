@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,23 @@ def loss_unit(model: nn.Module) -> str | None:
     if not is_causal_lm(type(base)):
         return None
     return "byte" if getattr(getattr(base, "config", None), "vocab_size", None) == 256 else "token"
+
+
+def shifts_labels(model: nn.Module) -> bool | None:
+    """Whether a position's target is the label after it, as in causal language models, and not the label at the position.
+
+    `None` if this is not known.
+    """
+    base = unwrap_peft(model)
+    known = getattr(base, "shifts_labels", None)
+    return known if isinstance(known, bool) else is_causal_lm(type(base)) or None
+
+
+def label_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs of a model, for `Targets`: labels that the model does not shift count as shifted already."""
+    if shifts_labels(model) is not False:
+        return inputs
+    return {"shift_labels": inputs.get("labels")}
 
 
 @contextlib.contextmanager
