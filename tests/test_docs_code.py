@@ -57,7 +57,6 @@ FILES: dict[str, Callable[[Path], object]] = {
     "runs/mine": run_of,
     "user/my-model": run_of,
     "my_text.txt": lambda path: path.write_text("To be, or not to be, that is the question.\n" * 60),
-    "training": lambda path: path.symlink_to(ROOT / "training"),
 }
 
 

@@ -44,7 +44,7 @@ class LossTerms:
     - Each micro-batch's loss is its share of the step's loss. The gradients of a step add up to that of one big batch.
     - `means` returns the mean of each term since its last call. No value depends on how a batch is split.
 
-    Example:
+    Example::
 
         terms = LossTerms(model, num_steps=1000)
         for micro_batches in terms.steps(loader, accumulation=4):
