@@ -10,18 +10,20 @@ SERVING := .venv-serving
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart shakespeare ablation test test-fast test-oldest test-newest test-clients test-serving check format clean
+.PHONY: help quickstart shakespeare ablation gpu test test-fast test-oldest test-newest test-clients test-serving docs check format clean
 
 help:
-	@echo "make quickstart   install, train on real text (about five minutes), show the result"
+	@echo "make quickstart   install, train on real text (about three minutes), show the result"
 	@echo "make shakespeare  train on DATA=tinyshakespeare.txt at nanoGPT's CPU setting (a few minutes)"
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
+	@echo "make gpu          measure on one GPU, with DATA=tinyshakespeare.txt, what a CPU cannot tell (at most eight minutes)"
 	@echo "make test         install, run all tests"
 	@echo "make test-fast    those that take about two minutes on two cores"
 	@echo "make test-oldest  the same with the oldest versions supported"
 	@echo "make test-newest  the same with the newest Transformers of today"
 	@echo "make test-clients other people's programs: TRL, lm-evaluation-harness, ONNX, 8 bits, loggers (a few minutes)"
 	@echo "make test-serving vLLM serves what we save: the same text (Python 3.11 or newer, about ten minutes)"
+	@echo "make docs         the documentation site in build/site; a broken link or missing reference fails"
 	@echo "make check        lint, format and types"
 	@echo "make format       reformat the code"
 	@echo "make clean        delete environments and caches (not runs/)"
@@ -35,6 +37,10 @@ shakespeare: $(VENV)/train.stamp
 ablation: $(VENV)/train.stamp
 	$(BIN)/python -m benchmarks.ablation run cpu --workers 2 --data $(DATA) --output runs/ablation/ablation.jsonl
 	$(BIN)/python -m benchmarks.ablation report runs/ablation/ablation.jsonl
+
+# From a checkout with the packages of `.[train]` installed, PYTHONPATH=.:training does in place of an environment.
+gpu: $(VENV)/dev.stamp
+	PYTHONPATH=.:training $(BIN)/python -m benchmarks.gpu --text $(DATA)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python $(PYTEST)
@@ -60,6 +66,11 @@ test-clients: $(CLIENTS)/dev.stamp
 test-serving: $(SERVING)/dev.stamp
 	$(SERVING)/bin/python -m pytest -v -s tests/serving
 
+# Every warning is an error, and every reference must exist.
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -q -n -W --keep-going -b html docs build/site
+	@echo "build/site/index.html"
+
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,6 +90,10 @@ $(VENV)/train.stamp: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/train.stamp
+
+$(VENV)/docs.stamp: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
 	@touch $@ $(VENV)/train.stamp
 
 $(OLDEST)/dev.stamp: pyproject.toml constraints-oldest.txt

@@ -14,21 +14,25 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.measure import in_own_process
+from benchmarks.train_step import Shape, build
 from charformer_training.arguments import DataArguments
 from charformer_training.data import load_corpus, split_corpus
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 
 
+T12 = Shape(layers=12, batch=1)
 LENGTH = 300
 """The continuation of a prompt."""
 
@@ -47,11 +51,23 @@ DECODING: dict[str, dict[str, Any]] = {
 def write(model: Any, prompt: torch.Tensor, length: int, **settings: Any) -> tuple[float, torch.Tensor]:
     """Run once; returns seconds and the text."""
     begin = time.perf_counter()
-    ids = model.generate(prompt, max_new_tokens=length, **settings)
+    ids = model.generate(prompt.to(model.device), max_new_tokens=length, **settings).cpu()
     return time.perf_counter() - begin, ids
 
 
-def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[str, Any]:
+def prompts_of(text: np.ndarray, model: CharformerForCausalLM, count: int) -> list[torch.Tensor]:
+    """Evenly spaced parts of a text, a quarter of the model's window long, each `(1, S)`."""
+    window = model.config.max_position_embeddings
+    starts = range(0, len(text) - window, (len(text) - window) // count)
+    return [torch.tensor([text[i : i + window // 4].tolist()]) for i in starts[:count]]
+
+
+def drafting(
+    model: CharformerForCausalLM,
+    prompts: list[torch.Tensor],
+    length: int = LENGTH,
+    decodings: Iterable[str] = tuple(DECODING),
+) -> dict[str, Any]:
     """Seconds and forward passes of each drafting method, by decoding method, over the same prompts."""
     passes = 0
 
@@ -59,9 +75,10 @@ def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[
         nonlocal passes
         passes += 1
 
-    model.model.register_forward_hook(count)
+    hook = model.model.register_forward_hook(count)
     report = {}
-    for decoding, settings in DECODING.items():
+    for decoding in decodings:
+        settings = DECODING[decoding]
         seconds: dict[str, list[float]] = {way: [] for way in DRAFTING}
         total_passes: dict[str, int] = dict.fromkeys(DRAFTING, 0)
         texts: dict[str, list[torch.Tensor]] = {way: [] for way in DRAFTING}
@@ -69,25 +86,23 @@ def drafting(model: CharformerForCausalLM, prompts: list[torch.Tensor]) -> dict[
             for way, more in DRAFTING.items():
                 set_seed(number)
                 passes = 0
-                taken, ids = write(model, prompt, LENGTH, rolling_context=True, **settings, **more)
+                taken, ids = write(model, prompt, length, rolling_context=True, **settings, **more)
                 seconds[way].append(taken)
                 total_passes[way] += passes
                 texts[way].append(ids)
-        if decoding == "greedy" and not all(
-            a.equal(b) for a, b in zip(texts["plain"], texts["use_extra_targets"], strict=True)
-        ):
-            raise AssertionError("drafting changed greedy text")
         report[decoding] = {
             way: {
-                "characters_per_pass": round(LENGTH * len(prompts) / total_passes[way], 3),
+                "characters_per_pass": round(length * len(prompts) / total_passes[way], 3),
                 "milliseconds_per_pass": round(1000 * sum(seconds[way]) / total_passes[way], 3),
                 "speed_ratio": round(sum(seconds["plain"]) / sum(seconds[way]), 3),
                 "speed_ratio_of_each_prompt": [
                     round(a / b, 2) for a, b in zip(seconds["plain"], seconds[way], strict=True)
                 ],
+                "prompts_with_the_same_text": sum(a.equal(b) for a, b in zip(texts["plain"], texts[way], strict=True)),
             }
             for way in DRAFTING
         }
+    hook.remove()
     return report
 
 
@@ -128,14 +143,9 @@ def rolling(model: CharformerForCausalLM, length: int, repeats: int = 5) -> dict
     }
 
 
-def t12_beside_gpt2(repeats: int, length: int = 256) -> dict[str, float]:
+def beside_gpt2(repeats: int, length: int, shape: Shape = T12, device: str = "cpu") -> dict[str, float]:
     models: dict[str, Any] = {
-        "charformer": CharformerForCausalLM(CharformerConfig()).without_auxiliary_heads().eval(),
-        "gpt2": GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=256, n_positions=512, n_embd=512, n_layer=12, n_head=2, bos_token_id=0, eos_token_id=None
-            )
-        ).eval(),
+        name: build(variant, shape, device).eval() for name, variant in (("charformer", "none"), ("gpt2", "gpt2"))
     }
     prompt = torch.tensor([[10]])
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -204,17 +214,17 @@ def main() -> None:
     }
     if arguments.model:
         model = CharformerForCausalLM.from_pretrained(arguments.model).eval()
-        window = model.config.max_position_embeddings
         text = split_corpus(load_corpus(DataArguments(data_path=arguments.text)), 0.9, 0.05)["validation"].data
-        starts = range(0, len(text) - window, (len(text) - window) // arguments.prompts)
-        prompts = [torch.tensor([text[i : i + window // 4].tolist()]) for i in starts[: arguments.prompts]]
+        prompts = prompts_of(text, model, arguments.prompts)
         results["model"] = {
             name: getattr(model.config, name)
             for name in ("num_hidden_layers", "hidden_size", "max_position_embeddings", "num_targets", "target_heads")
         }
         results["drafting"] = drafting(model, prompts)
+        if results["drafting"]["greedy"]["use_extra_targets"]["prompts_with_the_same_text"] < len(prompts):
+            raise AssertionError("drafting changed greedy text")
         results["rolling"] = rolling(model, arguments.rolling_length)
-    results["t12"] = t12_beside_gpt2(arguments.repeats)
+    results["t12"] = beside_gpt2(arguments.repeats, 256)
     results["t12_loading"] = loading(arguments.repeats)
     print(json.dumps(results, indent=2))
     if arguments.output:

@@ -1,6 +1,7 @@
 """Shared by the benchmarks of training steps: timing in turns, memory of separate processes."""
 
 import copy
+import gc
 import os
 import platform
 import resource
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import transformers
@@ -55,16 +56,20 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
 
 
 class Step:
-    """One optimizer step (AdamW, or with Muon) of a model on random ids; in bf16 on a CUDA device, or if `bf16` says so."""
+    """One optimizer step (AdamW, or with Muon) of a model on random ids; in bf16 on a CUDA device, or if `bf16` says so.
+
+    `compiled="layers"` compiles a layer once for all layers, which takes seconds; `True` compiles the whole model.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         ids: torch.Tensor,
         device: str,
-        compiled: bool = False,
+        compiled: bool | Literal["layers"] = False,
         muon: bool = False,
         bf16: bool | None = None,
+        compiler: str = "inductor",
     ):
         self.device = device
         self.inputs: dict[str, Any] = {}
@@ -75,7 +80,11 @@ class Step:
         )
         if compiled:  # all steps of a program share one limit, above which torch silently runs eagerly
             torch._dynamo.config.recompile_limit = 64
-        self.model = torch.compile(model) if compiled else model
+            torch._dynamo.reset()
+        if compiled == "layers":
+            for layer in repeated_layers(model):
+                layer.compile(backend=compiler)
+        self.model = torch.compile(model, backend=compiler) if compiled is True else model
         self.ids = ids.to(device)
 
     def given(self, **inputs: Any) -> "Step":
@@ -96,11 +105,25 @@ class Step:
         self.optimizer.zero_grad()
 
 
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that are all alike: the longest list of modules of one class."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    alike = [[*modules] for modules in lists if len({type(module) for module in modules}) == 1]
+    return max(alike, key=len)
+
+
+def release_memory() -> None:
+    """Free memory of the CUDA device that nothing refers to any more."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 class MatrixMultiply:
     """The product of two square matrices, large enough to reach the machine's peak rate, in the dtype of a `Step`."""
 
-    def __init__(self, device: str):
-        self.device, self.size = device, 8192 if device == "cuda" else 2048
+    def __init__(self, device: str, size: int | None = None):
+        self.device, self.size = device, size or (8192 if device == "cuda" else 2048)
         kind = torch.bfloat16 if device == "cuda" else torch.float32
         self.factor = torch.randn(self.size, self.size, device=device, dtype=kind)
         self.flops = 2 * self.size**3
@@ -138,7 +161,10 @@ def times_by_turns(steps: Mapping[Key, Callable[[], float]], repeats: int, name:
 
 
 def peak_memory(make_step: Callable[[], Step], device: str) -> float:
-    """Peak memory of two steps in MiB: of this process beyond its present memory, or of the CUDA device."""
+    """Peak memory of two steps in MiB: of this process beyond its present memory, or of the tensors on the CUDA device."""
+    if device == "cuda":
+        release_memory()
+        torch.cuda.reset_peak_memory_stats()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = make_step()
     step(), step()

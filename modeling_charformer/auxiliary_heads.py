@@ -28,7 +28,8 @@ class AuxiliaryHead(nn.Linear):
         At the same seed, auxiliary heads then change neither the rest of the model nor any later random number.
         """
         generator = torch.Generator().manual_seed(torch.initial_seed() + self.index)
-        drawn = torch.empty(self.weight.shape).normal_(0.0, standard_deviation, generator=generator)
+        # On the CPU like the generator, also where a model is built on another device (`with torch.device("cuda")`).
+        drawn = torch.empty(self.weight.shape, device="cpu").normal_(0.0, standard_deviation, generator=generator)
         init.copy_(self.weight, drawn)
         init.zeros_(self.bias)
 

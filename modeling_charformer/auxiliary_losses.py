@@ -12,7 +12,7 @@ Shapes: B batch, S sequence, V vocabulary, K number of targets.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .auxiliary_heads import UncertaintyWeighting
 from .cross_entropy import IGNORE_INDEX as IGNORE_INDEX
 from .cross_entropy import chunked_cross_entropy_sums, cross_entropy_sum
+from .linear_cross_entropy import LinearClassifier, row_cross_entropies
 from .loss_settings import AuxiliaryLossSettings, LossTerm
 from .position_sampling import PositionSampler, SampledPositions
 
@@ -203,6 +204,10 @@ class LossStep:
             if self.weights.get(term.name) or (term.is_main and term.name in self.weights)
         ]
         self.values: dict[str, Tensor] = {}
+        self.reads: list[HeadInput] = []
+        """What the auxiliary heads have read, recorded if they are to be distilled."""
+        self._distillation = settings.distillation if training else 0.0
+        self._distilled: list[str] = []
         self._num_layers = settings.num_layers
         self._sampler = PositionSampler(settings, seed, step) if settings.position_share < 1 else None
 
@@ -211,6 +216,13 @@ class LossStep:
         if self._sampler is None:
             return None
         return {term: self._sampler.sample(term, targets.ahead(term.offset)) for term in terms}
+
+    def expected_weights(self, weighting: UncertaintyWeighting | None) -> dict[str, Any]:
+        """The weights that `breakdown` will give the terms, without gradients."""
+        if weighting is None:
+            return dict(self.weights)
+        with torch.no_grad():
+            return {**self.weights, **weighting(self.weights, [term.name for term in self.terms])[0]}
 
     @property
     def final_terms(self) -> list[LossTerm]:
@@ -235,6 +247,17 @@ class LossStep:
         """Add the raw values of terms by name."""
         self.values.update(values)
 
+    def record(self, term: LossTerm, states: Tensor, sample: SampledPositions | None = None) -> None:
+        """Record what the head of an auxiliary term reads, if it is to be distilled."""
+        if self._distillation:
+            self.reads.append(HeadInput(term, states, sample))
+
+    def add_distilled(self, term: LossTerm, value: Tensor) -> None:
+        """Add the divergence of a term's head from the model's own; its weight follows from the term's."""
+        name = f"{term.name}_distillation"
+        self.values[name], self.weights[name] = value, self._distillation * self.weights[term.name]
+        self._distilled.append(name)
+
     def add_main(self, loss_of: Callable[[LossTerm], Tensor]) -> None:
         """Add the terms of the model's own head. A term of weight 0 is only reported and gets no gradient."""
         for term in self.terms:
@@ -253,7 +276,8 @@ class LossStep:
         """
         if not self.terms:
             return {"loss": None, "loss_dict": None, "loss_weights": None}
-        losses = {term.name: self.values[term.name] for term in self.terms if term.name in self.values}
+        names = [*(term.name for term in self.terms), *self._distilled]
+        losses = {name: self.values[name] for name in names if name in self.values}
         weights: dict[str, Any] = {name: self.weights[name] for name in losses}
         if weighting is not None:
             weights, uncertainty = weighting(weights, list(losses))
@@ -313,6 +337,40 @@ def sampled_loss(
     """
     sums = chunked_cross_entropy_sums(head_input, sample.targets[None], head, vocab_size, sample.weights[None])
     return sums[0] / targets.denominator(term)
+
+
+class HeadInput(NamedTuple):
+    """What a term's classifier reads and should predict, at all positions or at those of a sample."""
+
+    term: LossTerm
+    states: Tensor
+    """`(B, P, hidden_size)`."""
+    sample: SampledPositions | None = None
+
+
+def linear_losses(
+    classifier: LinearClassifier, inputs: Sequence[HeadInput], targets: Targets, expected_weights: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The raw values in nats, float32 scalars by name, of terms at all positions that share a linear classifier.
+
+    Args:
+        inputs: At least one.
+        expected_weights: The weights of the terms in the loss. The results are right with any; the gradient takes longest
+            if the loss weighs the terms in other proportions. See `linear_cross_entropy`.
+    """
+    rows, wanted, counts, expected = [], [], [], []
+    for term, states, sample in inputs:
+        symbols = (targets.ahead(term.offset) if sample is None else sample.targets).flatten()
+        counts.append(torch.ones_like(symbols, dtype=torch.float32) if sample is None else sample.weights.flatten())
+        rows.append(states.flatten(0, 1))
+        wanted.append(symbols)
+        expected.append(counts[-1] * (expected_weights[term.name] / targets.denominator(term)))
+    values = row_cross_entropies(torch.cat(rows), classifier, torch.cat(wanted), torch.cat(expected))
+    parts = values.split([len(one) for one in wanted])
+    return {
+        one.term.name: part @ count / targets.denominator(one.term)
+        for one, part, count in zip(inputs, parts, counts, strict=True)
+    }
 
 
 def loss_of_logits(logits: Tensor, term: LossTerm, targets: Targets) -> Tensor:

@@ -4,47 +4,41 @@ Both are exact, up to rounding: what is generated is what the model's next-chara
 """
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation.logits_process import (
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
 from .compatibility import CACHE, check_ids, one_cache
 from .configuration_charformer import CharformerConfig
-from .drafting_charformer import (
-    EarlyExitCandidateGenerator,
-    ExtraTargetCandidateGenerator,
-    FirstStop,
-    StreamToStop,
-    mask_up_to,
-)
+from .drafting_charformer import EarlyExitDrafter
 from .loss_settings import AuxiliaryLossSettings
+from .self_drafting_charformer import SelfDraftingMixin, check_processors
+from .verification_charformer import VerifiedDecoding, mask_up_to
 
 
 # Arguments of `generate` that are counts of characters.
 LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
-# Processors that remember what they were called with, and so must see each character once and in order.
-WITH_MEMORY = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+# Arguments of assisted decoding that are none of the model's.
+OF_ASSISTED_DECODING = ("synced_gpus", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
 
 
-class CharformerGenerationMixin:
+class CharformerGenerationMixin(SelfDraftingMixin):
     """The arguments that `generate` of a Charformer takes in addition to those of every model of Transformers.
 
     - `use_extra_targets=True`: the heads of targets 2..K draft, and the model verifies. The characters (greedy) or their
-      distribution (sampled) are the same as without it. One prompt at a time.
-    - `assistant_early_exit=l`: layer `l` and its head draft instead.
+      distribution (sampled) are the same as without it.
+    - `assistant_early_exit=l`: layer `l` and its head draft instead. One prompt at a time.
     - `rolling_context=m` (or `True` for half the window): when the window is full, the last `m` characters are encoded
       again and generation goes on without limit. Positions are learned, so cached keys and values cannot be shifted.
 
@@ -70,7 +64,8 @@ class CharformerGenerationMixin:
 
         Raises:
             ValueError: If the ids are not a `(batch, sequence)` tensor of integers or a length is not an integer. Also if
-                prompt and new characters do not fit into a window that does not roll.
+                prompt and new characters do not fit into a window that does not roll, or not into that of an
+                `assistant_model`, or it has another vocabulary.
         """
         for name, ids in (("inputs", inputs), ("input_ids", kwargs.get("input_ids"))):
             if ids is not None:
@@ -79,6 +74,8 @@ class CharformerGenerationMixin:
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if cache is not None:
             kwargs[CACHE] = cache
+        if kwargs.get("assistant_model") is not None:
+            self._check_assistant(kwargs["assistant_model"], kwargs.get("assistant_tokenizer") is not None)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's, a later base
 
     def _prepare_generation_config(
@@ -88,23 +85,16 @@ class CharformerGenerationMixin:
             value = kwargs.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
-        rolling_context, use_extra_targets = kwargs.pop("rolling_context", None), kwargs.pop("use_extra_targets", None)
-        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's, a later base
-        # They may also stand in a GenerationConfig, or in the model's.
+        rolling_context = kwargs.pop("rolling_context", None)
+        prepared: Any
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        # It may also stand in a GenerationConfig, or in the model's.
         rolling_context = getattr(prepared, "rolling_context", None) if rolling_context is None else rolling_context
-        if use_extra_targets is None:
-            use_extra_targets = getattr(prepared, "use_extra_targets", None)
         self._settle_length(prepared, generation_config, kwargs, rolls=rolling_context not in (None, False))
         prepared.rolling_context = None
         if rolling_context is not None and rolling_context is not False:
             prepared.rolling_context = self._checked_rolling_context(rolling_context, prepared)
             model_kwargs["rolling_context"] = prepared.rolling_context
-        if use_extra_targets not in (None, False, True):
-            raise ValueError(f"use_extra_targets is {use_extra_targets!r}; it must be True or False")
-        if use_extra_targets:
-            # What sends `generate` to verify drafts.
-            prepared.prompt_lookup_num_tokens = self._checked_num_drafts(prepared)
-            model_kwargs["use_extra_targets"] = True
         if prepared.assistant_early_exit is not None:
             self._check_early_exit(prepared.assistant_early_exit)
         return prepared, model_kwargs
@@ -139,27 +129,40 @@ class CharformerGenerationMixin:
             )
         return int(rolling_context)
 
-    def _checked_num_drafts(self, generation_config: GenerationConfig) -> int:
-        settings = self.loss_settings
-        if settings.num_targets < 2:
-            raise ValueError(
-                "use_extra_targets needs a model with num_targets of 2 or more, whose further targets draft; this one has"
-                f" num_targets={settings.num_targets}"
-            )
-        if (generation_config.num_beams or 1) > 1:
-            raise ValueError(
-                f"use_extra_targets does not go with beam search (num_beams={generation_config.num_beams}); leave one out"
-            )
-        for name in ("assistant_early_exit", "prompt_lookup_num_tokens"):
-            if getattr(generation_config, name) is not None:
-                raise ValueError(f"use_extra_targets and {name} are two ways to draft; give one of them")
-        return int(settings.num_targets) - 1
+    def _room_for_drafts(self, cache: Any) -> int | None:
+        # The character before the drafts goes through the model too.
+        return int(self.config.max_position_embeddings) - int(cache.get_seq_length()) - 1
 
     def _check_early_exit(self, layer: int) -> None:
         heads = [term.layer for term in self.loss_settings.terms if term.offset == 1 and not term.is_main]
         if layer not in heads:
             raise ValueError(
                 f"assistant_early_exit is {layer}; the layers of this model that have a classifier of their own are {heads}"
+            )
+
+    def _check_assistant(self, assistant: Any, translates: bool) -> None:
+        if not hasattr(assistant, "generation_config"):
+            raise ValueError(
+                f"assistant_model is a {type(assistant).__name__}; it must be a language model that generates"
+            )
+        vocab_size = assistant.config.get_text_config(decoder=True).vocab_size
+        if vocab_size != self.config.vocab_size and not translates:
+            raise ValueError(
+                f"assistant_model has vocab_size={vocab_size} and this model vocab_size={self.config.vocab_size}: its drafts"
+                " are ids of this model, so give one with the same vocabulary"
+            )
+
+    def _check_assistants_window(self, assistant: Any, prepared: GenerationConfig) -> None:
+        window = getattr(assistant.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        rolling_context = prepared.rolling_context  # type: ignore[attr-defined]  # an attribute of this mixin
+        if rolling_context is not None and isinstance(assistant, CharformerGenerationMixin):
+            needed, why = rolling_context + 1, f"rolling_context={rolling_context}"
+        else:
+            needed, why = prepared.max_length, "prompt and new characters"
+        if window is not None and window < needed:
+            raise ValueError(
+                f"assistant_model has a window of max_position_embeddings={window}; for {why} it must be {needed} or more."
+                " Give another assistant_model, or a shorter text"
             )
 
     def _prepare_generated_length(
@@ -223,10 +226,8 @@ class CharformerGenerationMixin:
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         generation_config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
         window: int = self.config.max_position_embeddings
-        if model_kwargs.get("use_extra_targets"):
-            return ExtraTargetCandidateGenerator(self, generation_config, kwargs["logits_processor"])
-        if generation_config.assistant_early_exit is not None:
-            return EarlyExitCandidateGenerator(self, generation_config, kwargs["logits_processor"])
+        if kwargs.get("assistant_model") is not None:
+            self._check_assistants_window(kwargs["assistant_model"], generation_config)
         generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]  # GenerationMixin's, a later base
         draft = generator.get_candidates
 
@@ -259,17 +260,17 @@ class CharformerGenerationMixin:
                 f"drafts are verified for one prompt at a time, and there are {input_ids.shape[0]}; generate them one by"
                 " one, or without use_extra_targets, assistant_early_exit, prompt_lookup_num_tokens and assistant_model"
             )
-        if any(isinstance(processor, WITH_MEMORY) for processor in logits_processor):
-            raise ValueError(
-                "guidance_scale and SynthID watermarks must see each character once and in order, and drafts are processed"
-                " twice; leave them out, or use_extra_targets, assistant_early_exit, prompt_lookup_num_tokens and"
-                " assistant_model"
-            )
+        check_processors(logits_processor)
+        if generation_config.assistant_early_exit is not None:
+            drafter = EarlyExitDrafter(self, generation_config.assistant_early_exit)
+            call = (input_ids, logits_processor, stopping_criteria, generation_config, kwargs.pop("streamer", None))
+            model_kwargs = {name: value for name, value in kwargs.items() if name not in OF_ASSISTED_DECODING}
+            return VerifiedDecoding(self, drafter, *call, model_kwargs).run()
         if kwargs.get("inputs_embeds") is not None:
             # Transformers would cut the mask to the ids, which are fewer. The cache tells how far it goes.
             kwargs["prompt_mask"] = kwargs.pop("attention_mask", None)
         own = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)]
-        decode: Any = super()._assisted_decoding  # type: ignore[misc]  # GenerationMixin's, a later base
+        decode: Any = super()._assisted_decoding
         if not own:
             return decode(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         first = FirstStop(StoppingCriteriaList(own), input_ids)
@@ -301,7 +302,6 @@ class CharformerGenerationMixin:
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         rolling_context: int | None = None,
-        use_extra_targets: bool | None = None,
         past_key_values: Any = None,
         prompt_mask: Tensor | None = None,
         **kwargs: Any,
@@ -357,3 +357,36 @@ def _empty(cache: Any, length: int) -> None:
         cache.reset()  # a static one
     else:
         cache.crop(-length)
+
+
+class FirstStop(StoppingCriteria):
+    """Whether a text `(1, S)` or a beginning of it meets `criteria`. `length` is that of the shortest one that does."""
+
+    def __init__(self, criteria: StoppingCriteriaList, prompt: Tensor):
+        self.criteria, self.seen = criteria, prompt.shape[1]
+        self.length: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        while self.length is None and self.seen < input_ids.shape[1]:
+            self.seen += 1
+            if bool(self.criteria(cast(Any, input_ids[:, : self.seen]), scores, **kwargs).all()):
+                self.length = self.seen
+        return torch.full((1,), self.length is not None, device=input_ids.device)
+
+
+class StreamToStop(BaseStreamer):
+    """Streams the text up to the first stop."""
+
+    def __init__(self, streamer: BaseStreamer, first: FirstStop, prompt: Tensor):
+        self.streamer, self.first, self.text = streamer, first, prompt
+
+    def put(self, value: Tensor) -> None:
+        before = self.text.shape[1]
+        self.text = torch.cat([self.text, value.reshape(1, -1).to(self.text.device)], dim=-1)
+        self.first(self.text, None)
+        new = self.text[:, before : self.first.length]
+        if new.shape[1]:
+            self.streamer.put(new.cpu())
+
+    def end(self) -> None:
+        self.streamer.end()

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .auxiliary_losses import LossStep, Targets, causal_lm_losses, sampled_loss
+from .auxiliary_heads import UncertaintyWeighting
+from .auxiliary_losses import HeadInput, LossStep, Targets, causal_lm_losses, linear_losses, sampled_loss
 from .configuration_charformer import CharformerConfig
 from .layers_charformer import to_autocast_dtype
+from .linear_cross_entropy import LinearClassifier, linear_classifier
 from .loss_settings import AuxiliaryLossSettings, LossTerm
 from .position_sampling import SampledPositions
 
@@ -30,22 +32,46 @@ class CharformerHeadsMixin:
     model: Any
     auxiliary_heads: nn.ModuleDict
     target_blocks: nn.ModuleDict
+    loss_uncertainty: UncertaintyWeighting | None
 
     def losses_of_layer(
         self, step: LossStep, targets: Targets, terms: list[LossTerm], hidden_states: Tensor
     ) -> dict[str, Tensor]:
         """The values, by name, of auxiliary `terms` whose heads read the same `hidden_states` `(B, S, hidden_size)`."""
-        if (samples := step.samples(terms, targets)) is None:
-            return causal_lm_losses(
-                hidden_states, partial(self.classify, terms), terms, targets, self.config.vocab_size
-            )
-        return {
-            term.name: self._sampled_loss(term, sample.of(hidden_states), sample, targets)
-            for term, sample in samples.items()
-        }
+        if (samples := step.samples(terms, targets)) is not None:
+            return {
+                term.name: self._loss_of_head(step, targets, term, sample.of(hidden_states), sample)
+                for term, sample in samples.items()
+            }
+        if any(self._classifier(term) is not None for term in terms):
+            return {term.name: self._loss_of_head(step, targets, term, hidden_states) for term in terms}
+        for term in terms:
+            step.record(term, hidden_states)
+        return causal_lm_losses(hidden_states, partial(self.classify, terms), terms, targets, self.config.vocab_size)
 
-    def _sampled_loss(self, term: LossTerm, head_input: Tensor, sample: SampledPositions, targets: Targets) -> Tensor:
-        return sampled_loss(head_input, partial(self.classify, [term]), term, sample, targets, self.config.vocab_size)
+    def _classifier(self, term: LossTerm) -> LinearClassifier | None:
+        return linear_classifier(self.auxiliary_heads[term.name]) if term.positions == "all" else None
+
+    def _loss_of_head(
+        self,
+        step: LossStep,
+        targets: Targets,
+        term: LossTerm,
+        states: Tensor,
+        sample: SampledPositions | None = None,
+    ) -> Tensor:
+        """The value of an auxiliary term, from the states that its head reads: at all positions, or at those of `sample`."""
+        step.record(term, states, sample)
+        if (classifier := self._classifier(term)) is not None:
+            read = HeadInput(term, self._normed(term, states), sample)
+            return linear_losses(classifier, [read], targets, step.expected_weights(self.loss_uncertainty))[term.name]
+        classify, vocab_size = partial(self.classify, [term]), self.config.vocab_size
+        if sample is not None:
+            return sampled_loss(states, classify, term, sample, targets, vocab_size)
+        return causal_lm_losses(states, classify, [term], targets, vocab_size)[term.name]
+
+    def _normed(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
+        return self.model.norm(hidden_states) if term.layer < self.loss_settings.num_layers else hidden_states
 
     def add_final_losses(
         self,
@@ -72,7 +98,7 @@ class CharformerHeadsMixin:
             [(_, head_input)] = self._final_head_inputs(
                 [term], sample.of(hidden_states), partial(sample.of, inputs_embeds)
             )
-            step.add({term.name: self._sampled_loss(term, head_input, sample, targets)})
+            step.add({term.name: self._loss_of_head(step, targets, term, head_input, sample)})
 
     def _final_head_inputs(
         self, terms: list[LossTerm], final_hidden_state: Tensor, embedded: Callable[[int], Tensor]
@@ -121,7 +147,5 @@ class CharformerHeadsMixin:
             terms: At least one.
             hidden_states: The layer's output `(..., hidden_size)`. That of the final layer has passed the final norm.
         """
-        if terms[0].layer < self.loss_settings.num_layers:
-            hidden_states = self.model.norm(hidden_states)
-        hidden_states = to_autocast_dtype(hidden_states)
+        hidden_states = to_autocast_dtype(self._normed(terms[0], hidden_states))
         return [self.auxiliary_heads[term.name](hidden_states) for term in terms]

@@ -196,6 +196,8 @@ class LossFields:
             the fields above; before the schedules apply.
         loss_weighting: `"fixed"`, or `"uncertainty"`: training also learns a factor for each term from the term's
             homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115).
+        distillation: Each auxiliary head also learns from the distribution of the model's own head, at this weight relative to
+            its term's: 0 for not, 1 for as much as from the text. See `distillation.py`.
     """
 
     num_targets: int = 2
@@ -208,6 +210,7 @@ class LossFields:
     position_share: float | int = 1.0
     term_weights: dict[str, float | int] | None = None
     loss_weighting: str = "fixed"
+    distillation: float | int = 0.0
 
 
 @dataclass(kw_only=True)
@@ -248,6 +251,7 @@ class AuxiliaryLossSettings(LossFields):
         _check_position_share(self.position_share, self.position_loss)
         if self.loss_weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
+        self._check_distillation()
         names = [term.name for term in self.terms]
         for name, weight in (self.term_weights or {}).items():
             if name not in names:
@@ -282,6 +286,19 @@ class AuxiliaryLossSettings(LossFields):
                     f"{name} is {schedule!r}, whose factor is 0 at each of the {num_steps} steps: it would never train the"
                     f" terms that it weighs. Give one of {schedule_names()}, or leave these terms out"
                 )
+
+    def _check_distillation(self) -> None:
+        _check_weight("distillation is", self.distillation)
+        if self.distillation and all(term.is_main for term in self.terms):
+            raise ValueError(
+                f"distillation is {self.distillation}, and there are no auxiliary heads to learn from the model's own; it"
+                " must be 0"
+            )
+        if self.distillation and self.loss_weighting != "fixed":
+            raise ValueError(
+                f"distillation is {self.distillation} and loss_weighting {self.loss_weighting!r}; with distillation it must"
+                " be 'fixed'"
+            )
 
     def _check_intermediate_layers(self) -> None:
         layers, last = self.intermediate_layers, self.num_layers - 1

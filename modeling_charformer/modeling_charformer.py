@@ -28,6 +28,7 @@ from .auxiliary_losses import (
 )
 from .compatibility import CACHE, check_arguments, check_ids, check_range, one_cache
 from .configuration_charformer import CharformerConfig
+from .distillation import add_distillation
 from .generation_charformer import CharformerGenerationMixin
 from .heads_charformer import CharformerHeadsMixin
 from .layers_charformer import CharformerLayer, rows_to_run
@@ -284,6 +285,7 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
                 logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else self.lm_head(hidden_states)
             )
             step.add_main(lambda term: loss_of_logits(all_logits, term, targets))
+            add_distillation(step, targets, all_logits, lambda term, states: self.classify([term], states))
         return CharformerCausalLMOutput(
             **self.loss_watch.watched(
                 step.breakdown(self.loss_uncertainty if self.training else None, targets.share_of_step)

@@ -144,6 +144,7 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         config.num_targets, config.target_weights, config.intermediate_layers = 1, None, None
         config.target_heads = "linear"
         config.classifier_layers, config.term_weights, config.loss_weighting = None, None, "fixed"
+        config.distillation = 0.0
         model.loss_settings = config.language_model_losses() if self.can_generate() else config.classifier_losses()
         return model
 

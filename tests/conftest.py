@@ -27,6 +27,12 @@ from modeling_charformer import CharformerConfig, CharformerForCausalLM, loss_se
 from tests.helpers import TINY
 
 
+# Set by the benchmark that runs tests on a GPU.
+DEVICE = os.environ.get("CHARFORMER_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     set_seed(0)
@@ -44,7 +50,9 @@ def make_model() -> Callable[..., CharformerForCausalLM]:
 
     def make(**changes) -> CharformerForCausalLM:
         set_seed(0)
-        return CharformerForCausalLM(CharformerConfig(**(TINY | {"initializer_range": 0.1} | changes))).train()
+        return (
+            CharformerForCausalLM(CharformerConfig(**(TINY | {"initializer_range": 0.1} | changes))).train().to(DEVICE)
+        )
 
     return make
 
@@ -52,7 +60,8 @@ def make_model() -> Callable[..., CharformerForCausalLM]:
 @pytest.fixture
 def make_ids() -> Callable[..., torch.Tensor]:
     def make(batch: int = 2, length: int = 20, seed: int = 1) -> torch.Tensor:
-        return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (batch, length), generator=generator, device="cpu").to(DEVICE)
 
     return make
 

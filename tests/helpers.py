@@ -105,7 +105,7 @@ def loss_logs(trainer: AuxiliaryLossTrainer) -> list[dict[str, float]]:
     """The log entries of the training loop, without times."""
     kept = ("step", "learning_rate", "grad_norm")
     return [
-        {key: value for key, value in entry.items() if key in kept or key.startswith("loss")}
+        {key: value for key, value in entry.items() if key in kept or key.startswith(("loss", "gradient_"))}
         for entry in trainer.state.log_history
         if is_training(entry)
     ]

@@ -40,6 +40,7 @@ def test_no_example_is_left_out():
         "any_model.py",
         "compress.py",
         "generate.py",
+        "image_classifier.py",
         "load_from_hub.py",
         "own_training_loop.py",
         "push_to_hub.py",
@@ -83,6 +84,14 @@ def test_any_model(tmp_path):
     assert all({"loss_layer_1", "loss_layer_2", "loss_layer_3"} <= entry.keys() for entry in logged)
     assert float(entries[-1]["eval_loss_next_token"]) < 1.5  # chance is ln 100 = 4.6
     assert "GPT2LMHeadModel" in shown and "(layer_3_target_2): ResidualBlock(" in shown
+
+
+def test_image_classifier(tmp_path):
+    shown = run("image_classifier.py", tmp_path / "run")
+    logged = [entry for entry in printed_figures(shown) if "loss_classification" in entry]
+    assert all({"loss_layer_2", "loss_layer_3"} <= entry.keys() for entry in logged)
+    trained, nearest, chance = (float(word.rstrip("%,")) for word in shown.split() if "%" in word)
+    assert trained > nearest + 5 > chance + 20
 
 
 def test_compress_and_restore(make_model, tmp_path):

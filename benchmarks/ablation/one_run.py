@@ -4,25 +4,18 @@ import json
 import math
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from benchmarks import recipe_runs
 from charformer_training.arguments import Arguments
-from charformer_training.data import load_corpus, split_corpus
-from charformer_training.recipes import parse_arguments
-from charformer_training.train import build_model, build_trainer
-from modeling_charformer import CharformerTokenizer
 
 from .grids import GRIDS
 from .runs import key_of
-
-
-CONFIGS = Path(__file__).resolve().parents[2] / "training" / "configs"
 
 
 class Curve(TrainerCallback):
@@ -77,11 +70,10 @@ def arguments_of(grid: str, cell: str, learning_rate: float, seed: int, data: st
     fields |= {"learning_rate": learning_rate, "seed": seed}
     fields |= {"data_path": data, "output_dir": folder, "sample_length": 0, "save_strategy": "no"}
     fields |= {"load_best_model_at_end": False, "disable_tqdm": True, "logging_steps": fields["eval_steps"]}
+    if fields.get("optim") == "sgd":
+        fields["adam_beta2"] = 0.999  # the default: that of the recipe is AdamW's
     fields["lr_scheduler_kwargs"] = json.dumps({"min_lr": learning_rate / 10})
-    words = [str(CONFIGS / GRIDS[grid].recipe)]
-    for name, value in fields.items():
-        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return parse_arguments(words)
+    return recipe_runs.arguments_of(GRIDS[grid].recipe, fields)
 
 
 def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str, data_sha256: str) -> dict[str, Any]:
@@ -89,12 +81,8 @@ def run_one(grid: str, cell: str, learning_rate: float, seed: int, data: str, da
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         arguments = arguments_of(grid, cell, learning_rate, seed, data, f"{folder}/run")
-        model_arguments, data_arguments, _, training = arguments
-        set_seed(seed)
-        model = build_model(model_arguments)
-        corpus = load_corpus(data_arguments)
-        splits = split_corpus(corpus, data_arguments.train_share, data_arguments.validation_share)
-        trainer = build_trainer(arguments, model, CharformerTokenizer.for_model(model.config), splits)
+        trainer, _ = recipe_runs.trainer_of(arguments)
+        model, training = trainer.accelerator.unwrap_model(trainer.model), arguments.training
         rows = [trainer.train_dataset[index] for index in range(training.per_device_train_batch_size)]  # type: ignore[index]  # may be None in general
         curve = Curve(
             {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}, GRIDS[grid].metric

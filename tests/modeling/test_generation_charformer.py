@@ -2,14 +2,29 @@
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import scipy.stats
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline, set_seed
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    pipeline,
+    set_seed,
+)
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer, drafting_charformer
+from modeling_charformer import (
+    CharformerConfig,
+    CharformerForCausalLM,
+    CharformerTokenizer,
+    drafting_charformer,
+    verification_charformer,
+)
 from modeling_charformer.compatibility import CACHE
 from tests.helpers import TINY
 
@@ -29,6 +44,14 @@ def half_trained(target_heads: str) -> CharformerForCausalLM:
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+@pytest.fixture
+def drafts_in_every_pass(monkeypatch):
+    """How many drafts pay is measured while they run; a test that counts passes must not depend on the clock."""
+    confidence = drafting_charformer.CONFIDENCE
+    monkeypatch.setattr(drafting_charformer.Pace, "rests", lambda pace: pace.plain.append(1.0))
+    monkeypatch.setattr(drafting_charformer.Pace, "thresholds", lambda pace: (confidence, confidence))
 
 
 @pytest.fixture(params=["linear", "sequential"])
@@ -85,7 +108,7 @@ class Shift(LogitsProcessor):
     ],
     ids=str,
 )
-def test_greedy_text_is_the_plain_one_in_fewer_passes(model, settings):
+def test_greedy_text_is_the_plain_one_in_fewer_passes(model, drafts_in_every_pass, settings):
     settings = {"max_new_tokens": 28, "do_sample": False} | settings
     plain, plain_passes = passes(model, **settings)
     streamer = Collect()
@@ -105,7 +128,7 @@ def test_untrained_heads_do_no_harm(make_model):
         assert model.generate(ids, max_new_tokens=20, do_sample=False, use_extra_targets=True).equal(plain)
 
 
-def test_what_came_before_is_looked_up(make_model, monkeypatch):
+def test_what_came_before_is_looked_up(make_model, drafts_in_every_pass, monkeypatch):
     """Drafts from the text itself are longer than the heads see ahead, and change nothing."""
     model = make_model(num_targets=2, max_position_embeddings=512, initializer_range=0.3).eval()
     # Each character depends on the one before alone, so that greedy text goes round in circles.
@@ -177,14 +200,13 @@ def test_long_drafts_are_sampled_from_the_models_distribution(make_model, monkey
         torch.nn.init.normal_(block.linear.weight, std=0.3)
     monkeypatch.setattr(drafting_charformer, "CONFIDENCE", 0.3)
     lengths = []
-    draft = drafting_charformer.ExtraTargetCandidateGenerator.get_candidates
+    forward = verification_charformer.VerifiedDecoding._forward
 
-    def counted(self, input_ids, *args, **kwargs):
-        candidates, logits = draft(self, input_ids, *args, **kwargs)
-        lengths.append(candidates.shape[1] - input_ids.shape[1])
-        return candidates, logits
+    def counted(self, drafts):
+        lengths.append(drafts.shape[1])
+        return forward(self, drafts)
 
-    monkeypatch.setattr(drafting_charformer.ExtraTargetCandidateGenerator, "get_candidates", counted)
+    monkeypatch.setattr(verification_charformer.VerifiedDecoding, "_forward", counted)
     texts = torch.tensor([[1, 0, *(number >> bit & 1 for bit in range(6))] for number in range(64)])
     log_probabilities = model(texts).logits.log_softmax(-1)[:, 1:-1]
     exact = log_probabilities.gather(-1, texts[:, 2:, None]).sum((1, 2)).exp().detach()
@@ -197,17 +219,110 @@ def test_long_drafts_are_sampled_from_the_models_distribution(make_model, monkey
 
 
 @pytest.mark.parametrize("drafting", [{"use_extra_targets": True}, {"assistant_early_exit": 2}], ids=str)
-@pytest.mark.parametrize("stop", ["cat", "sat", "t on"])
+@pytest.mark.parametrize("stop", ["cat", "sat", "t on", ["mat", "sat"]], ids=str)
 def test_stop_strings_end_the_text_where_they_end_plain_text(model, drafting, stop):
-    settings = {"max_new_tokens": 28, "do_sample": False, "stop_strings": [stop], "tokenizer": CharformerTokenizer()}
+    settings = {"max_new_tokens": 28, "do_sample": False, "stop_strings": stop, "tokenizer": CharformerTokenizer()}
     settings |= {"return_dict_in_generate": True, "output_scores": True}
     plain, streamer = model.generate(PROMPT, **settings), Collect()
     drafted = model.generate(PROMPT, streamer=streamer, **settings, **drafting)
-    assert bytes(plain.sequences[0].tolist()).endswith(stop.encode())
+    stops = [stop] if isinstance(stop, str) else stop
+    assert bytes(plain.sequences[0].tolist()).endswith(tuple(word.encode() for word in stops))
     assert drafted.sequences.equal(plain.sequences)
     assert streamer.ids == plain.sequences[0].tolist()
     assert len(drafted.scores) == len(plain.scores)
     assert drafted[CACHE].get_seq_length() == plain[CACHE].get_seq_length()
+
+
+class Write(LogitsProcessor):
+    """Makes the model write a given text, whatever it would have written."""
+
+    def __init__(self, text: str):
+        self.text = text.encode()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        place = (input_ids.shape[1] - PROMPT.shape[1]) % len(self.text)
+        return torch.full_like(scores, -1e9).index_fill(-1, torch.tensor([self.text[place]]), 0.0)
+
+
+@pytest.mark.parametrize(
+    "drafting",
+    [{}, {"use_extra_targets": True}, {"assistant_early_exit": 2}, {"prompt_lookup_num_tokens": 3}],
+    ids=str,
+)
+@pytest.mark.parametrize("stop", ["fin é.", "né", "日", "ён"])
+def test_stop_strings_outside_ascii_end_the_text_after_their_last_byte(model, drafting, stop):
+    text = f"ab é {stop} c"
+    ids = model.generate(
+        PROMPT,
+        max_new_tokens=20,
+        do_sample=False,
+        stop_strings=stop,
+        tokenizer=CharformerTokenizer(),
+        logits_processor=LogitsProcessorList([Write(text)]),
+        **drafting,
+    )
+    assert bytes(ids[0, PROMPT.shape[1] :].tolist()).decode() == f"ab é {stop}"
+
+
+def test_drafting_as_a_saved_default_is_kept(model, tmp_path):
+    expected = model.generate(PROMPT, max_new_tokens=20, do_sample=False)
+    model.generation_config.use_extra_targets = True
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.generation_config.use_extra_targets is True
+    used: list[int] = []
+    loaded.auxiliary_heads["target_2"].register_forward_hook(lambda *_: used.append(1))
+    assert loaded.generate(PROMPT, max_new_tokens=20, do_sample=False).equal(expected) and used
+    used.clear()
+    loaded.generate(PROMPT, max_new_tokens=20, do_sample=False, use_extra_targets=False)
+    assert not used  # the control
+
+
+def assistant(window: int = 64, vocab_size: int = 256) -> Any:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size,
+            n_embd=8,
+            n_layer=1,
+            n_head=1,
+            n_positions=window,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+
+
+def test_another_model_may_draft(model, make_model):
+    length = PROMPT.shape[1] + 20
+    for drafter in (assistant(length), make_model(num_hidden_layers=1, max_position_embeddings=length)):
+        settings = {"max_new_tokens": 20, "do_sample": False}
+        assert model.generate(PROMPT, assistant_model=drafter, **settings).equal(model.generate(PROMPT, **settings))
+    rolling = {"max_new_tokens": 60, "do_sample": False, "rolling_context": 8}
+    drafter = make_model(num_hidden_layers=1, max_position_embeddings=32)
+    assert model.generate(PROMPT, assistant_model=drafter, **rolling).equal(model.generate(PROMPT, **rolling))
+
+
+@pytest.mark.parametrize(
+    ("drafter", "settings", "message"),
+    [
+        (
+            assistant(20),
+            {},
+            "assistant_model has a window of max_position_embeddings=20; for prompt and new characters",
+        ),
+        (
+            assistant(),
+            {"rolling_context": 8, "max_new_tokens": 90},
+            "window of max_position_embeddings=64; for prompt",
+        ),
+        (assistant(vocab_size=300), {}, "assistant_model has vocab_size=300 and this model vocab_size=256"),
+        ("gpt2", {}, "assistant_model is a str; it must be a language model"),
+    ],
+    ids=["window", "rolling", "vocabulary", "name"],
+)
+def test_an_assistant_that_cannot_draft_is_refused(model, drafter, settings, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(PROMPT, assistant_model=drafter, **{"max_new_tokens": 20, "do_sample": False} | settings)
 
 
 def test_settings_may_stand_in_a_generation_config(model):
@@ -352,7 +467,7 @@ def test_half_the_window_is_the_default(model):
         ({"max_new_tokens": 29}, "more than the window .* or give rolling_context"),
         ({"inputs": torch.zeros(1, 32, dtype=torch.long)}, "the prompt is 32 characters long"),
         ({"inputs": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty"),
-        ({"inputs": PROMPT.repeat(2, 1), "use_extra_targets": True}, "one prompt at a time, and there are 2"),
+        ({"inputs": PROMPT.repeat(2, 1), "assistant_early_exit": 2}, "one prompt at a time, and there are 2"),
     ],
     ids=str,
 )

@@ -11,11 +11,11 @@ from modeling_charformer import (
     CharformerForCausalLM,
     CharformerModel,
     CharformerTokenizer,
-    auxiliary_losses,
+    cross_entropy,
     layers_charformer,
 )
 from modeling_charformer.compatibility import CACHE
-from modeling_charformer.drafting_charformer import _continuation
+from modeling_charformer.drafting_charformer import continuation
 
 
 def reference_logits(model: CharformerForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -390,9 +390,9 @@ def test_every_head_follows_a_resized_vocabulary(make_model, make_ids, tmp_path,
 
 
 def test_drafts_look_up_added_tokens_too():
-    ids = torch.tensor([[300, 44, 256, 0, 65, 66, 67, 68, 69, 7, 300 - 256, 300, 44, 256, 0, 65, 66, 67, 68, 69]])
-    assert _continuation(ids, 3).tolist() == [[7, 44, 300]]
-    assert _continuation(torch.cat([ids[:, :-1], ids[:, -1:] + 256], 1), 3).shape == (1, 0)
+    ids = torch.tensor([300, 44, 256, 0, 65, 66, 67, 68, 69, 7, 300 - 256, 300, 44, 256, 0, 65, 66, 67, 68, 69])
+    assert continuation(ids, 3) == [7, 44, 300]
+    assert continuation(torch.cat([ids[:-1], ids[-1:] + 256]), 3) == []
 
 
 @pytest.mark.slow
@@ -439,7 +439,7 @@ def test_intermediate_losses_keep_no_hidden_states_of_their_own(make_model, make
             return torch.utils.checkpoint.checkpoint(function, read, *inputs, **options)
 
         monkeypatch.setattr(layers_charformer, "checkpoint", checkpoint)
-        monkeypatch.setattr(auxiliary_losses, "checkpoint", checkpoint)
+        monkeypatch.setattr(cross_entropy, "checkpoint", checkpoint)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(ids, labels=ids, training_progress=0.0)
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}

@@ -63,19 +63,28 @@ def texts(model: Any, prompts: list[list[int]], modes: dict[str, dict]) -> dict[
 
 
 @torch.no_grad()
-def reference(model, prompt: list[int], count: int, window: int | None = None, width: int = 0) -> list[int]:
+def reference(
+    model, prompt: list[int], count: int, window: int | None = None, width: int = 0, num_beams: int = 1
+) -> list[int]:
     """The model's own text, one full forward pass for each character; from `window` on its end is encoded anew.
 
-    A batch rolls as one, so there `width`, that of the padded prompts, counts.
+    A batch rolls as one, so there `width`, that of the padded prompts, counts. With `num_beams`, that many texts of the
+    highest total log-probability are kept after each character, and the first of them is returned.
     """
-    ids = list(prompt)
+    beams = [(0.0, list(prompt))]
     context = width or len(prompt)
     for _ in range(count):
         if window and context > window:
             context = ROLLING
-        ids.append(int(model(torch.tensor([ids[-context:]]), use_cache=False).logits[0, -1].argmax()))
+        longer = []
+        for score, ids in beams:
+            logits = model(torch.tensor([ids[-context:]]), use_cache=False).logits[0, -1]
+            best = logits.log_softmax(-1).topk(num_beams)
+            pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            longer += [(score + value, [*ids, index]) for value, index in pairs]
+        beams = sorted(longer, reverse=True)[:num_beams]
         context += 1
-    return ids[len(prompt) :]
+    return beams[0][1][len(prompt) :]
 
 
 @pytest.fixture(scope="module", params=["package", "saved code"])
@@ -107,3 +116,18 @@ def test_text_is_that_of_full_forward_passes(found, mode):
     width = max(map(len, PROMPTS)) if batched else 0
     expected = [reference(model, prompt, **rolling, width=width) for prompt in PROMPTS]
     assert found[mode] == (expected if batched else expected[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"rolling_context": ROLLING, "max_new_tokens": 30}],
+    ids=str,
+)
+def test_beams_are_those_of_full_forward_passes(make_model, settings):
+    model = make_model(initializer_range=0.5).eval()
+    settings = {"max_new_tokens": 15, "do_sample": False, "num_beams": 5} | settings
+    count, window = settings["max_new_tokens"], 24 if "rolling_context" in settings else None
+    expected = reference(model, PROMPTS[0], count, window, num_beams=5)
+    ids = model.generate(torch.tensor(PROMPTS[:1]), **settings)
+    assert ids[0, len(PROMPTS[0]) :].tolist() == expected
+    assert expected != reference(model, PROMPTS[0], count, window)  # the greedy text

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from charformer_training import add_auxiliary_losses
-from charformer_training.head_accuracy import has_heads, head_accuracies
-from modeling_charformer import CharformerModel
+from charformer_training.head_accuracy import head_accuracies
 from tests.training.any_models import build
 from tests.training.any_models import make_ids as make_tokens
 
@@ -99,7 +98,27 @@ def test_packed_texts_do_not_run_into_each_other(make_model, make_ids):
     assert packed["accuracy_target_2"][1] == 6 + 10
 
 
-def test_models_without_heads_are_known(make_model):
-    assert has_heads(make_model())
-    assert not has_heads(build("llama"))
-    assert not has_heads(CharformerModel(make_model().config))
+@pytest.mark.parametrize("batch", [3, 32])
+def test_trainer_reports_means_over_the_whole_evaluation(make_trainer, batch):
+    trainer = make_trainer({"num_targets": 3}, per_device_eval_batch_size=batch, eval_head_accuracy=True)
+    metrics = trainer.evaluate()
+    rows = [{name: torch.as_tensor(value)[None] for name, value in row.items()} for row in trainer.eval_dataset]
+    right: dict[str, float] = {}
+    count: dict[str, int] = {}
+    for row in rows:
+        for name, (value, number) in head_accuracies(trainer.model.eval(), row).items():
+            right[name] = right.get(name, 0) + float(value * number)
+            count[name] = count.get(name, 0) + int(number)
+    expected = {f"eval_{name}": total / count[name] for name, total in right.items()}
+    assert {"eval_accuracy_next_char", "eval_accuracy_layer_2_target_3", "eval_tokens_per_pass"} <= set(expected)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    without = make_trainer({"num_targets": 3}, per_device_eval_batch_size=batch).evaluate()
+    assert without["eval_loss"] == metrics["eval_loss"]
+    assert set(metrics) - set(without) == set(expected)
+
+
+def test_models_without_heads_are_refused(make_trainer):
+    with pytest.raises(
+        ValueError, match="eval_head_accuracy is true; it does not work with LlamaForCausalLM, which is not"
+    ):
+        make_trainer(build("llama"), eval_head_accuracy=True)

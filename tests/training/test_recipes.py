@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import Trainer
 
 from charformer_training import evaluate_cli
 from charformer_training.arguments import (
@@ -21,9 +19,10 @@ from charformer_training.arguments import (
     ModelArguments,
     RunArguments,
 )
+from charformer_training.pretrained import load_language_model, read_config
 from charformer_training.recipes import field_types, parse_arguments
-from charformer_training.train import main
-from modeling_charformer import CharformerConfig
+from charformer_training.train import build_model, main
+from modeling_charformer import CharformerConfig, CharformerForCausalLM
 from modeling_charformer.configuration_charformer import OWN_FIELDS
 from tests.helpers import QUICKSTART
 
@@ -194,58 +193,6 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
         ("--train_sampling_strategy group_by_length", "train_sampling_strategy is 'group_by_length'; leave it out"),
         (f"--output_dir {QUICKSTART}", "a file; give a folder"),
         ("--torch_compile_mode fast", "torch_compile_mode is 'fast'; it must be one of"),
-        ("--torch_compile_backend nonsense", "torch_compile_backend is 'nonsense'; it must be one of ['aot_eager', "),
-        ("--torch_compile_backend no", "torch_compile_backend is 'no'; it must be one of"),
-        ("--torch_compile_backend onnxrt", "torch_compile_backend is 'onnxrt'; it must be one of"),  # fails at a step
-        (
-            "--torch_compile_backend eager --torch_compile_mode max-autotune",
-            "only torch_compile_backend 'inductor' has",
-        ),
-        ("--optim adamw_torch_xla", "optim is 'adamw_torch_xla'; "),
-        (
-            "--optim_args momentum=0.9",
-            "optim_args names 'momentum', which optim 'adamw_torch_fused' does not take; it takes",
-        ),
-        ("--optim sgd --optim_args momentm=0.9", "takes dampening, momentum, nesterov"),
-        ("--optim sgd --optim_args momentum=-1", "optim is 'sgd', which does not accept its settings (optim_args is"),
-        ("--optim sgd --optim_args nesterov=true", "Nesterov momentum requires a momentum"),
-        ("--optim sgd --optim_args momentum=x", "optim is 'sgd'; could not convert string to float: 'x'"),
-        ("--optim sgd --optim_args momentum", "optim_args is 'momentum'; it must be name=value pairs"),
-        ("--optim sgd --optim_args momentum=0.9,momentum=0.8", "each name once"),
-        ("--optim sgd --optim_args weight_decay=0.1", "optim_args names weight_decay, which the field weight_decay"),
-        ("--optim sgd --adam_beta1 0.5", "adam_beta1 is 0.5; optim 'sgd' does not use it"),
-        ("--optim_target_modules all-linear", "optim_target_modules is given; optim 'adamw_torch_fused' takes none"),
-        ("--debug x", "debug is 'x'; it must be 'underflow_overflow'"),
-        ("--debug tpu_metrics_debug", "debug is 'tpu_metrics_debug'; it must be one of"),
-        ("--fsdp x", "fsdp is 'x'; it must be one of ['full_shard'"),
-        ('--fsdp_config {"version":2}', "fsdp_config is given; it needs fsdp"),
-        ("--deepspeed x.json", "deepspeed is 'x.json'; it must be a mapping in JSON, or a file of one"),
-        ('--deepspeed {"a":1}', "deepspeed is given; the package deepspeed is not installed"),
-        ("--accelerator_config x.json", "accelerator_config is 'x.json'; it must be a mapping in JSON, or a file"),
-        ('--accelerator_config {"x":1}', "accelerator_config has no entry 'x'; it takes dispatch_batches,"),
-        (
-            '--accelerator_config {"split_batches":1}',
-            "accelerator_config: split_batches is 1; it must be true or false",
-        ),
-        ('--accelerator_config {"gradient_accumulation_kwargs":1}', "gradient_accumulation_kwargs is 1; it must be"),
-        ('--accelerator_config {"gradient_accumulation_kwargs":{"num_steps":3}}', "give gradient_accumulation_steps"),
-        ("--parallelism_config x", "parallelism_config is 'x'; it must be left out"),
-        ("--ddp_backend gloo", "ddp_backend is 'gloo'; it must be left out: this is a single process"),
-        ("--dataloader_multiprocessing_context fork", "needs dataloader_num_workers of 1 or more"),
-        ("--use_liger_kernel true", "use_liger_kernel is given; it must be left out"),
-        ("--do_predict true", "do_predict is true; it must be left out"),
-        ("--disable_tqdm x", "disable_tqdm is 'x'; it must be true or false"),
-        ('--gradient_checkpointing_kwargs {"use_reentrant":true}', "it needs gradient_checkpointing"),
-        (
-            '--gradient_checkpointing --gradient_checkpointing_kwargs {"x":1}',
-            "gradient_checkpointing_kwargs has no entry",
-        ),
-        ("--save_strategy best", "save_strategy is 'best'; it needs metric_for_best_model"),
-        ("--save_strategy best --metric_for_best_model eval_bpc --eval_strategy no", "it needs an eval_strategy"),
-        (
-            '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":100000}',
-            "more than max_steps=",
-        ),
         ("--per_device_train_batch_size 1000000000", "a batch needs more than"),
         ("--seed 1 --learning_rate 1 --seed 2", "seed is given twice; give it once"),
         ("--hub-token SECRET --hub_token=SECRET", "hub_token is given twice; give it once"),
@@ -258,27 +205,6 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
 def test_values_on_the_command_line_are_checked_for_their_range(words, message):
     found = refused([QUICKSTART, *words.split()])
     assert message in found and "SECRET" not in found
-
-
-def test_another_optimizer_or_schedule_leaves_the_recipes_arguments(recipe):
-    path = recipe(
-        optim="sgd", optim_args="momentum=0.5", lr_scheduler_type="polynomial", lr_scheduler_kwargs={"power": 2}
-    )
-    kept = parse_arguments([path]).training
-    assert (kept.optim_args, kept.lr_scheduler_kwargs) == ("momentum=0.5", {"power": 2})
-    other = parse_arguments([path, "--optim", "adamw_torch", "--lr_scheduler_type", "linear"]).training
-    assert (other.optim_args, other.lr_scheduler_kwargs) == (None, None)
-
-
-def test_arguments_of_an_optimizer_are_checked_without_a_recipe_too(tmp_path):
-    settings: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "optim": "sgd"}
-    with pytest.raises(
-        ValueError, match="optim_args names 'momentm', which optim 'sgd' does not take; it takes .*momentum"
-    ):
-        AuxiliaryLossTrainingArguments(**settings, optim_args="momentm=0.9")
-    taken = AuxiliaryLossTrainingArguments(**settings, optim_args="momentum=0.9, nesterov=true")
-    optimizer, found = Trainer.get_optimizer_cls_and_kwargs(taken)
-    assert optimizer is torch.optim.SGD and (found["momentum"], found["nesterov"]) == (0.9, True)
 
 
 def weights_field() -> str:
@@ -312,6 +238,65 @@ def test_weights_that_are_all_0_are_refused():
 def test_either_spelling_of_an_option_replaces_the_recipes_text(recipe):
     data = parse_arguments([recipe(), "--dataset-name", "some/set"]).data
     assert data.data_path is None and data.dataset_name == "some/set"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([""], "the recipe is empty; give a path"),
+        ([" "], "the recipe is empty; give a path"),
+        (["."], ". is not a recipe, but a folder, a device or a pipe"),
+        (["/dev/null"], "/dev/null is not a recipe, but a folder, a device or a pipe"),
+        (["x" * 300], "the recipe is 'xxx"),
+        (["x\0y"], "a path holds no zero byte"),
+        ([QUICKSTART, "--output_dir", "x" * 300], "output_dir is 'xxx"),
+        ([QUICKSTART, "-x"], "options begin with two"),
+    ],
+)
+def test_names_that_no_recipe_or_folder_can_have_are_refused(words, message):
+    assert message in refused(words)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10_000_000}, "num_hidden_layers is 10,000,000; it must be 2,000 or fewer"),
+        ({"hidden_size": 10**9, "num_attention_heads": 1}, "GB of memory here"),
+        ({"num_targets": 10**9}, "GB of memory here"),
+        ({"vocab_size": 10**12}, "GB of memory here"),
+        ({"max_position_embeddings": 10**12}, "GB of memory here"),
+    ],
+    ids=str,
+)
+def test_a_downloaded_configuration_of_any_size_is_refused_before_a_model_is_built(
+    tmp_path, monkeypatch, fields, message
+):
+    config = {**CharformerConfig().to_dict(), "architectures": ["CharformerForCausalLM"], **fields}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(CharformerForCausalLM, "__init__", lambda *_, **__: pytest.fail("a model was built"))
+    for load in (read_config, load_language_model):
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["output", "plots", "state_file"])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/proc/a.png", "the folder of /proc/a.png cannot be written to"),
+        ("/dev/full", "is a device or a pipe"),
+        (f"{'x' * 300}.png", "304 bytes long"),
+        (" ", "is empty; give a path"),
+    ],
+)
+def test_results_that_cannot_be_written_are_refused_before_the_evaluation(name, path, message):
+    if path.startswith("/proc") and not Path("/proc").is_dir():
+        pytest.skip("no such file system here")
+    with pytest.raises((OSError, ValueError), match=message) as found:
+        evaluate_cli.check_places(EvaluateArguments(**{name: path}))
+    assert str(found.value).startswith(name)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,55 @@ RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 pytestmark = pytest.mark.usefixtures("cache")
 
 
+class TestFolder:
+    """What lies in the place of `output_dir`, or in it, is told before training, and stays as it is."""
+
+    def refused(self, words, capsys) -> str:
+        assert main(words) == 1
+        shown = capsys.readouterr().err
+        assert "Errno" not in shown and "Traceback" not in shown
+        return shown
+
+    @pytest.mark.parametrize(
+        "name", ["metrics.json", "samples.jsonl", "command.txt", "_run.lock", "recipe.yaml", "README.md"]
+    )
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [("folder", "is a folder"), ("pipe", "a device or a pipe"), ("link", "links are not followed")],
+    )
+    def test_what_is_no_file_in_the_place_of_one_is_refused(self, command, tmp_path, capsys, name, kind, message):
+        if kind == "link" and name not in ("command.txt", "_run.lock"):
+            return  # links are replaced there, see below
+        place, kept = tmp_path / "run" / name, tmp_path / "kept"
+        kept.write_text("mine")
+        place.parent.mkdir()
+        {"folder": place.mkdir, "pipe": lambda: os.mkfifo(place), "link": lambda: place.symlink_to(kept)}[kind]()
+        shown = self.refused(command(), capsys)
+        assert f"{place} is a" in shown and message in shown
+        assert kept.read_text() == "mine" and [path.name for path in place.parent.iterdir()] == [name]
+
+    def test_a_place_that_can_be_no_folder_is_refused(self, command, tmp_path, capsys):
+        (tmp_path / "loop").symlink_to("loop")
+        (tmp_path / "file").touch()
+        os.mkfifo(tmp_path / "pipe")
+        for name, message in (
+            ("loop", "a link that leads to itself"),
+            ("loop/x", "a link that leads to itself"),
+            ("file", "a file; give a folder"),
+            ("file/x", "cannot be made: Not a directory"),
+            ("pipe", "a device or a pipe; give a folder"),
+        ):
+            shown = self.refused(command(output_dir=tmp_path / name), capsys)
+            assert "output_dir" in shown and message in shown
+        if os.path.isdir("/proc"):
+            assert "output_dir /proc cannot be written to" in self.refused(command(output_dir="/proc"), capsys)
+
+    def test_a_link_to_a_folder_is_that_folder(self, command, tmp_path):
+        (tmp_path / "link").symlink_to("real")
+        assert main(command(output_dir=tmp_path / "link", max_steps=1)) == 0
+        assert (tmp_path / "real" / "model.safetensors").is_file() and (tmp_path / "link").is_symlink()
+
+
 class TestOneCommandGivenAgain:
     @pytest.mark.slow
     def test_it_begins_goes_on_and_says_that_the_run_is_complete(self, command, tmp_path, capsys):

@@ -207,19 +207,20 @@ class TestNames:
         with pytest.raises(ValueError, match="log_group_prefix is 'a/b'; it may hold letters"):
             AuxiliaryLossTrainingArguments(output_dir=str(tmp_path), log_group_prefix="a/b")
 
-    def test_figures_of_other_kinds_are_logged_and_grouped(self, tmp_path):
-        seen = Seen()
-
-        class Mine(AuxiliaryLossTrainer):
-            def _hold_terms(self, *args, **kwargs):
-                loss = super()._hold_terms(*args, **kwargs)
-                self.loss_terms.hold_figures("accuracy", {"target_2": torch.tensor(0.25)})
-                return loss
-
-        model = add_auxiliary_losses(build("gpt2"))
-        trainer = train(Mine, model, tmp_path, 2, prepare=lambda trainer: trainer.add_callback(seen))
-        assert [entry["accuracy_target_2"] for entry in trainer.state.log_history[:3]] == [0.25] * 3
-        assert seen.found["loss_accuracies/target_2"] == [0.25] * 3
+    def test_gradients_of_terms_are_logged_and_grouped(self, tmp_path):
+        seen, model = Seen(), add_auxiliary_losses(build("gpt2"))
+        trainer = train(
+            AuxiliaryLossTrainer,
+            model,
+            tmp_path,
+            2,
+            args=AuxiliaryLossTrainingArguments,
+            prepare=lambda trainer: trainer.add_callback(seen),
+            log_term_gradients=1,
+        )
+        norms = [entry["gradient_norm_target_2"] for entry in trainer.state.log_history[:3]]
+        assert seen.found["loss_gradient_norms/target_2"] == norms and min(norms) > 0
+        assert len(seen.found["loss_gradient_cosines/target_2"]) == 3
 
     def test_the_best_model_and_early_stopping_go_by_any_term(self, tmp_path):
         def prepare(trainer: Any) -> None:

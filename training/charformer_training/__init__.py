@@ -6,6 +6,7 @@
 from .any_model import add_auxiliary_losses, load_auxiliary_losses
 from .arguments import AuxiliaryLossTrainingArguments
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
+from .draft_heads import export_draft_heads
 from .evaluation import Evaluation, bits_per_character
 from .loss_terms import LossTerms
 from .mixin import AuxiliaryLossMixin
@@ -27,6 +28,7 @@ __all__ = [
     "Split",
     "add_auxiliary_losses",
     "bits_per_character",
+    "export_draft_heads",
     "load_auxiliary_losses",
     "load_corpus",
     "plot_loss_terms",

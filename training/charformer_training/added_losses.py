@@ -20,10 +20,13 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm
 from modeling_charformer.unused_losses import LossWatch
 
 from .heads_file import SavesHeads
-from .probe import Anatomy
+from .probe import Anatomy, Trace, through
+from .probe_loss import OwnLoss
 
 
 OWN_ARGUMENTS = ("training_progress", "training_step", "training_seed", "target_counts")
+# The fields of an output that hold the outputs of layers.
+STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states", "reshaped_hidden_states")
 
 
 class ModelWithLosses(SavesHeads):
@@ -33,17 +36,20 @@ class ModelWithLosses(SavesHeads):
     accepted_heads: tuple[str, ...]
     main: str
     takes_target_counts = False
-    _heads_only = False
+    shifts_labels: bool
+    _own_loss = OwnLoss(None, False, False)
+    heads_only = False
+    """Whether nothing but the heads is trained."""
     # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
 
-    @staticmethod
-    def settings_for(num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
+    @classmethod
+    def settings_for(cls, num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
         raise NotImplementedError
 
-    @staticmethod
-    def check(model: PreTrainedModel, anatomy: Anatomy, heads: str) -> dict[str, Any]:
+    @classmethod
+    def check(cls, model: PreTrainedModel, anatomy: Anatomy, trace: Trace, heads: str) -> dict[str, Any]:
         """Attributes that the losses need in addition to the anatomy, by name.
 
         Raises:
@@ -59,7 +65,7 @@ class ModelWithLosses(SavesHeads):
         checked: dict[str, Any],
         heads_only: bool = False,
     ) -> None:
-        self.loss_settings, self._heads_only = settings, heads_only
+        self.loss_settings, self.heads_only = settings, heads_only
         self._anatomy = anatomy
         for name, value in checked.items():
             setattr(self, name, value)
@@ -80,7 +86,7 @@ class ModelWithLosses(SavesHeads):
     def train(self, mode: bool = True) -> Any:
         """Set the mode. With `heads_only` the body stays in evaluation mode, so that heads see the states of inference."""
         super().train(mode)
-        if self._heads_only:
+        if self.heads_only:
             for name, module in self.named_children():
                 if f"{name}." not in TRAINING_ONLY:
                     module.eval()
@@ -89,9 +95,9 @@ class ModelWithLosses(SavesHeads):
     def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
         raise NotImplementedError
 
-    def linear_head(self, num_outputs: int, index: int) -> nn.Module:
+    def linear_head(self, num_outputs: int, index: int, width: int | None = None) -> nn.Module:
         deviation = getattr(self.config.get_text_config(), "initializer_range", 0.02)
-        head = AuxiliaryHead(self._anatomy.width, num_outputs, index)
+        head = AuxiliaryHead(width or self._anatomy.width, num_outputs, index)
         head.draw(deviation)
         return head
 
@@ -100,18 +106,37 @@ class ModelWithLosses(SavesHeads):
         if args:
             kwargs |= dict(zip(inspect.signature(super().forward).parameters, args, strict=False))
         if kwargs.get("labels") is None:
-            return super().forward(**kwargs)
+            return self._plain_forward(kwargs)
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._heads_only):
-            outputs = super().forward(
-                **{**kwargs, "output_hidden_states": asked or self.training, "return_dict": True}
-            )
+        inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or self.training, "return_dict": True}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_only):
+            outputs = self._plain_forward(inputs)
         share_of_step = self.add_losses(step, outputs, kwargs, counts)
-        dropped = ("loss",) if asked else ("loss", "hidden_states")
+        dropped = ("loss",) if asked else ("loss", *STATES)
         values = {name: value for name, value in outputs.items() if name not in dropped}
         losses = step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)
         return self._output_class(**values, **self.loss_watch.watched(losses))
+
+    def _plain_forward(self, inputs: dict[str, Any]) -> Any:
+        """The plain model's output, with what its own head read as `head_input` where that is no hidden state."""
+        if not self._anatomy.reads_embeddings_input:
+            return super().forward(**inputs)
+        seen: list[Tensor] = []
+        hook = self.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            outputs = super().forward(**inputs)
+        finally:
+            hook.remove()
+        if isinstance(outputs, ModelOutput):
+            vars(outputs)["head_input"] = seen[-1]
+        return outputs
+
+    def _plain_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs without a divisor that the plain model does not follow."""
+        if self._own_loss.follows_num_items:
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
 
     def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
@@ -122,14 +147,15 @@ class ModelWithLosses(SavesHeads):
     def _head_input(self, term: LossTerm, outputs: Any) -> Tensor:
         """The output of a term's layer, `(B, S, hidden_size)`; for the last layer, the model's last hidden state."""
         last = term.layer == self.loss_settings.num_layers
-        states: tuple[Tensor, ...] = outputs.hidden_states
+        if last and self._anatomy.reads_embeddings_input:
+            return cast(Tensor, vars(outputs)["head_input"])
+        states: tuple[Tensor, ...] = getattr(outputs, self._anatomy.states_name)
         return states[-1 if last else self._anatomy.layers[term.layer]]
 
     def _finished(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         """Apply to the output of a term's layer what the model applies to that of its last layer, like the final norm."""
         if term.layer < self.loss_settings.num_layers:
-            for name in self._anatomy.tail or ():
-                hidden_states = self.get_submodule(name)(hidden_states)
+            return through(self, self._anatomy.tail or (), hidden_states)
         return hidden_states
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -1,23 +1,29 @@
-"""The auxiliary losses for any causal language model and any sequence classification model of Transformers."""
+"""The auxiliary losses for any language model and any classification model of Transformers."""
 
+import inspect
 import os
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 from .added_losses import ModelWithLosses, class_with_losses
 from .causal_lm import CausalLMWithLosses
-from .classifiers import SequenceClassifierWithLosses
+from .classifiers import ImageClassifierWithLosses, SequenceClassifierWithLosses, TokenClassifierWithLosses
 from .heads_file import cached_heads
+from .language_models import MaskedLMWithLosses, Seq2SeqLMWithLosses
 from .models import is_causal_lm, unwrap_peft
-from .probe import Anatomy, anatomy_of
+from .probe import Anatomy, Trace, anatomy_of, trace_of
+from .probe_loss import own_loss_of
 
 
 # Names of the settings in earlier versions, and in configurations that these saved.
 FORMER_NAMES = {"classifiers": "heads", "loss_weights": "term_weights"}
+
+KINDS = "causal and masked language models, encoder-decoders that predict text, and classification models of sequences, tokens and images"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,7 +57,8 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: boo
         ValueError: If the model or a setting is not accepted; the model is then unchanged.
     """
     base = _checked(unwrap_peft(model))
-    mixin = CausalLMWithLosses if is_causal_lm(type(base)) else SequenceClassifierWithLosses
+    trace = trace_of(base)
+    mixin = _kind_of(base, trace)
     settings = {FORMER_NAMES.get(name, name): value for name, value in settings.items()}
     heads = settings.pop("heads", heads) or mixin.accepted_heads[0]
     accepted = mixin.accepted_settings
@@ -59,15 +66,15 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: boo
         raise ValueError(f"add_auxiliary_losses has no settings {wrong} for {type(base).__name__}; it has {accepted}")
     if heads not in mixin.accepted_heads:
         raise ValueError(f"heads is {heads!r}; for {type(base).__name__} it must be one of {mixin.accepted_heads}")
-    losses = mixin.settings_for(base.config.get_text_config().num_hidden_layers, **settings)
+    anatomy = anatomy_of(base, trace)
+    losses = mixin.settings_for(anatomy.num_layers, **settings)
     losses.weights_at(0.0)  # a schedule that returns an impossible value raises here, not after hours of training
     losses.weights_at(1.0)
-    anatomy = anatomy_of(base)
-    checked = mixin.check(base, anatomy, heads)
-    _check_layers(base, anatomy, losses.layers)
+    checked = mixin.check(base, anatomy, trace, heads)
+    _check_layers(base, anatomy, losses.layers, "num_targets" in accepted)
     if heads_only:
         _check_heads_alone(losses, heads)
-    base.__class__ = class_with_losses(cast(Any, type(base)), mixin, anatomy.output_kind)
+    base.__class__ = class_with_losses(cast(Any, type(base)), cast(Any, mixin), anatomy.output_kind)
     cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked, heads_only)
     base.config.auxiliary_losses = {"heads": heads, **({"heads_only": True} if heads_only else {}), **settings}
     return model
@@ -92,18 +99,19 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) ->
     return model
 
 
-def _check_layers(model: PreTrainedModel, anatomy: Anatomy, layers: tuple[int, ...]) -> None:
+def _check_layers(model: PreTrainedModel, anatomy: Anatomy, layers: tuple[int, ...], has_other_terms: bool) -> None:
     """Check that the outputs of `layers` are among the hidden states, and that the model's tail can be applied to them."""
+    choose = "; choose intermediate_layers=None" if has_other_terms else ""
     missing = [layer for layer in layers if layer not in anatomy.layers]
     if missing:
         raise ValueError(
             f"the hidden states that {type(model).__name__} returns do not contain the outputs of its layers {missing}, so"
-            " these layers cannot have losses; choose intermediate_layers=None"
+            f" these layers cannot have losses{choose}"
         )
     if layers and anatomy.tail is None:
         raise ValueError(
             f"{type(model).__name__} does not compute its last hidden state from its last layer's output by a chain of"
-            " modules, so heads on other layers cannot do the same; choose intermediate_layers=None"
+            f" modules, so heads on other layers cannot do the same{choose}"
         )
 
 
@@ -129,22 +137,34 @@ def _checked(model: nn.Module) -> PreTrainedModel:
         raise ValueError(f"this {name} has auxiliary losses already")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"add_auxiliary_losses takes a model of Transformers (a PreTrainedModel), not {name}")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder-decoder; add_auxiliary_losses takes causal language models and sequence classification models"
-        )
-    if is_causal_lm(type(model)):
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ValueError(f"{name} has no output embeddings, so nothing predicts the next token")
-        rows, vocab_size = cast(Tensor, head.weight).shape[0], model.config.get_text_config().vocab_size
-        if rows != vocab_size:
-            raise ValueError(
-                f"the output embeddings of {name} have {rows} rows, its vocab_size is {vocab_size}; they must be equal"
-            )
-    elif not name.endswith("ForSequenceClassification"):
-        raise ValueError(
-            f"add_auxiliary_losses takes causal language models (...ForCausalLM) and sequence classification models"
-            f" (...ForSequenceClassification), not {name}"
-        )
+    if "labels" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"add_auxiliary_losses takes {KINDS}, not {name}, which takes no labels")
     return model
+
+
+def _kind_of(model: PreTrainedModel, trace: Trace) -> type[ModelWithLosses]:
+    """The class of losses for a model, by what it takes and returns."""
+    name, logits, head = type(model).__name__, trace.logits, model.get_output_embeddings()
+    num_labels = int(getattr(model.config, "num_labels", None) or 0)
+    if logits.shape == (1, num_labels):
+        return ImageClassifierWithLosses if "pixel_values" in trace.inputs else SequenceClassifierWithLosses
+    length = next(iter(trace.inputs.values())).shape[1]
+    if logits.dim() != 3 or logits.shape[1] != length or "pixel_values" in trace.inputs:
+        raise ValueError(
+            f"add_auxiliary_losses takes {KINDS}; the logits of {name} have the shape {tuple(logits.shape)} on"
+            f" {trace.described()}, which is that of none of these"
+        )
+    if head is None and logits.shape[-1] == num_labels:
+        return TokenClassifierWithLosses
+    if head is None:
+        raise ValueError(f"{name} has no output embeddings, so nothing predicts a token")
+    rows, vocab_size = cast(Tensor, head.weight).shape[0], logits.shape[-1]
+    named = getattr(model.config.get_text_config(), "vocab_size", rows)
+    if rows != vocab_size or (rows != named and "decoder_input_ids" not in trace.inputs):
+        raise ValueError(
+            f"the output embeddings of {name} have {rows} rows, its vocab_size is {named}; they must be equal"
+        )
+    if "decoder_input_ids" in trace.inputs:
+        return Seq2SeqLMWithLosses
+    is_masked = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or not is_causal_lm(type(model))
+    return MaskedLMWithLosses if is_masked and own_loss_of(model, trace).layout != "shifted" else CausalLMWithLosses

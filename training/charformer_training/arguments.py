@@ -264,6 +264,28 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             "choices": ["each", "groups"],
         },
     )
+    log_term_gradients: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps, log the norm of the gradient of each term on the model's body, and its cosine to that"
+            " of the main term; 0 for never. It takes about one step more for each term."
+        },
+    )
+    gradient_aggregator: str | None = field(
+        default=None,
+        metadata={
+            "help": "'upgrad' combines the gradients of the terms on the model's body so that none opposes another, with the"
+            " package TorchJD; left out, they are added up.",
+            "choices": ["upgrad"],
+        },
+    )
+    eval_head_accuracy: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether an evaluation also reports how often each head of a language model is right, and how many tokens a"
+            " pass of drafting by the heads would yield. It takes one more forward pass, and that of the heads."
+        },
+    )
     log_group_prefix: str = field(
         default="loss_",
         metadata={

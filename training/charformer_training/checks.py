@@ -1,10 +1,12 @@
 """Checks of the type and range of values from recipes and the command line."""
 
 import math
+import os
 import re
 import types
 from collections.abc import Callable, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from .terminal import one_line
@@ -12,6 +14,7 @@ from .terminal import one_line
 
 # PyYAML, which reads YAML 1.1, takes 1e-3 for text; people mean a number.
 _NUMBER_IN_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # of Linux; other systems take less or the same
 _NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -30,6 +33,28 @@ def shown(name: str, value: Any) -> str:
     except (RecursionError, ValueError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def checked_path(name: str, value: str) -> Path:
+    """A path, with the home directory in place of `~`.
+
+    Raises:
+        ValueError: If no file can have this name: it is empty, too long or holds a zero byte, or there is no such user.
+    """
+    if not value.strip():
+        raise ValueError(f"{name} is empty; give a path")
+    if "\0" in value:
+        raise ValueError(f"{name} is {shown('', value)}; a path holds no zero byte")
+    longest = max(len(os.fsencode(part)) for part in value.split("/"))
+    if longest > _LONGEST_NAME or len(os.fsencode(value)) > _LONGEST_PATH:
+        raise ValueError(
+            f"{name} is {shown('', value)}, {len(os.fsencode(value)):,} bytes long; a path has {_LONGEST_PATH:,} or fewer,"
+            f" and {_LONGEST_NAME} or fewer from one / to the next"
+        )
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{name} is {shown('', value)}; there is no home directory of this user") from None
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:

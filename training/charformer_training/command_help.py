@@ -26,7 +26,7 @@ or python-stdlib for the sources of Python's standard library.
   charformer-evaluate runs/quickstart python-stdlib --stride 64 16 4 --max_bytes 20000
 
 A stride of 1 is the papers' protocol: the lowest figure, and the slowest. Several strides give a table to compare."""
-_LOSSES = ("target", "intermediate", "position_", "loss_", "term_", "num_targets", "classifier")
+_LOSSES = ("target", "intermediate", "position_", "loss_", "term_", "num_targets", "classifier", "distillation")
 # What most runs set; the Trainer has a hundred more fields.
 _COMMON = (
     "output_dir",
@@ -46,6 +46,9 @@ _COMMON = (
     "torch_compile",
     "logging_steps",
     "log_loss_terms",
+    "log_term_gradients",
+    "eval_head_accuracy",
+    "gradient_aggregator",
     "log_group_prefix",
     "report_to",
     "eval_strategy",

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checks import checked_path
 from .history import Curve, Entry, curve, is_training, term_curves, terms
 from .running_means import group_by_layer
-from .terminal import one_line, use_safe_streams
+from .terminal import error_message, one_line, use_safe_streams
 
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     Raises:
         ValueError: If the folder does not exist, holds no run, or holds a file that cannot be read.
     """
-    name, path = one_line(folder), Path(folder)
+    name, path = one_line(folder), checked_path("RUN", os.fspath(folder))
     if not path.is_dir():
-        raise ValueError(f"there is no folder {name}")
+        raise ValueError(f"{name} is not the folder of a run" if path.exists() else f"there is no folder {name}")
     states = [path / STATE_FILE] if (path / STATE_FILE).is_file() else sorted(path.glob(f"checkpoint-*/{STATE_FILE}"))
     if not states:
         raise ValueError(f"{name} holds no run: neither it nor a checkpoint in it has a {STATE_FILE}")
@@ -228,13 +229,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if len({os.path.realpath(run) for run in arguments.runs}) < max(2, len(arguments.runs)):
             raise ValueError("give two or more different runs")
-        if arguments.output.suffix != ".png" or arguments.output.is_dir() or not arguments.output.parent.is_dir():
+        checked_path("--output", str(arguments.output))
+        replaced = not arguments.output.exists() or arguments.output.is_file()
+        if arguments.output.suffix != ".png" or not replaced or not arguments.output.parent.is_dir():
             raise ValueError(f"--output is {one_line(arguments.output)}; give a PNG file in a folder that exists")
         runs = [read_run(run) for run in arguments.runs]
         print(table(runs))
         save(draw(runs), arguments.output)
     except (OSError, ValueError) as error:
-        print(f"charformer-compare: error: {one_line(error)}", file=sys.stderr)
+        print(f"charformer-compare: error: {error_message(error)}", file=sys.stderr)
         return 1
     print(f"\nLearning curves: {one_line(arguments.output)}")
     return 0

@@ -1,6 +1,7 @@
 """Files as people have them: plain text, compressed text, tables with a column of text, and folders of these."""
 
 import bz2
+import contextlib
 import csv
 import gzip
 import importlib
@@ -8,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,20 +23,55 @@ from .terminal import one_line
 # Tables by their names' endings; the endings of compressed files may follow.
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zip")
-# The first bytes of files that cannot be read here, and what an error calls them.
+# How files begin that are no text and cannot be read here, and what an error calls them.
 _REFUSED = {
-    b"%PDF-": "a PDF document",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a RAR archive",
-    b"\x04\x22\x4d\x18": "compressed with lz4",
-    b"\x1f\x9d": "compressed with compress",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-    b"GIF8": "a picture",
-    b"\x7fELF": "a program",
-    b"SQLite format 3\0": "a database",
-    b"\x93NUMPY": "an array of numpy",
-    b"ARROW1": "an Arrow file",
+    "a PDF document": (rb"%PDF-",),
+    "a document of an office program": (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",),
+    "a 7z archive": (rb"7z\xbc\xaf\x27\x1c",),
+    "a RAR archive": (rb"Rar!\x1a\x07",),
+    "a tar archive": (rb".{257}ustar",),
+    "a package or a library": (rb"!<arch>\n", rb"\xed\xab\xee\xdb"),
+    "compressed with lz4": (rb"\x04\x22\x4d\x18",),
+    "compressed with compress": (rb"\x1f\x9d",),
+    "a picture": (
+        rb"\x89PNG",
+        rb"\xff\xd8\xff",
+        rb"GIF8[79]a",
+        rb"RIFF.{4}WEBP",
+        rb"BM.{4}\x00{4}",
+        rb"II\*\x00|MM\x00\*",
+        rb"\x00\x00[\x01\x02]\x00.\x00",
+        rb"8BPS\x00",
+        rb"\x00\x00\x00\x0cjP  ",
+    ),
+    "a sound or a film": (
+        rb"ID3[\x02-\x04]",
+        rb"\xff[\xf1-\xf3\xf9-\xfb][\x10-\xeb](?=.*\x00)",
+        rb"RIFF.{4}(?:WAVE|AVI )",
+        rb"OggS\x00",
+        rb"fLaC\x00",
+        rb"\x00\x00.{2}ftyp",
+        rb"\x1a\x45\xdf\xa3",
+        rb"FLV\x01",
+        rb"MThd\x00",
+        rb"\x00\x00\x01[\xb3\xba]",
+    ),
+    "a font": (rb"wOF[F2]", rb"OTTO\x00", rb"\x00\x01\x00\x00\x00"),
+    "a program": (
+        rb"\x7fELF",
+        rb"MZ.{0,200}\x00\x00",
+        rb"\x00asm",
+        rb"\xca\xfe\xba\xbe",
+        rb"[\xce\xcf]\xfa\xed\xfe",
+        rb"..\r\n[\x00-\x03]\x00{3}",
+    ),
+    "a database": (rb"SQLite format 3\x00",),
+    "an array of numpy": (rb"\x93NUMPY",),
+    "a pickle": (rb"\x80[\x02-\x05]",),
+    "a model's weights": (rb"GGUF[\x01-\x09]\x00", rb".{5}\x00{3}\{\x22"),
+    "an HDF5 file": (rb"\x89HDF\r\n",),
+    "an Arrow file": (rb"ARROW1",),
+    "an Avro file": (rb"Obj\x01",),
 }
 _DAMAGED = (EOFError, NotImplementedError, OSError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
 _PARQUET = b"PAR1"
@@ -84,14 +121,27 @@ def _ending(path: Path) -> str:
 
 
 def _start(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         return file.read(512)
 
 
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an error at reading a file, such as one that was deleted meanwhile, into a `ValueError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{one_line(path.name)} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "it is gone, deleted or renamed while the corpus was read"
+    return one_line((isinstance(error, OSError) and error.strerror) or error)
+
+
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
-    kind = next((kind for beginning, kind in _REFUSED.items() if start.startswith(beginning)), None)
-    if start[257:262] == b"ustar":
-        kind = "a tar archive"
+    kind = next((kind for kind, begin in _REFUSED.items() if re.match(rb"|".join(begin), start, re.DOTALL)), None)
     if kind is not None:
         raise ValueError(f"{one_line(path.name)} is {kind}, not a text; give text, or a folder of texts")
 
@@ -147,7 +197,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
             while piece := file.read(_CHUNK):
                 yield piece
     except _DAMAGED as error:
-        raise ValueError(f"{one_line(path.name)} cannot be read: {one_line(error)}") from error
+        raise ValueError(f"{one_line(path.name)} cannot be read: {_reason(error)}") from error
 
 
 def _rows(path: Path, column: str) -> Iterator[bytes]:
@@ -164,7 +214,7 @@ def _rows(path: Path, column: str) -> Iterator[bytes]:
     except (csv.Error, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name}: row {number + 1} cannot be read: {one_line(error)}") from error
     except _DAMAGED as error:
-        raise ValueError(f"{name} cannot be read: {one_line(error)}") from error
+        raise ValueError(f"{name} cannot be read: {_reason(error)}") from error
 
 
 def text_of_row(row: Any, column: str, place: str) -> Iterator[bytes]:
@@ -227,7 +277,11 @@ def files_of_folder(folder: Path, left_out: Path | None = None) -> tuple[list[Pa
     found: list[Path] = []
     others: dict[str, list[Path]] = {}
     own = None if left_out is None else left_out.expanduser().resolve()
-    for place, folders, names in os.walk(folder):
+
+    def note(error: OSError) -> None:
+        others.setdefault("unreadable folders", []).append(Path(error.filename))
+
+    for place, folders, names in os.walk(folder, onerror=note):
         here = Path(place)
         kept = []
         for name in folders:
@@ -266,7 +320,9 @@ def _is_of_a_run(folder: Path) -> bool:
 def _why_not(path: Path) -> str | None:
     """Why a file is not read, or `None` if it is."""
     if not path.is_file():
-        return "links to nothing" if path.is_symlink() else "no regular files"
+        return (
+            "links to nothing" if path.is_symlink() else "no regular files" if path.exists() else "deleted meanwhile"
+        )
     try:
         with path.open("rb") as file:
             start = file.read(8192)

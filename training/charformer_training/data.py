@@ -24,7 +24,8 @@ from transformers.utils import logging
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX
 
 from .arguments import SPLIT_NAMES, STANDARD_LIBRARY, DataArguments
-from .corpus_files import described, documents, files_of_folder, is_plain, is_table, text_of_row
+from .checks import checked_path
+from .corpus_files import described, documents, files_of_folder, is_plain, is_table, readable, text_of_row
 from .terminal import one_line
 from .units import is_utf8
 
@@ -125,7 +126,7 @@ def load_corpus(arguments: DataArguments, write: bool = True, output_dir: str | 
     if write and not is_utf8(corpus[:_UTF8_SAMPLE]):
         logger.warning(
             f"{arguments.source} is not UTF-8, so its characters cannot be counted: bits per character mean nothing, bits per"
-            " byte do. (iconv -f ENCODING -t UTF-8 converts it.)"
+            " byte do. (iconv -f ENCODING -t UTF-8 converts it, if it is a text.)"
         )
     return corpus
 
@@ -139,7 +140,7 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None) 
         return write_corpus(([text] for text in _dataset_texts(arguments)), separator, key)
     if arguments.data_path == STANDARD_LIBRARY:
         return _cached(_standard_library_files(), arguments, separator)
-    path = Path(arguments.data_path or "").expanduser()
+    path = checked_path("data_path", arguments.data_path or "")
     if path.is_dir():
         own = None if output_dir is None else Path(output_dir)
         if own is not None and own.expanduser().resolve() == path.resolve():
@@ -153,6 +154,8 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None) 
                 + (f": {described(others)}" if others else "")
             )
         return _cached(files, arguments, separator)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"data_path: {one_line(path)} is a device or a pipe; give a regular file, or a folder")
     if not path.is_file():
         raise FileNotFoundError(_not_found(path))
     if path.stat().st_size == 0:
@@ -245,6 +248,8 @@ def _map(path: Path) -> CorpusFile:
 
 def _not_found(path: Path) -> str:
     known = f". It is {_KNOWN[path.name]}" if path.name in _KNOWN else ""
+    if path.parts and path.parts[0].endswith(":") and len(path.parts[0]) > 2:  # https:
+        known = ". It looks like an address: nothing is downloaded from one"
     return (
         f"data_path: there is no file or folder {one_line(path)!r} (from {one_line(os.getcwd())}); give a text file, a"
         f" folder of text files or '{STANDARD_LIBRARY}', or a dataset with --dataset_name{known}"
@@ -260,13 +265,27 @@ def _standard_library_files() -> list[Path]:
 def _cached(files: list[Path], arguments: DataArguments, separator: bytes) -> Path:
     """The file of the cache that holds the text of `files`; written if it does not exist yet."""
     tables = all(map(is_table, files))
-    stamps = [f"{file} {(found := file.stat()).st_size} {found.st_mtime_ns}" for file in files]
+    stamps = [_stamp(file) for file in files]
     key = _cache_key("files", separator.hex(), arguments.text_column if tables else "", *stamps)
     path = _cache_path(key)
     if path.exists():
         return path
-    texts = (text for file in files for text in documents(file, arguments.text_column, tables))
-    return write_corpus(texts, separator, key)
+
+    def texts() -> Iterator[Iterable[bytes]]:
+        for file, stamp in zip(files, stamps, strict=True):
+            yield from documents(file, arguments.text_column, tables)
+            if _stamp(file) != stamp:
+                raise CorpusChangedError(
+                    f"{one_line(file.name)} was changed while it was read; give a copy that stays"
+                )
+
+    return write_corpus(texts(), separator, key)
+
+
+def _stamp(file: Path) -> str:
+    with readable(file):
+        found = file.stat()
+    return f"{file} {found.st_size} {found.st_mtime_ns}"
 
 
 def _dataset_texts(arguments: DataArguments) -> Iterator[bytes]:

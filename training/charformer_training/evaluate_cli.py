@@ -1,9 +1,9 @@
 """`charformer-evaluate MODEL TEXT [--stride s ...] [--field value ...]`: exact bits per character of a text."""
 
 import json
-import os
 import stat
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ import transformers
 from accelerate.state import PartialState
 
 from .arguments import SHARES, SPLIT_NAMES, DataArguments, EvaluateArguments
+from .checks import checked_path
 from .command_help import evaluation_help, how_to_begin_evaluating
 from .data import Split, load_corpus, split_corpus
 from .evaluation import Evaluation, bits_by_position, bits_per_character
@@ -87,7 +88,7 @@ def check_places(arguments: EvaluateArguments) -> None:
     for name in ("output", "plots", "state_file"):
         if getattr(arguments, name) is None:
             continue
-        path = Path(getattr(arguments, name))
+        path = checked_path(name, getattr(arguments, name))
         shown = one_line(path)
         if path.is_dir():
             raise IsADirectoryError(f"{name}: {shown} is a folder; give a file in it")
@@ -97,8 +98,10 @@ def check_places(arguments: EvaluateArguments) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"{name}: the folder of {shown} cannot be made: {error.strerror}") from error
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(f"{name}: the folder of {shown} cannot be written to")
+        try:
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise OSError(f"{name}: the folder of {shown} cannot be written to: {error.strerror}") from error
         if name == "plots" and path.suffix not in (".png", ".pdf", ".svg"):
             raise ValueError(f"plots: {shown} does not end in .png, .pdf or .svg, the pictures that are drawn")
 
@@ -217,6 +220,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[str, str, EvaluateArguments]:
     for name, word in zip(("MODEL", "TEXT"), words, strict=False):
         if not word.strip():
             raise ValueError(f"{name} is empty: {USAGE}")
+        checked_path(name, word)
     return words[0], words[1], EvaluateArguments(**parser.parse(words[2:]))
 
 

@@ -13,6 +13,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 
+from .gradient_options import bare_model
+from .head_accuracy import head_accuracies
 from .logger_names import LoggerNames
 from .loss_terms import MAIN, LossTerms, further_losses_of, log_key, loss_dict_of
 from .running_means import EvaluationTerms
@@ -78,6 +80,10 @@ class EvaluatesTerms(Trainer):
         labels, terms = inputs.get("labels"), loss_dict_of(outputs) | further_losses_of(outputs)
         positions, rows = counts_of(inputs, self._loss_shifts_labels)
         self._evaluation_terms.add("loss", loss, positions)
+        if getattr(self.args, "eval_head_accuracy", False):
+            with self.compute_loss_context_manager():
+                for name, figures in head_accuracies(bare_model(self), inputs).items():
+                    self._evaluation_terms.add(name, *figures)
         if outputs is not None:
             own = self.loss_terms.added_values(outputs, inputs, weighted=False)
             terms |= {name: value for name, (_, value) in own.items()} | ({} if terms or not own else {MAIN: loss})

@@ -5,7 +5,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -64,6 +64,23 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.replace(scratch / "file", path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_regular(folder: Path, names: Iterable[str], appended: Collection[str] = ()) -> None:
+    """Refuse a folder in which something else has the name of a file that will be written.
+
+    A link is replaced, unless the file is one of those that are `appended` to.
+
+    Raises:
+        FileExistsError: Names it, and says what it is.
+    """
+    for name in names:
+        path = folder / name
+        if path.is_symlink() and name in appended:
+            raise FileExistsError(f"{path} is a link; links are not followed, so delete it or give another output_dir")
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "a device or a pipe"
+            raise FileExistsError(f"{path} is {kind}; a run writes a file of this name, so give another output_dir")
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:

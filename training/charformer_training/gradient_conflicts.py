@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
 from .term_gradients import body_parameters
 
@@ -24,7 +23,7 @@ class ConflictFreeGradients:
         model: The model without wrappers.
 
     Raises:
-        ValueError: If TorchJD is not installed, or no parameter of the body is trained.
+        ValueError: If TorchJD is not installed.
     """
 
     def __init__(self, model: nn.Module):
@@ -35,10 +34,6 @@ class ConflictFreeGradients:
                 ' pip install "torchjd[quadprog_projector]", or leave gradient_aggregator out'
             )
         self._body: list[Any] = body_parameters(model)
-        if not self._body:
-            raise ValueError(
-                "gradient_aggregator is given, and no parameter of the model's body is trained; leave it out"
-            )
 
     def begin_step(self) -> None:
         """Forget what an optimizer step that did not end has left."""
@@ -64,27 +59,3 @@ class ConflictFreeGradients:
         number = len(self._body[0].jac)
         weights = torch.ones(number, dtype=self._body[0].dtype, device=self._body[0].device)
         jac_to_grad(self._body, UPGrad(weights), optimize_gramian_computation=True)
-
-
-def check_aggregator(args: TrainingArguments, scales_loss: bool, sharded: bool) -> None:
-    """Refuse what cannot be combined with `gradient_aggregator`.
-
-    Raises:
-        ValueError: Names the setting and what is accepted.
-    """
-    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
-    reasons = {
-        f"{args.world_size} processes, which add up gradients before they could be compared": args.world_size > 1,
-        "DeepSpeed or FSDP, which shard gradients": sharded,
-        "fp16, whose scaled loss would be scaled again": scales_loss,
-        "torch_compile, whose graphs run backward only once": args.torch_compile,
-        "gradient_checkpointing_kwargs={'use_reentrant': True}, which does not know torch.autograd.grad": bool(
-            args.gradient_checkpointing and checkpointing.get("use_reentrant")
-        ),
-        f"optim={str(args.optim)!r}, which steps during backward": any(
-            word in str(args.optim).lower() for word in ("lomo", "layerwise")
-        ),
-    }
-    for reason, is_so in reasons.items():
-        if is_so:
-            raise ValueError(f"gradient_aggregator does not work with {reason}; leave one of the two out")

@@ -6,21 +6,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import Trainer
 
 from modeling_charformer import CharformerForCausalLM
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 from modeling_charformer.loss_settings import LAST_POSITION, LossTerm
 
-from .causal_lm import CausalLMWithLosses
-from .models import unwrap_peft
+from .language_models import LanguageModelWithLosses
+from .models import label_inputs, shifts_labels, unwrap_peft
 
 
 TOKENS_PER_PASS = "tokens_per_pass"
 
 
-def has_heads(model: nn.Module) -> bool:
-    """Whether `head_accuracies` knows the model: a language model with auxiliary losses."""
-    return isinstance(unwrap_peft(model), CharformerForCausalLM | CausalLMWithLosses)
+def check_head_accuracy(trainer: Trainer) -> None:
+    """Refuse `eval_head_accuracy` where heads cannot be run by themselves.
+
+    Raises:
+        ValueError: Names the setting and what it does not work with.
+    """
+    model: Any = trainer.model
+    reasons = {
+        f"{type(model).__name__}, which is not a language model with auxiliary losses": not isinstance(
+            unwrap_peft(model), CharformerForCausalLM | LanguageModelWithLosses
+        ),
+        "FSDP or DeepSpeed, which shard the heads": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+    }
+    for reason, is_so in reasons.items():
+        if getattr(trainer.args, "eval_head_accuracy", False) and is_so:
+            raise ValueError(f"eval_head_accuracy is true; it does not work with {reason}. Leave it out")
 
 
 def head_accuracies(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -34,7 +48,7 @@ def head_accuracies(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tu
     Only positions with a target `K` steps ahead count there. 1 is the model's own next token.
 
     Args:
-        model: A model that `has_heads`, in evaluation mode, without wrappers that shard it.
+        model: A language model with auxiliary losses, in evaluation mode, without wrappers that shard it.
         inputs: A batch with labels.
 
     Returns:
@@ -42,7 +56,7 @@ def head_accuracies(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tu
     """
     base: Any = unwrap_peft(model)
     settings = base.loss_settings
-    targets = Targets(inputs, settings.num_targets)
+    targets = Targets(label_inputs(base, inputs), settings.num_targets)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     run = torch.ones_like(targets.ahead(1), dtype=torch.bool)
     length_of_run = torch.zeros_like(targets.ahead(1))
@@ -67,7 +81,8 @@ def _mean(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 
 def _predictions(base: Any, model: Any, inputs: Mapping[str, Any]) -> Iterator[tuple[LossTerm, Tensor]]:
     """For each head the ids `(B, S)` that it ranks first."""
-    inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+    if shifts_labels(base) is not False:  # an encoder-decoder makes its decoder's input from the labels
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
     own = isinstance(base, CharformerForCausalLM)
     more = {"return_final_hidden_state": True} if own else {}
     outputs = model(**inputs, **more, use_cache=False, output_hidden_states=True, return_dict=True)

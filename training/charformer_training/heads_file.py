@@ -1,6 +1,8 @@
 """The file of the auxiliary heads beside a saved plain model: writing, finding and loading it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,21 @@ class SavesHeads(PreTrainedModel):
         """Save the plain model, like `save_pretrained` of any model, and the auxiliary heads in a subfolder."""
         weights = kwargs.pop("state_dict", None) or self.state_dict()
         plain = {name: weight for name, weight in weights.items() if not name.startswith(TRAINING_ONLY)}
-        super().save_pretrained(save_directory, *args, **kwargs, state_dict=plain)  # type: ignore[misc]  # the plain class takes state_dict, which kwargs no longer holds
+        with self._set_aside():
+            super().save_pretrained(save_directory, *args, **kwargs, state_dict=plain)  # type: ignore[misc]  # the plain class takes state_dict, which kwargs no longer holds
         if kwargs.get("is_main_process", True):
             self.save_auxiliary_heads(save_directory, weights)
+
+    @contextlib.contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Take the heads out of a quantized model, whose quantizer saves all of it, whatever weights it is given."""
+        modules = self._modules
+        taken = [name for name in modules if f"{name}." in TRAINING_ONLY and getattr(self, "is_quantized", False)]
+        heads = {name: modules.pop(name) for name in taken}
+        try:
+            yield
+        finally:
+            modules.update(heads)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the heads first, since `save_pretrained(push_to_hub=True)` pushes before it returns."""

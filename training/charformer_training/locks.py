@@ -48,7 +48,11 @@ def run_lock(folder: str | os.PathLike[str], first: bool = True) -> Iterator[boo
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"output_dir {folder} cannot be made: {error.strerror}") from error
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        reason = f"{LOCK_FILE} there is a link" if path.is_symlink() else error.strerror
+        raise OSError(f"output_dir {folder} cannot be written to: {reason}") from error
     try:
         earlier = _lock(descriptor, path, first)
         _held[path] = descriptor

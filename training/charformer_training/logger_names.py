@@ -13,7 +13,13 @@ from transformers.integrations import integration_utils
 
 
 # What a figure's name in the log begins with, and the group that it belongs to.
-GROUPS = {"loss_": "terms", "weight_": "weights", "accuracy_": "accuracies", "grad_norm_": "grad_norms"}
+GROUPS = {
+    "loss_": "terms",
+    "weight_": "weights",
+    "accuracy_": "accuracies",
+    "gradient_norm_": "gradient_norms",
+    "gradient_cosine_": "gradient_cosines",
+}
 UNGROUPED = "none"
 LOGGERS = tuple(integration_utils.INTEGRATION_TO_CALLBACK.values())
 
@@ -23,7 +29,7 @@ class LoggerNames:
 
     Args:
         prefix: Beginning of the names of the groups: `"loss_"` gives `loss_terms`, `loss_weights`, `loss_accuracies` and
-            `loss_grad_norms`, and `eval_loss_terms` for an evaluation. `"none"` leaves all names to Transformers.
+            `loss_gradient_norms`, and `eval_loss_terms` for an evaluation. `"none"` leaves all names to Transformers.
     """
 
     def __init__(self, prefix: str):

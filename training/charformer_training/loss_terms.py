@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modeling_charformer.auxiliary_losses import Targets
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, ScheduleContext, scheduled
 
-from .models import unwrap_peft
+from .models import label_inputs, unwrap_peft
 from .running_means import TrainingTerms, group_by_layer
 
 
@@ -84,8 +84,8 @@ class LossTerms:
         """The weights of the terms in the last micro-batch, by name."""
         self._added: dict[str, AddedTerm] = {}
         self._held: list[tuple[dict[str, Tensor], float]] = []
-        self._held_figures: list[dict[str, Tensor]] = []
-        self._sums, self._figures = TrainingTerms(), TrainingTerms()
+        self._held_added: list[Tensor] = []
+        self._sums = TrainingTerms()
 
     # ---- Terms of one's own ----
 
@@ -133,8 +133,16 @@ class LossTerms:
                 raise ValueError(f"the model has a loss term {name!r} too; give the term that was added another name")
             weight = _weight_of(term, self.progress, self.step)
             if weight or not weighted:
-                values[name] = weight, _scalar(name, term.function(outputs, inputs))
+                values[name] = weight, self.added_value(name, outputs, inputs)
         return values
+
+    def added_names(self) -> list[str]:
+        """The names of the terms of `add_term` that have a weight now."""
+        return [name for name, term in self._added.items() if _weight_of(term, self.progress, self.step)]
+
+    def added_value(self, name: str, outputs: Any, inputs: Batch) -> Tensor:
+        """The raw value of a term of `add_term`."""
+        return _scalar(name, self._added[name].function(outputs, inputs))
 
     # ---- An optimizer step ----
 
@@ -186,7 +194,9 @@ class LossTerms:
             return None
         if not all(isinstance(batch, Mapping) and "labels" in batch for batch in micro_batches):
             return None
-        own = [Targets(batch, self.settings.num_targets).counts() for batch in micro_batches]
+        base = extract_model_from_parallel(self.model)
+        targets = [Targets(label_inputs(base, batch), self.settings.num_targets) for batch in micro_batches]
+        own = [of_batch.counts() for of_batch in targets]
         device = next(self.model.parameters()).device
         counts = torch.stack(own).sum(0).to(device)
         if over_processes and PartialState().num_processes > 1:
@@ -226,7 +236,8 @@ class LossTerms:
         terms = loss_dict_of(outputs)
         if self.settings is None or self.counts is None:
             return terms
-        own = Targets(inputs, self.settings.num_targets).counts().to(self.counts.device)
+        base = extract_model_from_parallel(self.model)
+        own = Targets(label_inputs(base, inputs), self.settings.num_targets).counts().to(self.counts.device)
         ratios = own.clamp(min=1) / self.counts.clamp(min=1)
         by_name = {term.name: ratios[int(term.positions == "last"), term.offset - 1] for term in self.settings.terms}
         return {name: value * by_name[name] for name, value in terms.items()}
@@ -256,31 +267,33 @@ class LossTerms:
         main = {} if terms or not self._added else {MAIN: loss}
         for name, (weight, value) in self.added_values(outputs, inputs).items():
             means[name], self.weights[name] = value, weight
-            loss = loss + weight * value / (self.parts * loss_scale)
+            self._held_added.append(weight * value / self.parts)
+            loss = loss + self._held_added[-1] / loss_scale
         self._held = [({"loss": loss, **main}, loss_scale), (terms, scale), (means, 1 / self.parts)]
         return loss
 
-    def hold_figures(self, kind: str, values: Mapping[str, Tensor]) -> None:
-        """Hold further figures of a micro-batch for the log, such as accuracies: scalars by the names of their terms.
+    def keep(self, figures: Mapping[str, float]) -> None:
+        """Add figures of the present step to the sums, the same on all processes."""
+        device = next(self.model.parameters()).device
+        values = {name: torch.tensor(value, device=device) for name, value in figures.items()}
+        self._sums.add(self.step + 1, values, 1.0)
 
-        `means` returns each as `<kind>_<name>`, the mean over micro-batches, steps and processes.
+    @property
+    def holds(self) -> bool:
+        return bool(self._held)
 
-        Args:
-            kind: What they are, such as `"accuracy"` or `"grad_norm"`.
-            values: Means over the micro-batch.
-        """
-        self._held_figures.append({f"{kind}_{name}": value for name, value in values.items()})
+    def auxiliary_parts(self, terms: Mapping[str, Tensor], weights: Batch, scale: float) -> list[Tensor]:
+        """What each auxiliary term, and each of `add_term`, gives to the step's loss in the micro-batch that is held."""
+        return [value * scale for value in weighted_terms(terms, weights, self.settings)] + self._held_added
 
     def drop_held(self) -> None:
-        self._held, self._held_figures = [], []
+        self._held, self._held_added = [], []
 
     def keep_held(self) -> None:
         """Add what is held to the sums; a micro-batch whose backward pass failed runs again, and must count once."""
         for terms, scale in self._held:
             if terms:
                 self._sums.add(self.step + 1, terms, scale)
-        for figures in filter(None, self._held_figures):
-            self._figures.add(self.step + 1, figures, 1 / self.parts)
         self.drop_held()
 
     # ---- Means ----
@@ -293,14 +306,14 @@ class LossTerms:
         Args:
             over_layers: Take the mean over the layers, too: `loss_layers`, `loss_layers_target_2`, ...
         """
-        found, figures = self._sums.means(), self._figures.means()
+        found = self._sums.means()
         self.forget()
         found = group_by_layer(found) if over_layers else found
-        return {log_key(name): value for name, value in found.items()} | figures
+        return {log_key(name): value for name, value in found.items()}
 
     def forget(self) -> None:
         """Forget the sums since the last call of `means`."""
-        self._sums, self._figures = TrainingTerms(), TrainingTerms()
+        self._sums = TrainingTerms()
         self.drop_held()
 
     def first_not_finite(self) -> tuple[int, list[str]] | None:
@@ -309,12 +322,11 @@ class LossTerms:
 
     def state(self) -> dict[str, Any]:
         """The sums since the last call of `means`, as values for JSON."""
-        return {**self._sums.state(), "figures": self._figures.state()}
+        return self._sums.state()
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue the sums that `state` returned."""
         self._sums = TrainingTerms(state, device)
-        self._figures = TrainingTerms(state.get("figures"), device)  # checkpoints of earlier versions have none
 
 
 def takes(model: nn.Module | None, parameter: str) -> bool:
@@ -326,8 +338,8 @@ def takes(model: nn.Module | None, parameter: str) -> bool:
 
 
 def log_key(term: str) -> str:
-    """The name of a term in a log: `loss_` and its name."""
-    return term if term == "loss" or term.startswith("loss_") else f"loss_{term}"
+    """The name of a term in a log: `loss_` and its name. Figures of gradients keep theirs."""
+    return term if term == "loss" or term.startswith(("loss_", "gradient_")) else f"loss_{term}"
 
 
 def loss_dict_of(outputs: Any) -> dict[str, Tensor]:
@@ -346,10 +358,19 @@ def further_losses_of(outputs: Any) -> dict[str, Tensor]:
     }
 
 
-def auxiliary_loss(terms: Mapping[str, Tensor], weights: Batch, settings: AuxiliaryLossSettings) -> Tensor | float:
+def weighted_terms(
+    terms: Mapping[str, Tensor], weights: Batch, settings: AuxiliaryLossSettings | None
+) -> list[Tensor]:
+    """A model's terms times their weights, without those of its own head and those that have dropped out."""
+    main = [term.name for term in settings.terms if term.is_main] if settings is not None else []
+    return [weights[name] * value for name, value in terms.items() if name not in main and weights[name]]
+
+
+def auxiliary_loss(
+    terms: Mapping[str, Tensor], weights: Batch, settings: AuxiliaryLossSettings | None
+) -> Tensor | float:
     """The weighted sum of a model's terms without those of its own head; 0 if all of them have dropped out."""
-    main = [term.name for term in settings.terms if term.is_main]
-    summands = [weights[name] * value for name, value in terms.items() if name not in main and weights[name]]
+    summands = weighted_terms(terms, weights, settings)
     return torch.stack(summands).sum() if summands else 0.0
 
 

@@ -14,9 +14,11 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings
 from .differentiated import depends_on
 from .evaluated_terms import EvaluatesTerms
 from .fused_head import fused_head_of, learned_rows
+from .gradient_options import check_gradient_options, conflict_free_gradients, measured_gradients
+from .head_accuracy import check_head_accuracy
 from .logger_names import LoggerNames
 from .loss_terms import LossTerms, auxiliary_loss, loss_dict_of
-from .models import is_causal_lm, unwrap_peft
+from .models import heads_as_adapters, shifts_labels
 from .resuming import let_lower_be_better
 from .running_means import EvaluationTerms
 
@@ -63,12 +65,13 @@ class AuxiliaryLossMixin(EvaluatesTerms):
     """Prefix of the groups in which loggers show terms, see `LoggerNames`; a field of that name in `args` goes first."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        with heads_as_adapters(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         let_lower_be_better(self.args)
         model: Any = self.model
-        if is_causal_lm(type(unwrap_peft(model))):
+        if (shifts := shifts_labels(model)) is not None:
             # Transformers looks for ForCausalLM at the end of the class name, and counts one target too many in GPT-2's rows.
-            self._loss_shifts_labels = True
+            self._loss_shifts_labels = shifts
         self.loss_terms = LossTerms(model, seed=self.args.seed)
         settings = self.loss_terms.settings
         if "training_progress" in self.loss_terms.takes:
@@ -91,6 +94,10 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             or getattr(self, "loss_is_scaled_for_ga", None) is not None
             or self.compute_loss_func is not None
         )
+        check_gradient_options(self, self.loss_terms)
+        check_head_accuracy(self)
+        self._conflict_free = conflict_free_gradients(self)
+        self._to_measure: tuple[list[dict[str, Any]], Tensor | int | None] | None = None
         self._lacks_losses: bool | None = None
         self._evaluation_terms = EvaluationTerms()
         self.logger_names = LoggerNames(getattr(self.args, "log_group_prefix", self.log_group_prefix))
@@ -168,6 +175,11 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             self._training_progress,
             over_processes=self.args.average_tokens_across_devices,
         )
+        every = getattr(self.args, "log_term_gradients", 0)
+        is_due = every and batch_samples and self.state.global_step % every == 0
+        self._to_measure = (batch_samples, num_items_in_batch) if is_due else None
+        if self._conflict_free is not None:
+            self._conflict_free.begin_step()
         return batch_samples, num_items_in_batch
 
     @property
@@ -267,7 +279,11 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         if lacks and settings is not None and terms:
             added = auxiliary_loss(terms, outputs["loss_weights"], settings)
             loss = loss + added * (scale / loss_scale)
-        return self.loss_terms.hold(loss, outputs, inputs, loss_scale=loss_scale, scale=scale, terms=terms)
+        loss = self.loss_terms.hold(loss, outputs, inputs, loss_scale=loss_scale, scale=scale, terms=terms)
+        if self._conflict_free is not None:
+            parts = self.loss_terms.auxiliary_parts(terms, outputs["loss_weights"], scale)
+            self._conflict_free.add(loss * loss_scale, parts)
+        return loss
 
     def _lacks_auxiliary_losses(self, loss: Tensor, passes: list[Pass]) -> bool:
         """Whether `compute_loss` leaves out auxiliary losses that the model has computed; found at the first micro-batch.
@@ -307,9 +323,14 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._to_measure is not None:  # here, because a run that is resumed restores its random numbers only now
+            batches, self._to_measure = self._to_measure, None
+            self.loss_terms.keep(measured_gradients(self, self.loss_terms, *batches))
         self.loss_terms.drop_held()
         loss = super().training_step(*args, **kwargs)
         self.loss_terms.keep_held()
+        if self._conflict_free is not None and self.accelerator.sync_gradients:
+            self._conflict_free.end_step()
         return loss
 
     # ---- Logs ----

@@ -2,8 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +43,23 @@ def loss_unit(model: nn.Module) -> str | None:
     return "byte" if getattr(getattr(base, "config", None), "vocab_size", None) == 256 else "token"
 
 
+def shifts_labels(model: nn.Module) -> bool | None:
+    """Whether a position's target is the label after it, as in causal language models, and not the label at the position.
+
+    `None` if this is not known.
+    """
+    base = unwrap_peft(model)
+    known = getattr(base, "shifts_labels", None)
+    return known if isinstance(known, bool) else is_causal_lm(type(base)) or None
+
+
+def label_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs of a model, for `Targets`: labels that the model does not shift count as shifted already."""
+    if shifts_labels(model) is not False:
+        return inputs
+    return {"shift_labels": inputs.get("labels")}
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, without gradients; its former mode is restored at the end."""
@@ -52,3 +70,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def heads_as_adapters(model: Any) -> Iterator[None]:
+    """Let a Trainer take a quantized model whose heads alone are trained.
+
+    Transformers refuses to train a quantized model that has no adapters of PEFT. Heads on a frozen model are as good.
+    """
+    base = unwrap_peft(model) if isinstance(model, nn.Module) else None
+    if not (getattr(base, "heads_only", False) and getattr(base, "is_quantized", False)):
+        yield
+        return
+    held: Any = base
+    before = held._hf_peft_config_loaded
+    held._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        held._hf_peft_config_loaded = before

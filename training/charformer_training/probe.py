@@ -1,17 +1,60 @@
-"""The structure of a model of Transformers, found by running it on a few ids and not by its name."""
+"""The structure of a model of Transformers, found by running it on a small input and not by its name."""
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from .models import evaluating
+
+
+class Call(NamedTuple):
+    """A call of a module that is not inside a layer: its name, its first input and its output."""
+
+    name: str
+    given: Tensor
+    returned: Tensor
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a model did with `inputs` in evaluation mode."""
+
+    inputs: dict[str, Tensor]
+    outputs: ModelOutput
+    layer_lists: dict[str, list[Tensor]]
+    """The outputs of the modules of each module list, by the list's name, in the order of the calls."""
+    calls: list[Call]
+    embeddings_input: Tensor | None
+    """What the output embeddings were given, where the last hidden state has other positions, like Gemma 3n's."""
+
+    @property
+    def last(self) -> Tensor:
+        """What the model's own head reads."""
+        return self.states[-1] if self.embeddings_input is None else self.embeddings_input
+
+    @property
+    def states_name(self) -> str:
+        """The field of the output that holds the outputs of the layers that heads may read."""
+        return "decoder_hidden_states" if "decoder_hidden_states" in self.outputs else "hidden_states"
+
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        return cast(tuple[Tensor, ...], self.outputs[self.states_name])
+
+    def described(self) -> str:
+        """The inputs in words, like `input_ids (1, 6)`."""
+        return ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.inputs.items())
+
+    @property
+    def logits(self) -> Tensor:
+        return cast(Tensor, self.outputs["logits"])
 
 
 @dataclass(frozen=True)
@@ -19,68 +62,180 @@ class Anatomy:
     """The parts of a model that heads on its layers need."""
 
     output_kind: type[ModelOutput]
+    states_name: str
+    """The field of the output that holds the hidden states."""
+    reads_embeddings_input: bool
+    """Whether the model's own head reads `Trace.embeddings_input`, and not the last of the hidden states."""
+    num_layers: int
     width: int
     """Width of the last hidden state."""
     layers: Mapping[int, int]
-    """Layer number (1..n) to the index of its output in `hidden_states`; holds only the layers that were found."""
+    """Layer number (1..n) to the index of its output in the hidden states; holds only the layers that were found."""
+    widths: Mapping[int, int]
+    """Layer number to the width of its output."""
     tail: tuple[str, ...] | None
     """Names of the modules that turn the last layer's output into the last hidden state; `None` if not only modules do."""
     reads_forward: bool
     """Whether no position sees later positions."""
 
 
-def anatomy_of(model: PreTrainedModel) -> Anatomy:
-    """Run the model and compare the outputs of its layers with the hidden states that it returns.
+def trace_of(model: PreTrainedModel) -> Trace:
+    """Run the model on a small input.
 
     Raises:
-        ValueError: If the model returns no hidden states.
+        ValueError: If it does not run on ids or an image alone, or does not return logits and hidden states.
     """
-    ids = probe_ids(model)
-    with _looking_at(model), _watched(model) as (layer_lists, between):
-        outputs = model(input_ids=ids, output_hidden_states=True, return_dict=True)
-    states = getattr(outputs, "hidden_states", None)
-    if not states:
-        raise ValueError(f"{type(model).__name__} returns no hidden states, so heads on its layers have no input")
-    other = ids.clone()
-    other[0, -1] = ids[0, 0]
-    with _looking_at(model):
-        changed: Tensor = model(input_ids=other, output_hidden_states=True, return_dict=True).hidden_states[-1]
-    before, after = states[-1][:, :-1].float(), changed[:, :-1].float()
-    num_layers = model.config.get_text_config().num_hidden_layers
-    layers, tail = _layers_and_tail(layer_lists, between, states, num_layers)
+    name, inputs = type(model).__name__, probe_inputs(model)
+    with looking_at(model), _watched(model) as (layer_lists, calls):
+        try:
+            outputs: Any = model(**inputs, **no_cache(model), output_hidden_states=True, return_dict=True)
+        except Exception as error:
+            raise ValueError(
+                f"{name} does not run on {' and '.join(inputs)} alone, so its layers cannot be found:"
+                f" {type(error).__name__}: {error}"
+            ) from error
+    if not isinstance(outputs, ModelOutput) or not isinstance(outputs.get("logits"), Tensor):
+        raise ValueError(f"{name} returns no logits, so there is no main loss that the auxiliary losses could go with")
+    trace = Trace(inputs, outputs, layer_lists, calls, None)
+    states = outputs.get(trace.states_name)
+    if not isinstance(states, tuple | list) or not states or not all(isinstance(state, Tensor) for state in states):
+        raise ValueError(f"{name} returns no hidden states, so heads on its layers have no input")
+    embeddings = model.get_output_embeddings()
+    own = next((module_name for module_name, module in model.named_modules() if module is embeddings), None)
+    given = next((call.given for call in reversed(calls) if call.name == own), states[-1])
+    return replace(trace, embeddings_input=given if given.shape[:-1] != states[-1].shape[:-1] else None)
+
+
+def anatomy_of(model: PreTrainedModel, trace: Trace) -> Anatomy:
+    """Compare the outputs of the model's layers with the hidden states that it returns."""
+    states, is_image = trace.states, "pixel_values" in trace.inputs
+    if is_image:
+        numbers = {len(states), len(states) - 1}
+    elif "decoder_input_ids" in trace.inputs:
+        numbers = {len(states) - 1}
+    else:
+        numbers = {int(getattr(model.config.get_text_config(), "num_hidden_layers", None) or len(states) - 1)}
+    layers, tail, num_layers = _layers_and_tail(model, trace, numbers)
     return Anatomy(
-        output_kind=type(outputs),
-        width=states[-1].shape[-1],
+        output_kind=type(trace.outputs),
+        states_name=trace.states_name,
+        reads_embeddings_input=trace.embeddings_input is not None,
+        num_layers=num_layers,
+        width=width_of(trace.last),
         layers=layers,
+        widths={layer: width_of(states[index]) for layer, index in layers.items()},
         tail=tail,
-        # Both runs do the same operations; a difference beyond rounding means that a position saw the last token.
-        reads_forward=bool((before - after).abs().max() <= 1e-5 * before.abs().max()),
+        reads_forward=not is_image and _reads_forward(model, trace),
     )
 
 
+def width_of(state: Tensor) -> int:
+    """The number of features of a hidden state: `(B, S, width)`, or a feature map `(B, width, height, width of the map)`."""
+    return state.shape[1 if state.dim() == 4 else -1]
+
+
+def _reads_forward(model: PreTrainedModel, trace: Trace) -> bool:
+    name = "decoder_input_ids" if "decoder_input_ids" in trace.inputs else "input_ids"
+    other = trace.inputs[name].clone()
+    other[0, -1] = other[0, 0]
+    with looking_at(model):
+        outputs: Any = model(
+            **{**trace.inputs, name: other}, **no_cache(model), output_hidden_states=True, return_dict=True
+        )
+    if trace.logits.shape[:2] == other.shape:
+        both = (trace.logits, outputs.logits)
+    else:
+        both = (trace.states[-1], outputs[trace.states_name][-1])
+    before, after = (of_positions[:, :-1].float() for of_positions in both)
+    if before.shape != after.shape or not before.numel():
+        return False
+    # Both runs do the same operations; a difference beyond rounding means that a position saw the last token.
+    return bool((before - after).abs().max() <= 1e-5 * before.abs().max())
+
+
+# ---- Small inputs ----
+
+
+def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The smallest inputs on which the model runs: six ids, or one image."""
+    accepted = inspect.signature(model.forward).parameters
+    if model.main_input_name == "pixel_values" and "input_ids" not in accepted:
+        return {"pixel_values": _image(model)}
+    if "decoder_input_ids" in accepted:
+        ids = probe_ids(model)
+        if isinstance(end := getattr(model.config, "eos_token_id", None), int):
+            ids[0, -2] = end  # where sequence classifiers of encoder-decoders read the decoder
+        return {"input_ids": ids, "decoder_input_ids": ids.clone()}
+    return {"input_ids": probe_ids(model)}
+
+
+def no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Training has no cache; with one, FSMT's decoder reads in both directions."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
 def probe_ids(model: PreTrainedModel) -> Tensor:
-    """Ids `(1, 6)`, without 0 if the vocabulary allows it: 0 may be padding, whose embedding is zero."""
-    vocab_size: int = model.config.get_text_config().vocab_size
-    return (torch.arange(1, 7, device=model.device) % vocab_size)[None]
+    """Six different ids `(1, 6)`, without those that have a role, like padding, if the vocabulary is large enough."""
+    parts = (model.config.get_text_config(), model.config)
+    vocab_size = next((size for part in parts if isinstance(size := getattr(part, "vocab_size", None), int)), 20)
+    with_role = {0} | {
+        value for name, value in vars(parts[0]).items() if name.endswith("_token_id") and isinstance(value, int)
+    }
+    plain = [number for number in range(min(vocab_size, 20)) if number not in with_role]
+    ids = plain if len(plain) >= 6 else [*range(1, 7)]
+    return torch.tensor([ids[:6]], device=model.device) % vocab_size
+
+
+def _image(model: PreTrainedModel) -> Tensor:
+    """An image `(1, channels, height, width)` of random numbers, of the size that the configuration names, or 64 x 64."""
+    parts: list[Any] = [
+        model.config,
+        getattr(model.config, "vision_config", None),
+        getattr(model.config, "backbone_config", None),
+    ]
+    size = next((part.image_size for part in parts if getattr(part, "image_size", None)), 64)
+    channels = next((part.num_channels for part in parts if getattr(part, "num_channels", None)), 3)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, channels, height, width, generator=generator).to(model.device, model.dtype)
+
+
+# ---- Running ----
 
 
 @contextmanager
-def _looking_at(model: nn.Module) -> Iterator[None]:
-    # A model may draw random numbers; those of the rest of the program must not change.
-    with evaluating(model), torch.random.fork_rng(devices=[]):
-        yield
+def looking_at(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; what a run changes in the model, and in torch's generator, is put back."""
+    before = [(module, dict(module._modules), _plain_attributes(module)) for module in model.modules()]
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        # BigBird, on a short input, replaces its attention for good.
+        for module, children, attributes in before:
+            if any(module._modules.get(name) is not child for name, child in children.items()):
+                module._modules.update(children)
+            for name, value in attributes.items():
+                if vars(module).get(name, value) != value:
+                    setattr(module, name, value)
 
 
-Call = tuple[str, Tensor, Tensor]
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    kinds = (bool, int, float, str)
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and name != "training" and not name.startswith("_")
+    }
 
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[tuple[dict[str, list[Tensor]], list[Call]]]:
-    """Record the outputs of the modules in each module list, and the name, input and output of modules in no list."""
+    """Record the outputs of the modules in each module list, and the calls of modules in no list."""
     layer_lists: dict[str, list[Tensor]] = {
         name: [] for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
     }
-    between: list[Call] = []
+    calls: list[Call] = []
 
     def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -90,7 +245,7 @@ def _watched(model: nn.Module) -> Iterator[tuple[dict[str, list[Tensor]], list[C
         if name.rpartition(".")[0] in layer_lists:
             layer_lists[name.rpartition(".")[0]].append(returned)
         elif inputs and isinstance(output, Tensor):
-            between.append((name, inputs[0], output))
+            calls.append(Call(name, inputs[0], output))
 
     hooks = []
     for name, module in model.named_modules():
@@ -99,7 +254,7 @@ def _watched(model: nn.Module) -> Iterator[tuple[dict[str, list[Tensor]], list[C
             hook = lambda module, args, kwargs, output, name=name: watch(name, module, args, kwargs, output)  # noqa: E731
             hooks.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
-        yield layer_lists, between
+        yield layer_lists, calls
     finally:
         for handle in hooks:
             handle.remove()
@@ -110,94 +265,89 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     return (value for value in values if isinstance(value, Tensor))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool(one.equal(other))
+# ---- Comparing ----
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and bool(one.equal(other)))
+
+
+def _holds(output: Tensor, state: Tensor) -> bool:
+    """Whether a layer's output is a hidden state, also with other dimensions first or padding at the end."""
+    if output.dim() != 3 or state.dim() != 3 or output.shape == state.shape:
+        return same(output, state)
+    views = (output[:, : state.shape[1]], output.transpose(0, 1), output.transpose(1, 2))
+    return any(same(view, state) for view in views)
+
+
+def close(one: Tensor, other: Tensor, tolerance: float = 1e-3) -> bool:
+    """Whether two tensors differ by rounding alone, compared with the largest number."""
+    if one.shape != other.shape:
+        return False
+    one, other = one.double(), other.double()
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())
 
 
 def _layers_and_tail(
-    layer_lists: Mapping[str, list[Tensor]], between: list[Call], states: tuple[Tensor, ...], num_layers: int
-) -> tuple[dict[int, int], tuple[str, ...] | None]:
+    model: PreTrainedModel, trace: Trace, numbers: Iterable[int]
+) -> tuple[dict[int, int], tuple[str, ...] | None, int]:
+    states = trace.states
     best: dict[int, int] = {}
     tail: tuple[str, ...] | None = None
-    for returned in layer_lists.values():
-        if len(returned) != num_layers:
+    num_layers = max(numbers)
+    for returned in trace.layer_lists.values():
+        if len(returned) not in numbers:
             continue
         found: dict[int, int] = {}
         for number, output in enumerate(returned, start=1):
             after = max(found.values(), default=-1) + 1
-            index = next((i for i in range(after, len(states)) if _same(states[i], output)), None)
+            index = next((i for i in range(after, len(states)) if _holds(output, states[i])), None)
             if index is not None:
                 found[number] = index
-        own_tail = _path(between, returned[-1], states[-1])
+        is_last = found.get(len(returned)) == len(states) - 1
+        is_last = is_last and trace.embeddings_input is None
+        own_tail = () if is_last else chain(model, trace.calls, returned[-1], trace.last)
         if (len(found), own_tail is not None) > (len(best), tail is not None):
-            best, tail = found, own_tail
-    return best, tail
+            best, tail, num_layers = found, own_tail, len(returned)
+    return best, tail, num_layers
 
 
-def _path(between: list[Call], start: Tensor, end: Tensor) -> tuple[str, ...] | None:
-    """Names of a chain of modules that turns `start` into `end`; `None` if there is none."""
-    names: list[str] = []
-    for name, given, returned in between:
-        if _same(start, end):
-            break
-        if _same(given, start) and not _same(returned, start) and returned.shape[:-1] == start.shape[:-1]:
-            names.append(name)
-            start = returned
-    return tuple(names) if _same(start, end) else None
+def chain(model: PreTrainedModel, calls: list[Call], start: Tensor, end: Tensor) -> tuple[str, ...] | None:
+    """Names of the fewest modules that turn `start` into `end`, position by position; `None` if there are none."""
+    found = next((names for reached, names in chains(calls, start) if same(reached, end)), None)
+    if not found:
+        return found
+    with looking_at(model):
+        try:  # a module may take further arguments
+            made = through(model, found, start)
+            # The losses of language models run the modules on some of the positions, as rows.
+            rows = through(model, found, start.flatten(0, 1)[::2]) if start.dim() == 3 else made
+        except Exception:
+            return None
+    of_rows = end.flatten(0, 1)[::2] if start.dim() == 3 else end
+    return found if close(made, end) and close(rows, of_rows) else None
 
 
-@dataclass(frozen=True)
-class OwnLoss:
-    """How a causal language model computes its own loss."""
-
-    is_shifted: bool
-    """Whether the loss is the mean cross-entropy of each position's logits for the next token."""
-    follows_shift_labels: bool
-    """Whether the loss follows `shift_labels`, targets that are shifted already."""
+def through(model: nn.Module, names: Iterable[str], value: Tensor) -> Tensor:
+    """What a chain of modules makes of a tensor."""
+    for name in names:
+        value = model.get_submodule(name)(value)
+    return value
 
 
-def own_loss_of(model: PreTrainedModel) -> OwnLoss:
-    """Compare the model's loss with the cross-entropy of its logits, on the label that these make least likely."""
-    ids = probe_ids(model)
-    labels = torch.full_like(ids, -100)
-    with _looking_at(model):
-        logits = cast(Any, model(input_ids=ids, return_dict=True)).logits.float()
-        labels[0, -1] = logits[0, -2].argmin()
-        is_shifted = _agrees(model, logits[0, -2], labels[0, -1], input_ids=ids, labels=labels)
-        aligned = torch.full_like(ids, -100)
-        aligned[0, 0] = logits[0, 0].argmin()
-        try:
-            follows = _agrees(model, logits[0, 0], aligned[0, 0], input_ids=ids, labels=labels, shift_labels=aligned)
-        except Exception:  # the model does not accept them
-            follows = False
-    return OwnLoss(is_shifted, follows)
-
-
-def _agrees(model: PreTrainedModel, logits: Tensor, label: Tensor, **inputs: Tensor) -> bool:
-    outputs = model(**inputs, return_dict=True)
-    loss, expected = outputs.loss.float(), F.cross_entropy(logits, label)
-    if (balance := getattr(outputs, "aux_loss", None)) is not None:  # a mixture of experts adds it to its loss
-        loss = loss - getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * balance
-    precision = 1e-4 if outputs.logits.dtype in (torch.float32, torch.float64) else 1e-2
-    return bool((loss - expected).abs() <= precision * expected.abs())
-
-
-def logit_scale(made: Tensor, logits: Tensor, cap: float | None) -> float | None:
-    """The factor that turns the output embeddings' product with the last hidden state into the model's logits.
+def chains(
+    calls: list[Call], start: Tensor, follows: Callable[[Tensor, Tensor], bool] | None = None
+) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    """All tensors that modules make from `start`, each with the names of a shortest chain of modules that does.
 
     Args:
-        made: The output embeddings applied to the last hidden state, `(B, S, V)`.
-        logits: The model's logits `(B, S, V)`; a tanh has limited them to `-cap..cap` if there is a cap.
-
-    Returns:
-        The factor, or `None` if there is none.
+        follows: Whether to go on from the first tensor to the second; by default if the positions are the same.
     """
-    made, logits = made.double(), logits.double()
-    wanted = logits if cap is None else torch.atanh((logits / cap).clamp(-1 + 1e-9, 1 - 1e-9)) * cap
-    square = float((made * made).sum())
-    scale = float((made * wanted).sum()) / square if square else 1.0
-    scale = 1.0 if abs(scale - 1.0) < 1e-4 else scale
-    found = made * scale
-    found = found if cap is None else torch.tanh(found / cap) * cap
-    # The tolerance is that of half precision.
-    return scale if bool((found - logits).abs().max() <= 0.02 * logits.abs().max()) else None
+    follows = follows or (lambda given, returned: given.shape[:-1] == returned.shape[:-1])
+    reached: list[tuple[Tensor, tuple[str, ...]]] = [(start, ())]
+    for tensor, names in reached:  # which grows
+        yield tensor, names
+        for name, given, returned in calls:
+            if same(given, tensor) and follows(given, returned):
+                if not any(same(returned, one) for one, _ in reached):
+                    reached.append((returned, (*names, name)))

@@ -21,7 +21,7 @@ from .arguments import (
     RunArguments,
     check_text,
 )
-from .checks import check_ranges, check_type, shown
+from .checks import check_ranges, check_type, checked_path, shown
 from .command_help import training_help
 from .pretrained import check_batch, check_size
 from .strict_yaml import MAX_LENGTH, read_yaml
@@ -82,6 +82,8 @@ class Parser(HfArgumentParser):
         if left:
             before = [word.split("=")[0] for word in words[: list(words).index(left[0])] if word.startswith("--")]
             place = f" (after {one_line(before[-1])})" if before else ""
+            if left[0].startswith("-") and not left[0][1:2].isdigit():
+                raise ValueError(f"a word with one dash is no option{place}; options begin with two, like --max_steps")
             advice = (
                 "the recipe stands first" if left[0].endswith((".yaml", ".yml")) else "text with spaces needs quotes"
             )
@@ -108,7 +110,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     words = list(argv)
     given = {word.split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     if words and not words[0].startswith("-"):
-        recipe = read_recipe(Path(words.pop(0)))
+        recipe = read_recipe(checked_path("the recipe", words.pop(0)))
         for source, other in (("data_path", "dataset_name"), ("dataset_name", "data_path")):
             if f"__{source}" in given:  # a text on the command line replaces either of the recipe's
                 recipe.pop(other, None)
@@ -158,6 +160,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
     """
     name = one_line(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"{name} is not a recipe, but a folder, a device or a pipe; give a file of 'field: value' lines"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {name!r}; training/configs holds those of this project")
     if path.stat().st_size > 4 * MAX_LENGTH:
@@ -220,14 +226,23 @@ def _check_program(values: dict[str, Any]) -> None:
     """Refuse what the Trainer accepts, but this program cannot use."""
     if not values["output_dir"] or not values["output_dir"].strip():
         raise ValueError("output_dir is missing; give the folder for the trained model")
+    checked_path("output_dir", values["output_dir"])
     check_text("output_dir", values["output_dir"])  # the model card shows it
     if values["max_steps"] <= 0:
         raise ValueError(
             f"max_steps is {values['max_steps']}; give the number of optimizer steps: windows are drawn at random, so"
             " there are no epochs to count"
         )
-    if Path(values["output_dir"]).exists() and not Path(values["output_dir"]).is_dir():
-        raise ValueError(f"output_dir is {shown('', values['output_dir'])}, a file; give a folder")
+    folder = Path(values["output_dir"])
+    try:
+        folder.resolve().exists()
+    except (OSError, RuntimeError):
+        raise ValueError(
+            f"output_dir is {shown('', str(folder))}, a link that leads to itself; give a folder"
+        ) from None
+    if folder.exists() and not folder.is_dir():
+        kind = "a file" if folder.is_file() else "a device or a pipe"
+        raise ValueError(f"output_dir is {shown('', str(folder))}, {kind}; give a folder")
     if values["ignore_data_skip"]:
         raise ValueError("ignore_data_skip is true; it must be false: a resumed run would see its first windows again")
     if values["train_sampling_strategy"] not in ("random", "sequential"):

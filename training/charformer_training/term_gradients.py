@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 
 from modeling_charformer.auxiliary_heads import TRAINING_ONLY
 
+from .loss_terms import LossTerms, loss_dict_of
 from .models import unwrap_peft
 
 
@@ -89,6 +90,52 @@ def _gradient(term: Callable[[Batch], Tensor], batches: Sequence[Batch], body: l
     return total
 
 
+def gradients_in_step(
+    model: nn.Module,
+    terms: LossTerms,
+    batches: Sequence[Batch],
+    inputs: Mapping[str, Any],
+    share: float,
+    average: Callable[[list[Tensor]], list[Tensor]] | None = None,
+) -> dict[str, float]:
+    """`term_gradients` of those terms that have a weight in the present optimizer step.
+
+    Args:
+        model: A model with auxiliary losses, without wrappers that synchronize or shard it, or compile it.
+        terms: The terms in the training loop, after `begin_step`.
+        batches: The step's micro-batches in this process.
+        inputs: What the model takes beside each batch.
+        share: Factor that makes a value in `loss_dict` the micro-batch's share of the step's.
+        average: See `term_gradients`.
+
+    Raises:
+        ValueError: If a batch has no labels, so that the model computes no terms.
+    """
+    settings = terms.settings
+    assert settings is not None
+    weights = settings.weights_at(terms.progress, terms.step)
+    main = next(term.name for term in settings.terms if term.is_main and term.positions == settings.position_loss)
+    names = [main, *(term.name for term in settings.terms if not term.is_main and weights[term.name])]
+
+    def outputs_of(name: str, batch: Batch) -> Any:
+        with only_term(model, name):
+            outputs = model(**batch, **inputs)
+        if name not in loss_dict_of(outputs):
+            raise ValueError(
+                f"the gradient of {name} cannot be measured: the batch has no labels, but {sorted(batch)}"
+            )
+        return outputs
+
+    def own(name: str) -> Callable[[Batch], Tensor]:
+        return lambda batch: loss_dict_of(outputs_of(name, batch))[name] * share
+
+    def added(name: str) -> Callable[[Batch], Tensor]:
+        return lambda batch: terms.added_value(name, outputs_of(main, batch), batch) / terms.parts
+
+    values = {name: own(name) for name in names} | {name: added(name) for name in terms.added_names()}
+    return term_gradients(model, values, batches, average)
+
+
 def body_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trained parameters of a model that are no head's. A matrix that the embedding shares with a head is the body's."""
     base = unwrap_peft(model)
@@ -111,7 +158,7 @@ def only_term(model: nn.Module, name: str) -> Iterator[None]:
     base: Any = unwrap_peft(model)
     settings = base.loss_settings
     base.loss_settings = replace(
-        settings, term_weights={term.name: float(term.name == name) for term in settings.terms}
+        settings, term_weights={term.name: float(term.name == name) for term in settings.terms}, distillation=0.0
     )
     try:
         yield

@@ -50,6 +50,8 @@ def one_line(text: object) -> str:
 def error_message(error: BaseException) -> str:
     """An error's message, `printable`. A traceback that a worker of a DataLoader put into it is left out."""
     text = str(error).strip()
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:  # without its number
+        text = f"{error.filename}: {error.strerror}"
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
     return printable(text)

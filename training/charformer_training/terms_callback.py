@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .evaluated_terms import counts_of
 from .logger_names import LoggerNames
 from .loss_terms import LossTerms, further_losses_of, log_key, loss_dict_of
-from .models import is_causal_lm, unwrap_peft
+from .models import shifts_labels
 from .running_means import EvaluationTerms
 
 
@@ -36,7 +36,7 @@ class LossTermsCallback(TrainerCallback):
         self.trainer, self.names = trainer, LoggerNames(log_group_prefix)
         model: Any = trainer.model
         self.terms = LossTerms(model)
-        self._shifts_labels = is_causal_lm(type(unwrap_peft(model)))
+        self._shifts_labels = bool(shifts_labels(model))
         self._evaluated = EvaluationTerms()
         self._hooked: nn.Module | None = None
         self._hook: Any = None

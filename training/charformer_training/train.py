@@ -20,13 +20,14 @@ from .arguments import Arguments, ModelArguments, RunArguments
 from .callbacks import SampleText, sample_text, show_in_use
 from .command_help import how_to_begin
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
-from .files import whole_file, whole_files
+from .files import check_regular, whole_file, whole_files
 from .history import is_evaluation
+from .locks import LOCK_FILE
 from .manifest import newest_good, write_result
 from .ngrams import ngram_bits_per_byte
 from .plots import PICTURE
 from .pretrained import load_language_model, read_config
-from .pushing import RESULT
+from .pushing import COMMAND, RECIPE, RESULT
 from .recipes import USAGE, parse_arguments
 from .resuming import only_run
 from .run_folder import SAMPLES, Start, plan_start, record_run
@@ -40,6 +41,7 @@ from .units import count_characters, is_utf8
 logger = logging.get_logger(__name__)
 
 METRICS = "metrics.json"
+_OWN_FILES = (SAMPLES, RECIPE, COMMAND, RESULT, METRICS, PICTURE, LOCK_FILE, "README.md", "trainer_state.json")
 
 # Fields that fine-tuning cannot change, since the weights have their shape or were trained with them.
 SHAPE_FIELDS = {
@@ -126,9 +128,11 @@ def train(arguments: Arguments, command: Sequence[str] = ()) -> dict[str, Any]:
         command: The command line that gave the settings, to be recorded.
 
     Raises:
+        FileExistsError: If `output_dir` holds a link or a folder in place of a file that the run writes.
         RuntimeError: If something failed after the trained model was saved. The message says what.
         StoppedBySignal: If a signal ended training. A checkpoint to resume from has been written.
     """
+    check_regular(Path(str(arguments.training.output_dir)), _OWN_FILES, (COMMAND, LOCK_FILE))
     with only_run(arguments.training) as was_killed:
         if was_killed:
             logger.warning("An earlier run in %s was killed", arguments.training.output_dir)

@@ -1,0 +1,219 @@
+"""Cross-entropy of a linear classifier over a large vocabulary: values and gradients in one pass, without all logits in memory.
+
+`chunked_cross_entropy_sums` runs a classifier twice, because its backward pass needs the logits again. Here the gradients are
+computed piece by piece while the logits are there. Of N rows of width d, over V symbols, this keeps until the backward pass:
+
+- the gradient on the rows, N x d;
+- for the gradient on the classifier, the smaller of two: the gradient on the logits, N x V, or its product with the rows, V x d.
+
+The product is a sum over all rows. How much each row counts is known for certain in the backward pass only. The caller therefore
+says what it expects, up to a factor that all rows share, like the scale of the loss. If the backward pass finds
+other proportions, it runs the classifier again: exact in any case, and slower only there. Second derivatives are refused.
+
+Shapes: N rows, d their width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cross_entropy import IGNORE_INDEX, MAX_LOGITS
+
+
+# With fewer symbols, running a classifier twice costs less than keeping the gradients.
+MIN_VOCABULARY = 4096
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class LinearClassifier(NamedTuple):
+    """Logits `z = scale * (W h + b)`, or `cap * tanh(z / cap)`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def to(self, dtype: torch.dtype) -> "LinearClassifier":
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), bias=bias)
+
+
+def linear_classifier(module: Any, scale: float = 1.0, cap: float | None = None) -> LinearClassifier | None:
+    """What a module, followed by a scale and a cap, computes, if `row_cross_entropies` can take its place; else `None`.
+
+    It can take the place of a linear layer with `MIN_VOCABULARY` or more outputs whose parameters are all that matters. That
+    excludes hooks (those of CPU offloading, or of FSDP 2 on this layer), adapters like LoRA's, quantized matrices, and
+    matrices that are split over devices. In a function that torch.compile traces it never can.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or getattr(type(module), "forward", None) is not nn.Linear.forward
+        or "forward" in vars(module)
+        or any(getattr(module, hooks) for hooks in _HOOKS)
+        or module.out_features < MIN_VOCABULARY
+    ):
+        return None
+    for parameter, shape in ((module.weight, (module.out_features, module.in_features)), (module.bias, None)):
+        if parameter is None:
+            continue
+        if type(parameter) not in (Tensor, nn.Parameter) or not parameter.is_floating_point():
+            return None
+        if shape is not None and parameter.shape != shape:  # DeepSpeed leaves split matrices empty
+            return None
+    return LinearClassifier(module.weight, module.bias, scale, cap)
+
+
+def row_cross_entropies(rows: Tensor, classifier: LinearClassifier, targets: Tensor, expected: Tensor) -> Tensor:
+    """Cross-entropy `(N,)` in nats, float32, of each row; 0 where the target is -100.
+
+    Args:
+        rows: `(N, d)`.
+        targets: `(N,)`.
+        expected: `(N,)`, the gradient that each of these values is expected to get, up to a factor common to all.
+    """
+    device = rows.device.type
+    if rows.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        rows = rows.to(torch.get_autocast_dtype(device))
+    given = (rows, classifier.weight, classifier.bias, targets, expected, classifier.scale, classifier.cap)
+    with _without_autocast(device):
+        return cast(Tensor, _RowCrossEntropies.apply(*given, torch.is_grad_enabled()))
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+class _RowCrossEntropies(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        expected: Tensor,
+        scale: float,
+        cap: float | None,
+        differentiable: bool,
+    ) -> Tensor:
+        of_rows, of_weight, of_bias = (differentiable and needed for needed in ctx.needs_input_grad[:3])
+        classifier = LinearClassifier(weight, bias, scale, cap).to(rows.dtype)
+        counted = scale * (targets != IGNORE_INDEX)  # 0 for a row without a target
+        row_gradient = torch.zeros_like(rows) if of_rows else None
+        # For the gradient on the classifier: those on the logits, or their product with the rows.
+        ctx.kept, ctx.product = [], None
+        if (of_weight or of_bias) and len(rows) * len(weight) > max(weight.numel(), MAX_LOGITS):
+            ctx.product = _ClassifierGradient(bias is not None)
+        values = []
+        for part, value, gradient in _pieces(rows, classifier, targets):
+            values.append(value)
+            if row_gradient is not None:
+                row_gradient[part] = (gradient @ classifier.weight) * counted[part, None]
+            if ctx.product is not None:
+                ctx.product.add(gradient, rows[part], (expected * counted)[part])
+            elif of_weight or of_bias:
+                ctx.kept.append((part, gradient))
+        ctx.form = (scale, cap)
+        ctx.save_for_backward(rows, weight, bias, targets, expected, counted, row_gradient)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "auxiliary losses over a large vocabulary have no second derivatives; leave create_graph=True out"
+            )
+        rows, weight, bias, targets, expected, counted, row_gradient = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad[:3]
+        with _without_autocast(rows.device.type):
+            on_rows = (row_gradient * gradient[:, None]).to(rows.dtype) if of_rows else None
+            if not (of_weight or of_bias):
+                return on_rows, *[None] * 7
+            on_outputs = gradient * counted
+            factor = None if ctx.product is None else _factor(on_outputs, expected * counted)
+            if factor is not None:
+                found, ctx.product = (
+                    ctx.product.times(factor),
+                    None,
+                )  # given away: a second backward pass makes its own
+            else:
+                found = _ClassifierGradient(bias is not None)
+                classifier = LinearClassifier(weight, bias, *ctx.form).to(rows.dtype)
+                again = ((part, piece) for part, _, piece in _pieces(rows, classifier, targets))
+                for part, piece in ctx.kept or again:
+                    found.add(piece, rows[part], on_outputs[part])
+            on_weight = found.of_weight.to(weight.dtype) if of_weight else None
+            on_bias = found.of_bias.to(bias.dtype) if of_bias and found.of_bias is not None else None
+        return on_rows, on_weight, on_bias, *[None] * 5
+
+
+class _ClassifierGradient:
+    """The gradient on a classifier's matrix `(V, d)` and bias `(V,)`: a sum over rows, added up in float32 or more."""
+
+    def __init__(self, has_bias: bool):
+        self._has_bias = has_bias
+        self.of_weight: Tensor | None = None
+        self.of_bias: Tensor | None = None
+
+    def add(self, gradient: Tensor, rows: Tensor, counts: Tensor) -> None:
+        """Add the part of `rows` `(n, d)`, each counted `counts` `(n,)` times; `gradient` `(n, V)` is that on their outputs."""
+        weighted = (rows * counts[:, None]).to(rows.dtype)
+        if self.of_weight is None:
+            product = gradient.T @ weighted
+            self.of_weight = product.to(torch.promote_types(product.dtype, torch.float32))
+        elif self.of_weight.dtype == rows.dtype:
+            self.of_weight.addmm_(gradient.T, weighted)
+        else:
+            self.of_weight += gradient.T @ weighted
+        if self._has_bias:
+            product = (gradient.T @ counts.to(rows.dtype)).to(self.of_weight.dtype)
+            self.of_bias = product if self.of_bias is None else self.of_bias + product
+
+    def times(self, factor: float) -> "_ClassifierGradient":
+        """Multiply in place; returns itself."""
+        for product in (self.of_weight, self.of_bias):
+            if product is not None and abs(factor - 1.0) > 1e-6:
+                product *= factor
+        return self
+
+
+def _factor(gradient: Tensor, expected: Tensor) -> float | None:
+    """The number that turns `expected` `(N,)` into `gradient`, to float rounding; `None` if there is none."""
+    factor = (gradient @ expected) / (expected @ expected)
+    return float(factor) if torch.allclose(gradient, factor * expected, rtol=1e-5, atol=0.0) else None
+
+
+def _pieces(rows: Tensor, classifier: LinearClassifier, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of some rows at a time: which they are, their cross-entropies `(n,)`, and the gradient of these before the scale `(n, V)`.
+
+    The gradient of a row without a target is not 0.
+    """
+    number = -(-len(rows) * len(classifier.weight) // MAX_LOGITS)
+    size = -(-len(rows) // max(1, number))
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        yield part, *_cross_entropies(rows[part], classifier, targets[part])
+
+
+def _cross_entropies(rows: Tensor, classifier: LinearClassifier, targets: Tensor) -> tuple[Tensor, Tensor]:
+    weight, bias, scale, cap = classifier
+    logits = F.linear(rows, weight, bias).float()
+    if scale != 1.0:
+        logits *= scale
+    bent = None
+    if cap is not None:
+        bent = logits.div_(cap).tanh_()
+        logits = bent * cap
+    log_probabilities = logits.log_softmax(-1)
+    del logits
+    wanted = targets.clamp(min=0)[:, None]
+    values = -log_probabilities.gather(1, wanted)[:, 0].masked_fill(targets == IGNORE_INDEX, 0.0)
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(1, wanted, torch.full_like(values, -1.0)[:, None])
+    if bent is not None:
+        gradient *= 1 - bent * bent
+    return values, gradient.to(rows.dtype)

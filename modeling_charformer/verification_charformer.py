@@ -1,0 +1,374 @@
+"""Generation in which a model verifies several drafted tokens in one pass, for any number of prompts at once.
+
+The tokens that are written are those that the model picks itself: the most probable ones or, when sampling, the maxima of its
+log-probabilities plus Gumbel noise. The noise belongs to the token's place in the text, and drafts are picked with the same
+noise. So the text depends neither on the drafts nor on their number, and has exactly the model's distribution (Daliri, Musco
+and Suresh 2024, arXiv 2408.07978, section 4).
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import logits_process as stock
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .compatibility import CACHE
+from .drafting_charformer import Drafts, EarlyExitDrafter, HeadDrafter, Pace, write_drafts
+
+
+# Processors that look at the scores of one place alone.
+POINTWISE = (
+    stock.TemperatureLogitsWarper,
+    stock.TopKLogitsWarper,
+    stock.TopPLogitsWarper,
+    stock.MinPLogitsWarper,
+    stock.TypicalLogitsWarper,
+    stock.EpsilonLogitsWarper,
+    stock.EtaLogitsWarper,
+    stock.InfNanRemoveLogitsProcessor,
+    stock.LogitNormalization,
+    stock.SuppressTokensLogitsProcessor,
+)
+
+
+class GumbelNoise:
+    """Noise whose maximum, added to log-probabilities, is a sample of them; one draw for each row and place in the text.
+
+    It has a separate generator, so that the rest of the program sees one random number taken, however much is drafted.
+    """
+
+    def __init__(self) -> None:
+        self.seed = int(torch.randint(2**62, ()))
+        self.drawn: Tensor | None = None
+        self.begin = 0
+
+    def at(self, places: list[int], offset: int, count: int, like: Tensor) -> Tensor:
+        """`(B, count, V)`, in type like `like` `(B, ..., V)`, for the places from `offset` after each row's next one on.
+
+        The next places of a later call may not lie before the lowest of these.
+        """
+        low, high = min(places), max(places) + offset + count
+        if self.drawn is None:
+            self.generator = torch.Generator(like.device).manual_seed(self.seed)
+            self.drawn = like.new_empty(0, like.shape[0], like.shape[-1])
+        kept = self.drawn[low - self.begin :]
+        missing = max(0, high - low - kept.shape[0])
+        # Drawn one place after the other, so that the numbers do not depend on how many are drawn at once.
+        new = [kept.new_empty(kept.shape[1:]).exponential_(generator=self.generator) for _ in range(missing)]
+        self.drawn, self.begin = torch.cat([kept, torch.stack(new).log_().neg_()]) if new else kept, low
+        if len(places) == 1:
+            return self.drawn[offset : offset + count].transpose(0, 1)
+        steps = torch.arange(offset, offset + count, device=like.device)
+        at = torch.tensor(places, device=like.device)[:, None] - low + steps
+        return self.drawn[at, torch.arange(len(places), device=like.device)[:, None]]
+
+
+class Stops:
+    """Where the criteria of one call of `generate` end a text."""
+
+    def __init__(self, criteria: StoppingCriteriaList, max_length: int):
+        self.max_length = max_length
+        self.eos = {
+            int(one) for c in criteria if type(c) is EosTokenCriteria for one in c.eos_token_id.flatten().tolist()
+        }
+        # What Transformers goes by to fill finished rows with padding.
+        self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
+        self.clocks = [c for c in criteria if type(c) is MaxTimeCriteria]
+        own = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)
+        self.others = StoppingCriteriaList([c for c in criteria if type(c) not in own])
+
+    def first(self, text: Tensor, before: int, new: list[int], scores: Any) -> int:
+        """The length at which `text` `(1, S)` ends, whose tokens from `before` on are `new`; 0 if it goes on."""
+        for number, token in enumerate(new, start=1):
+            length = before + number
+            if token in self.eos or length >= self.max_length:
+                return length
+            if self.others and bool(self.others(text[:, :length], scores).all()):
+                return length
+        return 0
+
+    def time_is_up(self, text: Tensor) -> bool:
+        return any(bool(clock(text, None).all()) for clock in self.clocks)
+
+
+class VerifiedDecoding:
+    """One call of `generate` that drafts and verifies.
+
+    The rows of a batch are kept padded on the left: a row of which fewer tokens were accepted moves to the right by its
+    distance from the others, in the cache too.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        drafter: HeadDrafter | EarlyExitDrafter,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        model_kwargs: dict[str, Any],
+    ):
+        self.model, self.drafter, self.config, self.streamer = model, drafter, config, streamer
+        self.processors = [*processors]
+        self.pointwise = all(type(processor) in POINTWISE for processor in processors)
+        self.kwargs, self.text, self.stops = model_kwargs, input_ids, Stops(criteria, int(config.max_length or 0))
+        self.rows, self.prompt = input_ids.shape
+        self.lengths, self.ends = [self.prompt] * self.rows, [0] * self.rows
+        self.padding_id = int(getattr(config, "_pad_token_tensor", None) or 0)
+        self.noise = GumbelNoise() if config.do_sample else None
+        self.pace = Pace()
+        self.states = torch.empty(0)
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def run(self) -> Any:
+        """The text `(B, S)`, or the output of `generate` with it."""
+        handle = self.model.get_decoder().register_forward_hook(self._keep_states)
+        try:
+            self.kwargs[CACHE].activate_past_recording()
+            outputs = self.model._prefill(self.text, self.config, self.kwargs)
+            self._start(outputs)
+            drafts = self.text[:, :0]
+            self._accept(outputs.logits[:, -1:], drafts)
+            del outputs
+            with self.model._optimize_model_for_decode():
+                while not self._is_done():
+                    self._pass()
+        finally:
+            handle.remove()
+        if self.streamer is not None:
+            self.streamer.end()
+        return self._result()
+
+    def _pass(self) -> None:
+        """Draft, verify and write once, and take down what it cost."""
+        begin, before, rows = time.perf_counter(), sum(self.lengths), len(self._live())
+        if self.pace.rests():
+            none = self.text[:, :0]
+            self._accept(self._forward(none), none)
+            self.pace.plain.append(time.perf_counter() - begin)
+            return
+        drafts = self._draft()
+        drafting = time.perf_counter() - begin
+        matches = self._accept(self._forward(drafts.tokens), drafts.tokens)
+        for row, probabilities in enumerate(drafts.probabilities):
+            # Those that were looked up come first; what the drafter wrote after them may not have been verified.
+            first = drafts.written - len(probabilities)
+            if matches[row] >= first:
+                self.pace.verified(probabilities[: drafts.tokens.shape[1] - first], matches[row] - first)
+        tokens = (sum(self.lengths) - before) / rows
+        seconds = time.perf_counter() - begin
+        self.pace.passed(drafts.tokens.shape[1], drafts.written, tokens, drafting, seconds)
+
+    def _keep_states(self, module: Any, args: Any, outputs: Any) -> None:
+        self.states = outputs[0]
+
+    def _start(self, outputs: Any) -> None:
+        """Take over from the prompt's pass the cache, the mask and the positions of what comes next."""
+        self.cache = self.kwargs[CACHE] = outputs[CACHE]
+        self.cache.crop(0)  # layers with a sliding window forget what is outside it
+        self.mask = self.kwargs.pop("attention_mask", None)
+        # The prompt's last token is taken down with what follows it, as in every later pass.
+        self.seen = (self.prompt if self.mask is None else self.mask.shape[1]) - 1
+        self.padding = [0] * self.rows
+        if self.mask is not None and self.rows > 1:
+            self.padding = (self.mask == 0).sum(-1).tolist()
+        self.position = self.kwargs.pop("position_ids", None)
+        if self.position is not None:
+            self.position = self.position[..., -1:] - 1
+            self.last_position = self.position + self.stops.max_length - self.prompt
+        self.token_type = self.kwargs.pop("token_type_ids", None)
+
+    def _live(self) -> list[int]:
+        """The numbers of the rows that are still written."""
+        if self.stops.pads or self.rows == 1:
+            return [row for row in range(self.rows) if not self.ends[row]]
+        # Without an end-of-sequence token all rows are written until the last one may end.
+        end = max(self.ends) if all(self.ends) else self.stops.max_length
+        return [row for row in range(self.rows) if self.lengths[row] < end]
+
+    def _is_done(self) -> bool:
+        if self.stops.clocks and self.stops.time_is_up(self.text):
+            self.ends = [end or length for end, length in zip(self.ends, self.lengths, strict=True)]
+            return True
+        return not self._live()
+
+    def _draft(self) -> Drafts:
+        live = self._live()
+        limit = max(self.stops.max_length - self.lengths[row] for row in live) - 1
+        room = self.model._room_for_drafts(self.cache)
+        limit = limit if room is None else min(limit, room)
+        if limit < 1:
+            return Drafts(self.text[:, :0], [])
+        self._reserve(limit)
+        mask = None if self.mask is None else mask_up_to(self.mask, self.seen + 1)
+        texts = [self.text[row, :length] for row, length in enumerate(self.lengths)]
+        with self.drafter.drafts(self.kwargs, mask, self.state) as draft:
+            return write_drafts(draft, self.drafter.max_drafts, self._choose, texts, limit, self.pace, live)
+
+    def _choose(self, drafts: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+        if drafts and not self.pointwise:
+            for row, length in enumerate(self.lengths):
+                self.text[row, length + len(drafts) - 1] = drafts[-1][row]
+        scores = self._processed(logits[:, None].to(self.text.device, torch.float32), len(drafts))
+        return scores[:, 0].softmax(-1), self._picked(scores, len(drafts))[:, 0]
+
+    def _reserve(self, more: int) -> None:
+        """Make room in `text` for `more` tokens after the longest row."""
+        short = max(self.lengths) + more - self.text.shape[1]
+        if short > 0:
+            self.text = torch.nn.functional.pad(self.text, (0, max(short, self.text.shape[1], 256)))
+
+    def _forward(self, drafts: Tensor) -> Tensor:
+        """Logits `(B, n + 1, V)` of what follows the last token and each of the drafts `(B, n)`."""
+        fed = drafts.shape[1] + 1
+        self._reserve(fed)
+        if self.rows == 1:
+            length = self.lengths[0]
+            self.text[:, length : length + fed - 1] = drafts
+            ids = self.text[:, : length + fed - 1]
+        else:
+            rows = torch.arange(self.rows, device=self.text.device)[:, None]
+            places = torch.tensor(self.lengths, device=self.text.device)[:, None]
+            self.text[rows, places + torch.arange(fed - 1, device=self.text.device)] = drafts
+            ids = torch.cat([self.text[rows, places - 1], drafts], dim=-1)
+        more: dict[str, Any] = {}
+        if self.position is not None:
+            more["position_ids"] = self.position + torch.arange(1, fed + 1, device=self.position.device)
+            if self.rows > 1:  # places that no text will reach may be outside the model's window
+                more["position_ids"] = torch.minimum(more["position_ids"], self.last_position)
+        if self.token_type is not None:
+            more["token_type_ids"] = self.token_type[:, -1:].expand(-1, fed)
+        if self.rows > 1 and any(self.padding):
+            slots = torch.arange(int(self.cache.get_seq_length()) + fed, device=self.text.device)
+            more["attention_mask"] = (slots >= torch.tensor(self.padding, device=slots.device)[:, None]).long()
+        elif self.rows == 1 and self.mask is not None:
+            more["attention_mask"] = mask_up_to(self.mask, self.seen + fed)
+        if "logits_to_keep" in self.kwargs:
+            more["logits_to_keep"] = fed
+        inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=fed, **(self.kwargs | more))
+        logits: Tensor = self.model(**inputs, return_dict=True).logits
+        return logits[:, -fed:]
+
+    def _processed(self, scores: Tensor, offset: int) -> Tensor:
+        """Scores `(B, n, V)` of the places from `offset` after each row on, as the processors leave them."""
+        if not self.processors:
+            return scores
+        scores = scores.clone()
+        if self.pointwise:
+            flat = scores.flatten(0, 1)
+            for processor in self.processors:
+                flat = processor(self.text, flat)
+            return flat.view_as(scores)
+        for row, length in enumerate(self.lengths):
+            for number in range(scores.shape[1]):
+                written, one = self.text[row : row + 1, : length + offset + number], scores[row : row + 1, number]
+                for processor in self.processors:
+                    one = processor(written, one)
+                scores[row, number] = one[0]
+        return scores
+
+    def _picked(self, scores: Tensor, offset: int) -> Tensor:
+        """The tokens `(B, n)` that are picked by scores `(B, n, V)` of the places from `offset` after each row on."""
+        if self.noise is not None:
+            places = [length - self.prompt for length in self.lengths]
+            scores = scores + self.noise.at(places, offset, scores.shape[1], scores)
+        return scores.argmax(-1)
+
+    def _accept(self, logits: Tensor, drafts: Tensor) -> list[int]:
+        """Write what the model picks as long as it is what was drafted, and one token more; returns how many matched."""
+        fed = drafts.shape[1] + 1
+        logits = logits.to(self.text.device, torch.float32)
+        scores = self._processed(logits, 0)
+        picked = self._picked(scores, 0)
+        matches = picked[:, :-1].eq(drafts).cumprod(-1).sum(-1).tolist()
+        tokens, kept = picked.tolist(), [0] * self.rows
+        self._reserve(fed)
+        if self.config.return_dict_in_generate and self.config.output_scores:
+            self.scores.extend(scores[:, number] for number in range(matches[0] + 1))
+        if self.config.return_dict_in_generate and self.config.output_logits:
+            self.logits.extend(logits[:, number] for number in range(matches[0] + 1))
+        for row in self._live():
+            kept[row] = self._write(row, tokens[row][: matches[row] + 1], picked[row])
+        if self.streamer is not None:
+            self.streamer.put(picked[:, : kept[0]].cpu())
+        kept = [one or max(kept) for one in kept]
+        states = self.states[:, -fed:]
+        self.state = states[:, kept[0] - 1] if self.rows == 1 else self._of_each(states, kept)
+        self.seen += kept[0]
+        if self.position is not None:
+            self.position = self.position + torch.tensor(kept, device=self.position.device)[:, None]
+        self._align(kept, fed)
+        return [int(one) for one in matches]
+
+    def _of_each(self, states: Tensor, kept: list[int]) -> Tensor:
+        numbers = torch.tensor(kept, device=states.device) - 1
+        return states[torch.arange(self.rows, device=states.device), numbers]
+
+    def _write(self, row: int, new: list[int], picked: Tensor) -> int:
+        """Append tokens to a row, up to its end; returns how many."""
+        length = self.lengths[row]
+        new = new[: self.stops.max_length - length]
+        self.text[row, length : length + len(new)] = picked[: len(new)]
+        if not self.ends[row]:
+            end = self.stops.first(self.text[row : row + 1], length, new, tuple(self.scores) or None)
+            if end and (self.stops.pads or self.rows == 1):
+                new = new[: end - length]
+            self.ends[row] = end
+        self.lengths[row] = length + len(new)
+        return len(new)
+
+    def _align(self, kept: list[int], fed: int) -> None:
+        """Take out of the cache the drafts that no row kept, and move each row's tokens to the right end."""
+        self.cache.crop(max(kept) - fed)
+        shifts = [max(kept) - one for one in kept]
+        if not any(shifts):
+            return
+        padding = [before + shift for before, shift in zip(self.padding, shifts, strict=True)]
+        spare = min(padding)
+        self.padding = [one - spare for one in padding]
+        for layer in self.cache.layers:
+            if not layer.is_initialized:  # it reads another layer's
+                continue
+            for name in ("keys", "values"):
+                cached = getattr(layer, name)
+                places = torch.arange(spare, cached.shape[-2], device=cached.device)
+                places = (places - torch.tensor(shifts, device=cached.device)[:, None]).clamp(min=0)
+                shape = (-1, cached.shape[1], -1, cached.shape[-1])
+                setattr(layer, name, cached.gather(2, places[:, None, :, None].expand(shape)))
+
+    def _result(self) -> Any:
+        end = max(self.ends)
+        if self.stops.pads:
+            for row, length in enumerate(self.ends):
+                if length < end:
+                    self.text[row, length:end] = self.padding_id
+        else:
+            end = min(end, *self.lengths)  # when the time is up, rows differ in length
+        text = self.text[:, :end]
+        if not self.config.return_dict_in_generate:
+            return text
+        count = end - self.prompt
+        output: Any = GenerateDecoderOnlyOutput
+        return output(
+            sequences=text,
+            scores=tuple(self.scores[:count]) if self.config.output_scores else None,
+            logits=tuple(self.logits[:count]) if self.config.output_logits else None,
+            **{CACHE: self.cache if self.rows == 1 else None},
+        )
+
+
+def mask_up_to(prompt_mask: Tensor, length: int) -> Tensor:
+    """The mask `(B, length)` of a prompt and of what was written after it."""
+    return torch.nn.functional.pad(prompt_mask, (0, length - prompt_mask.shape[1]), value=1)

@@ -1,0 +1,193 @@
+"""Auxiliary losses of language models: what all have in common, masked language models, and encoder-decoders."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modeling_charformer.auxiliary_heads import AuxiliaryHead, ResidualBlock
+from modeling_charformer.auxiliary_losses import (
+    HeadInput,
+    LossStep,
+    Targets,
+    causal_lm_losses,
+    linear_losses,
+    loss_of_logits,
+    sampled_loss,
+)
+from modeling_charformer.distillation import add_distillation
+from modeling_charformer.linear_cross_entropy import LinearClassifier, linear_classifier
+from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossFields, LossTerm
+
+from .added_losses import ModelWithLosses
+from .models import label_inputs
+from .probe import Anatomy, Trace, through
+from .probe_loss import LogitsPath, logits_path, own_loss_of
+
+
+class LanguageModelWithLosses(ModelWithLosses):
+    """A model whose logits predict a token at every position; subclasses say which."""
+
+    accepted_settings = [field.name for field in fields(LossFields)]
+    accepted_heads = ("shared", "own")
+    main = "next_token"
+    takes_target_counts = True
+    accepts_loss_kwargs = True
+    _path: LogitsPath
+
+    @classmethod
+    def settings_for(cls, num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
+        return AuxiliaryLossSettings(num_layers=num_layers, main=cls.main, **settings)
+
+    @staticmethod
+    def _checked_loss(model: PreTrainedModel, trace: Trace, layout: str, of: str) -> dict[str, Any]:
+        own_loss = own_loss_of(model, trace)
+        if own_loss.layout != layout:
+            raise ValueError(
+                f"the loss of {type(model).__name__} is not the mean cross-entropy of its logits {of}, so the auxiliary losses"
+                " would not be comparable"
+            )
+        return {"_own_loss": own_loss}
+
+    @staticmethod
+    def _checked_path(model: PreTrainedModel, trace: Trace, heads: str) -> dict[str, Any]:
+        path = logits_path(model, trace) if heads == "shared" else LogitsPath()
+        if path is None:
+            raise ValueError(
+                f"the logits of {type(model).__name__} are not its output embeddings applied to its last hidden state."
+                " heads='shared' does not know the further operations of this model; choose heads='own'"
+            )
+        return {"_path": path}
+
+    def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
+        if heads == "own":
+            return self.linear_head(self._vocab_size, index)
+        return nn.Identity() if term.offset == 1 else ResidualBlock(self._anatomy.width)
+
+    @property
+    def _vocab_size(self) -> int:
+        return cast(Tensor, self.get_output_embeddings().weight).shape[0]
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        return self._path.logits(self, hidden_states)
+
+    def _classifier(self, term: LossTerm) -> LinearClassifier | None:
+        head = self.auxiliary_heads[term.name]
+        if isinstance(head, AuxiliaryHead):
+            return linear_classifier(head)
+        last = self.get_submodule(self._path.modules[-1])
+        if last is not self.get_output_embeddings() or self._path.bias is not None:
+            return None
+        return linear_classifier(last, self._path.scale, self._path.cap)
+
+    def _head_states(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
+        head, hidden_states = self.auxiliary_heads[term.name], self._finished(term, hidden_states)
+        return hidden_states if isinstance(head, AuxiliaryHead) else head(hidden_states)
+
+    def _classifier_input(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
+        states = self._head_states(term, hidden_states)
+        if isinstance(self.auxiliary_heads[term.name], AuxiliaryHead):
+            return states
+        return through(self, self._path.modules[:-1], states)
+
+    def _logits_of(self, term: LossTerm, hidden_states: Tensor) -> list[Tensor]:
+        head, states = self.auxiliary_heads[term.name], self._head_states(term, hidden_states)
+        return [head(states) if isinstance(head, AuxiliaryHead) else self._logits(states)]
+
+    def _targets(self, inputs: dict[str, Any], target_counts: Tensor | None) -> Targets:
+        if inputs.get("shift_labels") is not None and not self._own_loss.follows_shift_labels:
+            raise ValueError(f"the loss of {type(self).__name__} does not follow shift_labels; give labels alone")
+        num_items = inputs.get("num_items_in_batch")
+        return Targets(label_inputs(self, inputs), self.loss_settings.num_targets, num_items, target_counts)
+
+    def logits_of_head(self, term: LossTerm, outputs: Any) -> Tensor:
+        """Logits `(B, S, V)` of a term's head, from the model's output with its hidden states."""
+        return self._logits_of(term, self._head_input(term, outputs))[0]
+
+    def add_losses(
+        self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
+    ) -> Callable[[], Tensor | float]:
+        targets = self._targets(inputs, target_counts)
+        own_loss: Tensor | None = outputs.loss  # none from a Trainer that computes it itself
+        num_items = inputs.get("num_items_in_batch")
+        divided = num_items is not None and self._own_loss.follows_num_items
+        if own_loss is not None and not divided and (num_items is not None or target_counts is not None):
+            own_loss = own_loss * targets.share_of_step()  # the model took the mean over this batch alone
+
+        def main_loss(term: LossTerm) -> Tensor:
+            if term.name == self.main and own_loss is not None:
+                return own_loss
+            return loss_of_logits(outputs.logits, term, targets)
+
+        if not self.training and own_loss is not None:
+            step.add({self.main: own_loss})  # no further head runs in evaluation
+            return targets.share_of_step
+        if own_loss is not None:
+            step.add_main(main_loss)
+        self._add_auxiliary_losses(step, outputs, targets)
+        if step.reads:
+            add_distillation(step, targets, outputs.logits, self._logits_of)
+        return targets.share_of_step
+
+    def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets) -> None:
+        terms = [term for term in step.terms if not term.is_main]
+        samples = step.samples(terms, targets) or {}
+        together: dict[int, tuple[LinearClassifier, list[HeadInput]]] = {}
+        for term in terms:
+            states, sample = self._head_input(term, outputs), samples.get(term)
+            states = states if sample is None else sample.of(states)
+            step.record(term, states, sample)
+            classifier = self._classifier(term) if term.positions == "all" else None
+            if classifier is not None:  # one run for all terms that share it
+                read = HeadInput(term, self._classifier_input(term, states), sample)
+                together.setdefault(id(classifier.weight), (classifier, []))[1].append(read)
+                continue
+            logits_of = functools.partial(self._logits_of, term)
+            if sample is not None:
+                step.add({term.name: sampled_loss(states, logits_of, term, sample, targets, self._vocab_size)})
+            else:
+                # One term at a time: with a large vocabulary, several at once would run on smaller chunks.
+                step.add(causal_lm_losses(states, logits_of, [term], targets, self._vocab_size))
+        for classifier, inputs in together.values():
+            step.add(linear_losses(classifier, inputs, targets, step.expected_weights(self.loss_uncertainty)))
+
+
+class Seq2SeqLMWithLosses(LanguageModelWithLosses):
+    """The layers are the decoder's. Its input is the labels, shifted by one, so that each position predicts the label there."""
+
+    shifts_labels = False
+
+    @classmethod
+    def check(cls, model: PreTrainedModel, anatomy: Anatomy, trace: Trace, heads: str) -> dict[str, Any]:
+        if not anatomy.reads_forward:
+            raise ValueError(
+                f"the decoder of {type(model).__name__} reads in both directions: its layers see the tokens that the heads would"
+                " have to predict"
+            )
+        return cls._checked_loss(model, trace, "aligned", "for the labels") | cls._checked_path(model, trace, heads)
+
+
+class MaskedLMWithLosses(LanguageModelWithLosses):
+    """Each position predicts its label, where it has one. There are no further targets."""
+
+    accepted_settings = [
+        name
+        for name in LanguageModelWithLosses.accepted_settings
+        if name not in ("num_targets", "target_weights", "target_schedule", "position_loss")
+    ]
+    main = "masked_token"
+    takes_target_counts = False
+    shifts_labels = False
+
+    @classmethod
+    def settings_for(cls, num_layers: int, **settings: Any) -> AuxiliaryLossSettings:
+        return AuxiliaryLossSettings(
+            num_layers=num_layers, num_targets=1, has_last_position=False, main=cls.main, **settings
+        )
+
+    @classmethod
+    def check(cls, model: PreTrainedModel, anatomy: Anatomy, trace: Trace, heads: str) -> dict[str, Any]:
+        return cls._checked_loss(model, trace, "aligned", "for the labels") | cls._checked_path(model, trace, heads)
