@@ -63,17 +63,27 @@ def test_card_template_is_found_where_the_package_looks():
     assert TEMPLATE.read_text(encoding="utf-8") == (ROOT / "model_card.md").read_text(encoding="utf-8")
 
 
-def test_readme_names_the_two_commands_and_only_files_that_exist():
+def test_readme_names_the_two_commands():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make quickstart" in readme and "make test" in readme
-    tree = readme.split("## What is where")[1].split("```")[1]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_trees_name_only_files_that_exist(page):
+    tree = (ROOT / page).read_text(encoding="utf-8").split("## What is where")[1].split("```")[1]
     folders: list[str] = []
     for line in tree.strip().splitlines():
         name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 4
         folders = [*folders[:depth], name]
         path = ROOT.joinpath(*folders)
-        assert list(path.parent.glob(path.name)), f"README.md names {path}"
+        assert list(path.parent.glob(path.name)), f"{page} names {path}"
+
+
+def test_contributing_names_every_file_of_the_packages():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = [*(ROOT / "modeling_charformer").glob("*.py"), *(ROOT / "training/charformer_training").glob("*.py")]
+    assert [path.name for path in files if path.name != "__init__.py" and f" {path.name} " not in text] == []
 
 
 # What an installed package has beside Python files: the table of pyproject.toml, read without tomllib, which 3.10 lacks.
