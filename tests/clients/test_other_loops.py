@@ -1,5 +1,6 @@
 """The terms in sentence-transformers' Trainer, and in the page's snippet for TRL."""
 
+import importlib
 import re
 from typing import Any
 
@@ -28,8 +29,9 @@ def test_sentence_transformers_trains_and_evaluates_terms_of_ones_own(tmp_path):
     set_seed(0)
     CharformerModel(config).save_pretrained(tmp_path / "body")
     CharformerTokenizer.for_model(config).save_pretrained(tmp_path / "body")
-    body = library.models.Transformer(str(tmp_path / "body"), max_seq_length=32)
-    model = library.SentenceTransformer(modules=[body, library.models.Pooling(32)], device="cpu")
+    models, losses = (importlib.import_module(f"sentence_transformers.{name}") for name in ("models", "losses"))
+    body = models.Transformer(str(tmp_path / "body"), max_seq_length=32)
+    model = library.SentenceTransformer(modules=[body, models.Pooling(32)], device="cpu")
     pairs = {"one": ["the cat", "a dog", "one", "two"] * 2, "other": ["cats", "dogs", "1", "2"] * 2}
     rows = datasets.Dataset.from_dict(pairs)
     kinds: list[Any] = [library.SentenceTransformerTrainer]
@@ -47,7 +49,7 @@ def test_sentence_transformers_trains_and_evaluates_terms_of_ones_own(tmp_path):
             save_strategy="no",
             learning_rate=0.0,
         )
-        loss = library.losses.MultipleNegativesRankingLoss(model)
+        loss = losses.MultipleNegativesRankingLoss(model)
         trainer = kind(model, args, train_dataset=rows, eval_dataset=rows, loss=loss)
         if kind is kinds[1]:
             trainer.add_loss_term("size", lambda outputs, _: outputs["sentence_embedding"].square().mean(), 0.5)
