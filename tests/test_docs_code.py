@@ -18,11 +18,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     GPT2Config,
+    LlamaConfig,
     ResNetConfig,
     default_data_collator,
 )
 
-from charformer_training import ConsecutiveWindows, RandomWindows, load_corpus, split_corpus
+from charformer_training import (
+    ConsecutiveWindows,
+    RandomWindows,
+    add_auxiliary_losses,
+    load_corpus,
+    split_corpus,
+)
 from charformer_training.arguments import DataArguments
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 from tests.conftest import ROOT
@@ -66,10 +73,19 @@ def tiny_resnet(folder: Path) -> None:
     AutoModelForImageClassification.from_config(ResNetConfig(**sizes)).save_pretrained(folder)
 
 
+def llama_with_losses(folder: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 256}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config)
+    add_auxiliary_losses(model, num_targets=2, intermediate_layers=None)
+    model.save_pretrained(folder)
+
+
 # The folders and files that a reader has.
 FILES: dict[str, Callable[[Path], object]] = {
     "gpt2": tiny_gpt2,
     "microsoft/resnet-50": tiny_resnet,
+    "runs/llama": llama_with_losses,
     "runs/quickstart": run_of,
     "runs/mine": run_of,
     "user/my-model": run_of,
