@@ -237,11 +237,15 @@ def try_all(only: list[str], seconds: float, output: Path | None) -> list[dict[s
                 result, why = queue.get()
             rows.append({"kind": kind, "class": name, "result": result, "why": why})
             if output is not None:  # after each one, since all take long
-                whole = {"transformers": transformers.__version__, "models": rows}
-                output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+                write(output, rows)
             if result == "fault":
                 bar.write(f"{name}: {why}")
     return rows
+
+
+def write(output: Path, rows: list[dict[str, str]]) -> None:
+    whole = {"transformers": transformers.__version__, "models": rows}
+    output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -295,7 +299,9 @@ def write_table(results: Path, page: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="model types or class names")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="model types or class names; their results replace those in OUTPUT"
+    )
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, nargs=2, metavar=("RESULTS", "PAGE"))
@@ -305,7 +311,12 @@ def main() -> None:
         return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows = try_all(arguments.only, arguments.seconds, arguments.output)
+    before = json.loads(arguments.output.read_text("utf-8"))["models"] if arguments.only and arguments.output else []
+    rows = try_all(arguments.only, arguments.seconds, None if before else arguments.output)
+    if before:
+        again = {(row["kind"], row["class"]): row for row in rows}
+        merged = [again.get((row["kind"], row["class"]), row) for row in before]
+        write(arguments.output, merged)
     for row in rows if arguments.only else []:
         sys.stdout.write(f"{row['kind']}: {row['class']}: {row['result']} {row['why']}\n")
 

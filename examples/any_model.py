@@ -3,6 +3,7 @@
 python examples/any_model.py OUTPUT_FOLDER
 """
 
+import math
 import sys
 
 import torch
@@ -48,7 +49,8 @@ def confidence(outputs, inputs):
 
 trainer.add_loss_term("confidence", confidence, weight=0.1, schedule="paper")
 trainer.train()
-print(trainer.evaluate())
+result = trainer.evaluate()
+print(f"next-token loss {result['eval_loss_next_token']:.3f} nats; guessing costs {math.log(100):.3f}")
 trainer.save_model()
 
 plain = AutoModelForCausalLM.from_pretrained(output_dir)  # a plain GPT-2

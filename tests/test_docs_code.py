@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    GPT2Config,
+    ResNetConfig,
+    default_data_collator,
+)
 
 from charformer_training import ConsecutiveWindows, RandomWindows, load_corpus, split_corpus
 from charformer_training.arguments import DataArguments
@@ -50,14 +56,24 @@ def run_of(folder: Path) -> None:
     CharformerTokenizer().save_pretrained(folder)
 
 
+def tiny_resnet(folder: Path) -> None:
+    sizes: dict[str, Any] = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "num_labels": 3,
+    }
+    AutoModelForImageClassification.from_config(ResNetConfig(**sizes)).save_pretrained(folder)
+
+
 # The folders and files that a reader has.
 FILES: dict[str, Callable[[Path], object]] = {
     "gpt2": tiny_gpt2,
+    "microsoft/resnet-50": tiny_resnet,
     "runs/quickstart": run_of,
     "runs/mine": run_of,
     "user/my-model": run_of,
     "my_text.txt": lambda path: path.write_text("To be, or not to be, that is the question.\n" * 60),
-    "training": lambda path: path.symlink_to(ROOT / "training"),
 }
 
 

@@ -1,6 +1,9 @@
 """Every example runs as its first lines say."""
 
 import ast
+import json
+import re
+import runpy
 import subprocess
 import sys
 
@@ -38,12 +41,17 @@ def test_no_example_is_left_out():
     # Those of the Hub are run beside its other tests.
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
         "any_model.py",
+        "classify_texts.py",
         "compress.py",
+        "continue_training.py",
         "generate.py",
         "image_classifier.py",
         "load_from_hub.py",
+        "own_loss_term.py",
         "own_training_loop.py",
         "push_to_hub.py",
+        "search_loss_weights.py",
+        "tag_tokens.py",
         "train_with_trainer.py",
     }
 
@@ -82,8 +90,82 @@ def test_any_model(tmp_path):
     # "paper" drops the term after half of training; "random" leaves every layer some of the steps.
     assert ["loss_confidence" in entry for entry in logged] == [True, True, False, False]
     assert all({"loss_layer_1", "loss_layer_2", "loss_layer_3"} <= entry.keys() for entry in logged)
-    assert float(entries[-1]["eval_loss_next_token"]) < 1.5  # chance is ln 100 = 4.6
+    trained, guessing = map(float, re.findall(r"\d+\.\d{3}", next(x for x in shown.splitlines() if "guessing" in x)))
+    assert trained < 1.5 and guessing == 4.605
     assert "GPT2LMHeadModel" in shown and "(layer_3_target_2): ResidualBlock(" in shown
+
+
+def run_here(name: str, monkeypatch, capsys, *arguments: object) -> tuple[dict, list[float]]:
+    """Runs an example in this process; its names, and the figures of the last line that it prints."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    names = runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    return names, [float(figure) for figure in re.findall(r"\d+\.\d+", last)]
+
+
+@pytest.fixture
+def trained(make_model, tmp_path):
+    """A small model with its tokenizer, as a run leaves it."""
+    model = make_model(max_position_embeddings=32, pad_token_id=255, initializer_range=0.02)
+    model.save_pretrained(tmp_path / "trained")
+    CharformerTokenizer.for_model(model.config).save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_continue_training_learns_the_other_text(trained, text_file, tmp_path, monkeypatch, capsys):
+    _, (before, after) = run_here(
+        "continue_training.py", monkeypatch, capsys, trained, text_file, tmp_path / "out", 60
+    )
+    assert 7.5 < before < 8.5 and after < before - 0.5
+    model = CharformerForCausalLM.from_pretrained(tmp_path / "out")
+    assert bits_per_character(model, text_file, stride=31, progress=False).bpb == pytest.approx(after, abs=0.5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_classify_texts_learns_a_dataset_that_is_named(trained, tmp_path, monkeypatch, capsys):
+    """The labels differ in the order of letters alone, which the baseline of their frequencies cannot see."""
+    rows = [json.dumps({"text": text, "label": label}) for label, text in enumerate(("abc" * 5, "acb" * 5))]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows * 40))
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(rows * 10))
+    names, (accuracy, letters, commonest) = run_here(
+        "classify_texts.py", monkeypatch, capsys, trained, tmp_path / "out", tmp_path / "data", "--steps", 200
+    )
+    assert (letters, commonest) == (0.5, 0.5) and accuracy > 0.9
+
+    train, test = names["snippets"](500)
+    assert {label for _, label in train} == {label for _, label in test} == set(range(6))
+    assert not set(train) & set(test) and all(len(text) == 500 for text, _ in train + test)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tag_tokens_labels_what_python_reads(trained, tmp_path, monkeypatch, capsys):
+    names, (accuracy, baseline) = run_here("tag_tokens.py", monkeypatch, capsys, trained, tmp_path / "out", 20)
+    assert 0.2 < accuracy < 1 and 0.4 < baseline < 0.8
+    source = 'if x:  # y\n    z = """a\nb""" + 1\n'
+    data, labels = names["labelled"](source)
+    assert data.decode() == source
+    # keyword, name, number, string, comment, operator; the rest is other
+    assert "".join("_kn1sco"[label] for label in labels) == "kk_no__ccc_____n_o_sssssssss_o_1_"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_own_loss_term_lowers_what_it_is_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["own_loss_term.py", str(tmp_path), "30"])
+    runpy.run_path(str(ROOT / "examples" / "own_loss_term.py"), run_name="__main__")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weight")]
+    without, with_term = ([float(figure) for figure in re.findall(r"\d+\.\d+", line)] for line in lines)
+    assert (without[0], with_term[0]) == (0.0, 0.01)
+    assert with_term[2] < without[2]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_search_loss_weights_tries_other_weights_in_each_trial(text_file, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    _, (best, *weights, without) = run_here("search_loss_weights.py", monkeypatch, capsys, text_file, tmp_path, 3, 10)
+    assert len(weights) == 3 and all(0.01 <= weight <= 1 for weight in weights)
+    assert best != without and 4 < best < 8
 
 
 def test_image_classifier(tmp_path):
@@ -123,4 +205,6 @@ def test_without_arguments_an_example_says_what_it_needs():
     assert "python examples/generate.py " in refused("generate.py")
     for path in (ROOT / "examples").glob("*.py"):  # the others do it in the same words
         text = path.read_text(encoding="utf-8")
-        assert "sys.argv" not in text or "sys.exit(__doc__)" in text or path.name == "compress.py"
+        assert (
+            "sys.argv" not in text or "sys.exit(__doc__)" in text or path.name in ("compress.py", "classify_texts.py")
+        )

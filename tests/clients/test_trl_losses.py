@@ -205,6 +205,7 @@ def test_without_the_mixin_the_model_says_that_its_losses_are_not_trained(kind, 
     ("changes", "message"),
     [
         ({"loss_weighting": "uncertainty"}, "loss_weighting is 'uncertainty'.*SFTTrainer computes"),
+        ({"distillation": 1.0}, "distillation is 1.0: heads learn from the logits.* It must be 0"),
         ({"position_loss": "last"}, "the weights {'next_char': 0.0, 'last_position': 1.0}; SFTTrainer computes"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.nn import functional as F
+from transformers import AutoModelForMaskedLM
 
 from charformer_training import add_auxiliary_losses
 from modeling_charformer import CharformerConfig, distillation
@@ -137,3 +138,14 @@ def test_settings_without_a_use_are_refused():
 def test_inference_model_has_no_distillation(make_model, tmp_path):
     make_model(distillation=1.0).without_auxiliary_heads().save_pretrained(tmp_path)
     assert CharformerConfig.from_pretrained(tmp_path).distillation == 0
+
+
+def test_masked_language_models_learn_at_the_positions_that_have_a_label():
+    model, ids = build("bert", AutoModelForMaskedLM), make_tokens()
+    labels = ids.masked_fill(torch.arange(12) % 3 != 0, -100)
+    add_auxiliary_losses(model, intermediate_layers=[2], distillation=1.0)
+    output = model(input_ids=ids, labels=labels, output_hidden_states=True)
+    lower = model.cls(output.hidden_states[2])
+    wanted = output.logits.detach().log_softmax(-1)
+    each = F.kl_div(lower.log_softmax(-1), wanted, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(output.loss_dict["layer_2_distillation"], each[labels != -100].mean())

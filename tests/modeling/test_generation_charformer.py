@@ -46,6 +46,14 @@ def half_trained(target_heads: str) -> CharformerForCausalLM:
     return model.eval()
 
 
+@pytest.fixture
+def drafts_in_every_pass(monkeypatch):
+    """How many drafts pay is measured while they run; a test that counts passes must not depend on the clock."""
+    confidence = drafting_charformer.CONFIDENCE
+    monkeypatch.setattr(drafting_charformer.Pace, "rests", lambda pace: pace.plain.append(1.0))
+    monkeypatch.setattr(drafting_charformer.Pace, "thresholds", lambda pace: (confidence, confidence))
+
+
 @pytest.fixture(params=["linear", "sequential"])
 def model(request):
     return copy.deepcopy(half_trained(request.param))
@@ -100,7 +108,7 @@ class Shift(LogitsProcessor):
     ],
     ids=str,
 )
-def test_greedy_text_is_the_plain_one_in_fewer_passes(model, settings):
+def test_greedy_text_is_the_plain_one_in_fewer_passes(model, drafts_in_every_pass, settings):
     settings = {"max_new_tokens": 28, "do_sample": False} | settings
     plain, plain_passes = passes(model, **settings)
     streamer = Collect()
@@ -120,7 +128,7 @@ def test_untrained_heads_do_no_harm(make_model):
         assert model.generate(ids, max_new_tokens=20, do_sample=False, use_extra_targets=True).equal(plain)
 
 
-def test_what_came_before_is_looked_up(make_model, monkeypatch):
+def test_what_came_before_is_looked_up(make_model, drafts_in_every_pass, monkeypatch):
     """Drafts from the text itself are longer than the heads see ahead, and change nothing."""
     model = make_model(num_targets=2, max_position_embeddings=512, initializer_range=0.3).eval()
     # Each character depends on the one before alone, so that greedy text goes round in circles.

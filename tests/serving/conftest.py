@@ -12,7 +12,7 @@ from tests.serving.server import Server
 
 
 # Nothing of this folder belongs to `make test`, whose environment has no vLLM.
-collect_ignore = [] if find_spec("vllm") else ["test_serving.py"]
+collect_ignore = [] if find_spec("vllm") else ["test_serving.py", "test_drafting.py"]
 
 
 @pytest.fixture(scope="session")

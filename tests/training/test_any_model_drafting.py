@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -223,3 +225,54 @@ def test_heads_of_a_saved_folder_draft(tmp_path, heads):
     assert found.tolist() == expected.tolist()
     assert count < 20
     assert again < 20
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_heads_draft_with_adapters_and_outlive_merging(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(
+        copy.deepcopy(half_trained("llama")),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False),
+    ).eval()
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(input_ids=PROMPT, **settings)
+    drafted = model.generate(input_ids=PROMPT, use_extra_targets=True, **settings)
+    assert drafted.tolist() == plain.tolist()
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = load_auxiliary_losses(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path).eval()
+    for name, weight in half_trained("llama").auxiliary_heads.state_dict().items():
+        assert loaded.auxiliary_heads.state_dict()[name].equal(weight)
+    assert loaded.generate(PROMPT, use_extra_targets=True, **settings).tolist() == plain.tolist()
+
+
+def test_stock_early_exit_drafts_by_a_trained_layer_without_the_package(tmp_path):
+    """Shared heads of layers are the model's own output embeddings, which is what Transformers' early exit runs."""
+    program = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+prompt = torch.tensor([[int(one) for one in sys.argv[2].split()]])
+settings = dict(max_new_tokens=20, do_sample=False, eos_token_id=None)
+plain = model.generate(prompt, **settings)
+passes = []
+model.model.layers[-1].register_forward_hook(lambda *_: passes.append(1))
+drafted = model.generate(prompt, assistant_early_exit=2, **settings)
+assert drafted.tolist() == plain.tolist()
+assert not [name for name in sys.modules if "charformer" in name]
+print(len(passes))
+"""
+    model = add_auxiliary_losses(
+        build("llama"), num_targets=1, intermediate_layers=[2], intermediate_schedule="constant"
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        model(input_ids=TEXT, labels=TEXT).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path), " ".join(map(str, PROMPT[0].tolist()))]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[-1]) < 14  # passes of the last layer, for 20 tokens

@@ -29,29 +29,32 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: bool = False, **settings: Any) -> Model:
-    """Add auxiliary losses to `model`, a causal language model or sequence classification model of Transformers.
+    """Add auxiliary losses to `model`: a language model (causal, masked, encoder-decoder) or a classification model.
 
-    The model is changed and returned. In training, `forward` also takes `training_progress`, `training_step` and
-    `training_seed`, which `AuxiliaryLossTrainer` passes. Its output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without
-    labels, and in evaluation, the model computes what it did before. `save_pretrained` writes the plain model, with the
-    auxiliary heads in the subfolder `auxiliary_heads/`; `load_auxiliary_losses` loads these.
+    Classification models of sequences, tokens and images are accepted. The model is changed and returned. In training,
+    `forward` also takes `training_progress`, `training_step` and `training_seed`, which `AuxiliaryLossTrainer` passes. Its
+    output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without labels, and in evaluation, the model
+    computes what it did before. `save_pretrained` writes the plain model, with the auxiliary heads in the subfolder
+    `auxiliary_heads/`; `load_auxiliary_losses` loads these.
 
     Every head reads the output of its layer after the model's final norm, and after any further module that the model
-    applies to the output of its last layer. These modules are found by running the model on six tokens.
+    applies to the output of its last layer. These modules are found by running the model on six tokens or an image. A
+    head of an image classifier pools as the model's own head does. If the layers differ in width, or the model's norm comes
+    after its pooling, each head has a layer norm of its own. The layers of an encoder-decoder are the decoder's.
 
     Args:
         model: The model, or a PEFT model around it.
         heads: `"shared"` or `"own"`. `"shared"`, the default for language models, uses the model's output embeddings on
             intermediate layers (like LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710). Further targets have a residual
             block before them, which begins as the identity (like Medusa, Cai et al. 2024, arXiv 2401.10774). `"own"`
-            gives each term a separate linear head, like Al-Rfou et al. (2018). Sequence classification models accept
-            `"own"` only.
+            gives each term a separate linear head, like Al-Rfou et al. (2018). Classification models accept `"own"` only.
         heads_only: Train the heads alone, on a frozen model that may be quantized (like Medusa-1, Cai et al. 2024, section
             2.2.1). No other weight is trained, the model runs without a backward pass and without dropout, and its own
             loss is only reported. Each term needs weights of its own: with shared heads, further targets alone have any.
-        settings: The fields of `LossFields`, with the defaults that they have there; the main term is called `next_token`. A sequence classification model accepts
-            `intermediate_layers` (default `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule`
-            (`"constant"`), `term_weights` and `loss_weighting`; its main term is called `classification`.
+        settings: The fields of `LossFields`, with the defaults that they have there. A masked language model does not accept
+            `position_loss` and those of targets. A classification model accepts `intermediate_layers` (default
+            `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule` (`"constant"`), `term_weights` and
+            `loss_weighting`. The main term is called `next_token`, `masked_token` or `classification`.
 
     Raises:
         ValueError: If the model or a setting is not accepted; the model is then unchanged.

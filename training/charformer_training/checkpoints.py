@@ -126,7 +126,9 @@ class SafeTrainer(HubTrainer):
         """
         self._forget()
         with self._alone(), self._watching_signals():
-            if self.args.should_save:
+            if self.hp_search_backend is not None:
+                self._settings = None  # of each trial, whose model is not built yet
+            elif self.args.should_save:
                 self.run_settings()  # read now, before training changes model and configuration
             folder = self._checked(resume_from_checkpoint, accept_changes)
             with changed(self.args, eval_on_start=self.args.eval_on_start and folder is None):

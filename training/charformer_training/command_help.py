@@ -8,8 +8,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from .shipped import shipped_path
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+
+CONFIGS = shipped_path("configs")
 _EXAMPLE = """\
 Train a Charformer from a recipe. Fields on the command line override the recipe's.
 
@@ -108,9 +110,7 @@ def how_to_begin(usage: str) -> str:
 
 
 def _recipes() -> list[str]:
-    paths = sorted(CONFIGS.glob("*.yaml"))  # not there in an installed package
-    if not paths:
-        return []
+    paths = sorted(CONFIGS.glob("*.yaml"))
     titles = map(_title, paths)
     lines = [f"  {path.name:<20} {textwrap.shorten(title, 90)}" for path, title in zip(paths, titles, strict=True)]
     return ["\n".join(["Recipes in training/configs:", *lines])]

@@ -151,7 +151,7 @@ def _medusa_v2(heads: MedusaHeads, base_model: str | None) -> tuple[dict[str, An
         "base_model_name_or_path": base_model,
         "version": "2",
     }
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for number, (weight, bias) in enumerate(heads.blocks):
         weights |= {f"{number}.0.linear.weight": weight, f"{number}.0.linear.bias": bias}
     return config, "medusa_lm_head.safetensors", weights

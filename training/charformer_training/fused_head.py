@@ -81,6 +81,11 @@ class FusedHead:
 
     def _with_losses(self, kwargs: dict[str, Any], labels: Tensor, told: dict[str, Any]) -> Any:
         model = self.model
+        if model.loss_settings.distillation:
+            raise ValueError(
+                f"distillation is {model.loss_settings.distillation}: heads learn from the logits of the model's own head, which"
+                " TRL's fused head does not compute. It must be 0"
+            )
         inputs = {**kwargs, "labels": labels}
         targets = Targets(inputs, model.loss_settings.num_targets, None, told["target_counts"])
         step = LossStep(

@@ -44,7 +44,7 @@ class LossTerms:
     - Each micro-batch's loss is its share of the step's loss. The gradients of a step add up to that of one big batch.
     - `means` returns the mean of each term since its last call. No value depends on how a batch is split.
 
-    Example:
+    Example::
 
         terms = LossTerms(model, num_steps=1000)
         for micro_batches in terms.steps(loader, accumulation=4):
@@ -263,7 +263,10 @@ class LossTerms:
             terms: The terms by name; by default those in `loss_dict` of the output.
         """
         terms, means = loss_dict_of(outputs) if terms is None else terms, further_losses_of(outputs)
-        self.weights = dict((outputs.get("loss_weights") if isinstance(outputs, Mapping) else None) or {})
+        given = outputs.get("loss_weights") if isinstance(outputs, Mapping) else None
+        # The output leaves out terms that have dropped out.
+        self.weights = dict.fromkeys((term.name for term in (self.settings.terms if self.settings else ())), 0.0)
+        self.weights |= given or {}
         main = {} if terms or not self._added else {MAIN: loss}
         for name, (weight, value) in self.added_values(outputs, inputs).items():
             means[name], self.weights[name] = value, weight

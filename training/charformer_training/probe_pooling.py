@@ -81,6 +81,7 @@ def pooling_of(model: PreTrainedModel, trace: Trace) -> Pooling | None:
 def _candidates(trace: Trace, tensor: Tensor, names: tuple[str, ...]) -> Iterator[Pooling]:
     if tensor.dim() == 3 and "decoder_input_ids" in trace.inputs:
         yield Pooling("last_eos", 0, names)
+        yield Pooling("last", 0, names)
     elif tensor.dim() == 3:
         yield Pooling("first", 0, names)
         yield Pooling("last", 0, names)

@@ -22,7 +22,7 @@ from .arguments import (
     check_text,
 )
 from .checks import check_ranges, check_type, checked_path, shown
-from .command_help import training_help
+from .command_help import CONFIGS, training_help
 from .pretrained import check_batch, check_size
 from .strict_yaml import MAX_LENGTH, read_yaml
 from .terminal import one_line
@@ -155,17 +155,24 @@ def _trainer_settings(values: dict[str, Any]) -> AuxiliaryLossTrainingArguments:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The fields of a recipe, each known and of its type.
 
+    A name like `quickstart.yaml` or `training/configs/quickstart.yaml`, where there is no such file, is that of a recipe
+    which comes with the package.
+
     Raises:
         ValueError: Names file, field, value and what is accepted.
         FileNotFoundError: If there is no such file.
     """
     name = one_line(path)
+    if not path.exists() and path.parent in (Path(), Path("training/configs")) and (CONFIGS / path.name).is_file():
+        path = CONFIGS / path.name
     if path.exists() and not path.is_file():
         raise ValueError(
             f"{name} is not a recipe, but a folder, a device or a pipe; give a file of 'field: value' lines"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {name!r}; training/configs holds those of this project")
+        raise FileNotFoundError(
+            f"there is no recipe {name!r}; those of this project are {', '.join(sorted(file.name for file in CONFIGS.glob('*.yaml')))}"
+        )
     if path.stat().st_size > 4 * MAX_LENGTH:
         raise ValueError(f"{name} has {path.stat().st_size:,} bytes; a recipe has {MAX_LENGTH:,} or fewer")
     try:
