@@ -129,22 +129,21 @@ class _RowCrossEntropies(torch.autograd.Function):
             )
         rows, weight, bias, targets, expected, counted, row_gradient = ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad[:3]
+        # Kept for the first backward pass alone: the node may outlive it, and what it gives away may change.
+        (kept, product), ctx.kept, ctx.product = (ctx.kept, ctx.product), [], None
         with _without_autocast(rows.device.type):
             on_rows = (row_gradient * gradient[:, None]).to(rows.dtype) if of_rows else None
             if not (of_weight or of_bias):
                 return on_rows, *[None] * 7
             on_outputs = gradient * counted
-            factor = None if ctx.product is None else _factor(on_outputs, expected * counted)
+            factor = None if product is None else _factor(on_outputs, expected * counted)
             if factor is not None:
-                found, ctx.product = (
-                    ctx.product.times(factor),
-                    None,
-                )  # given away: a second backward pass makes its own
+                found = product.times(factor)
             else:
                 found = _ClassifierGradient(bias is not None)
                 classifier = LinearClassifier(weight, bias, *ctx.form).to(rows.dtype)
                 again = ((part, piece) for part, _, piece in _pieces(rows, classifier, targets))
-                for part, piece in ctx.kept or again:
+                for part, piece in kept or again:
                     found.add(piece, rows[part], on_outputs[part])
             on_weight = found.of_weight.to(weight.dtype) if of_weight else None
             on_bias = found.of_bias.to(bias.dtype) if of_bias and found.of_bias is not None else None
