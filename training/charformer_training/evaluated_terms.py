@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils.generic import ModelOutput
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 
@@ -52,7 +53,11 @@ class EvaluatesTerms(Trainer):
 
     def _evaluate_with_terms(self, model: nn.Module, inputs: Any, return_outputs: bool) -> Any:
         # Without counts of the whole step, the losses are means over this batch; they are weighted below.
-        inputs = self._without_repeated_rows(inputs)
+        kept = self._rows_not_repeated(inputs)
+        if kept is not None:
+            labels = inputs["labels"].clone()
+            labels[kept:] = IGNORE_INDEX
+            inputs = {**inputs, "labels": labels}
         given, seen = dict(inputs), []
         hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
         try:
@@ -60,23 +65,20 @@ class EvaluatesTerms(Trainer):
         finally:
             hook.remove()
         loss, outputs = computed if return_outputs else (computed, None)
-        self._add_evaluation_terms(loss, seen[-1] if seen else outputs, given)
+        self._add_evaluation_terms(loss, seen[-1] if seen else outputs, given, kept)
         return computed
 
-    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Leave out the rows that fill the last batches on several processes; they are repeats of the first rows."""
+    def _rows_not_repeated(self, inputs: dict[str, Any]) -> int | None:
+        """How many rows do not just fill the last batch on several processes, as repeats of the first rows; `None` for all."""
         labels, loader = inputs.get("labels"), self.accelerator.gradient_state
         if self.args.world_size == 1 or not isinstance(labels, Tensor):
-            return inputs
+            return None
         if not loader.end_of_dataloader or loader.remainder <= 0:
-            return inputs
+            return None
         rows = labels.shape[0]
-        kept = min(max(loader.remainder - self.args.process_index * rows, 0), rows)
-        labels = labels.clone()
-        labels[kept:] = IGNORE_INDEX
-        return {**inputs, "labels": labels}
+        return int(min(max(loader.remainder - self.args.process_index * rows, 0), rows))
 
-    def _add_evaluation_terms(self, loss: Tensor, outputs: Any, inputs: dict[str, Any]) -> None:
+    def _add_evaluation_terms(self, loss: Tensor, outputs: Any, inputs: dict[str, Any], kept: int | None) -> None:
         labels, terms = inputs.get("labels"), loss_dict_of(outputs) | further_losses_of(outputs)
         positions, rows = counts_of(inputs, self._loss_shifts_labels)
         self._evaluation_terms.add("loss", loss, positions)
@@ -84,7 +86,9 @@ class EvaluatesTerms(Trainer):
             with self.compute_loss_context_manager():
                 for name, figures in head_accuracies(bare_model(self), inputs).items():
                     self._evaluation_terms.add(name, *figures)
-        if outputs is not None:
+        if outputs is not None and kept != 0:
+            if kept is not None:
+                outputs, inputs = (first_rows(each, len(inputs["labels"]), kept) for each in (outputs, inputs))
             own = self.loss_terms.added_values(outputs, inputs, weighted=False)
             terms |= {name: value for name, (_, value) in own.items()} | ({} if terms or not own else {MAIN: loss})
         for name, value in terms.items():
@@ -139,3 +143,12 @@ class EvaluatesTerms(Trainer):
             f"not finite at step {step}: {', '.join(names)}. Lower the learning rate, warm it up for longer, or clip gradients"
             " (max_grad_norm)"
         )
+
+
+def first_rows(batch: Any, rows: int, kept: int) -> Any:
+    """A batch, or a model's output, with the first `kept` of its `rows` in each tensor that holds one entry a row."""
+    values = {
+        name: value[:kept] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+        for name, value in batch.items()
+    }
+    return type(batch)(**values) if isinstance(batch, ModelOutput) else values
