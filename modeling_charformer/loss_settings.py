@@ -249,6 +249,7 @@ class AuxiliaryLossSettings(LossFields):
         if self.position_loss not in ("all", "last"):
             raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
         _check_position_share(self.position_share, self.position_loss)
+        self.position_share_text = repr(self.position_share)
         if self.loss_weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
         self._check_distillation()

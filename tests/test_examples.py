@@ -179,7 +179,7 @@ def test_image_classifier(tmp_path):
 def test_compress_and_restore(make_model, tmp_path):
     """The size of the file is the reported code length: the figure is honest."""
     text = tmp_path / "text.txt"
-    text.write_bytes(b"the rat and the cat sat on the mat; " * 12 + bytes(range(0, 250, 7)) * 40)
+    text.write_bytes(b"the rat and the cat sat on the mat; " * 6 + bytes(range(0, 250, 7)) * 18)
     model = make_model(max_position_embeddings=32).eval()
     model.save_pretrained(tmp_path / "model")
     code, restored = tmp_path / "code", tmp_path / "restored"

@@ -24,7 +24,8 @@ COMMAND = re.compile(
 
 
 def commands() -> list[str]:
-    found = [match[1] for page in (*PAGES, HELP) for match in COMMAND.finditer(page.read_text(encoding="utf-8"))]
+    texts = (page.read_text(encoding="utf-8").replace("$weight", "0.3") for page in (*PAGES, HELP))  # of a loop
+    found = [match[1] for text in texts for match in COMMAND.finditer(text)]
     # What has words in capitals or brackets shows the form of a command.
     whole = [line.split("  #")[0].strip() for line in found if not re.search(r"\b(MODEL|TEXT|RUN|RECIPE)\b|\[", line)]
     return list(dict.fromkeys(line for line in whole if len(line.split()) > 1 and re.search(r" \S*[/.]\S*", line)))
@@ -53,7 +54,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(small(quickstart)) == 0
-    for name in "ab":
+    # Runs that the pages compare or evaluate; those that a command trains are made by it.
+    read = [command for command in commands() if re.match(r"\S*charformer-(compare|evaluate)", command)]
+    for name in set(re.findall(r"runs/([\w.-]+)", " ".join(read))) - {"quickstart"}:
         shutil.copytree(folder / "runs" / "quickstart", folder / "runs" / name)
     return folder
 

@@ -46,14 +46,6 @@ def half_trained(target_heads: str) -> CharformerForCausalLM:
     return model.eval()
 
 
-@pytest.fixture
-def drafts_in_every_pass(monkeypatch):
-    """How many drafts pay is measured while they run; a test that counts passes must not depend on the clock."""
-    confidence = drafting_charformer.CONFIDENCE
-    monkeypatch.setattr(drafting_charformer.Pace, "rests", lambda pace: pace.plain.append(1.0))
-    monkeypatch.setattr(drafting_charformer.Pace, "thresholds", lambda pace: (confidence, confidence))
-
-
 @pytest.fixture(params=["linear", "sequential"])
 def model(request):
     return copy.deepcopy(half_trained(request.param))

@@ -192,6 +192,7 @@ def test_draw_follows_from_seed_and_step_or_from_torchs_random_numbers(make_mode
 @pytest.mark.slow
 def test_compiled_draws_are_the_eager_ones_in_one_graph(make_model, make_ids):
     ids, model, graphs = make_ids(), make_model(position_share=0.2, num_targets=2), []
+    other = make_model(position_share=0.3, num_targets=2)
 
     def backend(graph, _inputs):
         graphs.append(graph)
@@ -202,6 +203,9 @@ def test_compiled_draws_are_the_eager_ones_in_one_graph(make_model, make_ids):
         inputs = {"labels": ids, "training_step": number, "training_seed": 3, "use_cache": False}
         torch.testing.assert_close(step(ids, **inputs).loss_dict, model(ids, **inputs).loss_dict)
     assert len(graphs) <= 2  # torch compiles anew where a number first changes
+    # A second model with another share, in the same process.
+    compiled = torch.compile(other, backend=backend, fullgraph=True)(ids, **inputs)
+    torch.testing.assert_close(compiled.loss_dict, other(ids, **inputs).loss_dict)
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan"), float("inf"), True, "half", None])

@@ -75,6 +75,7 @@ def left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
     }
 
 
+pytestmark = pytest.mark.usefixtures("drafts_in_every_pass")
 BATCH = left_padded([[5, 9, 14], [33, 21, 40, 7, 5], [9], [12, 33, 21, 60]])
 
 
