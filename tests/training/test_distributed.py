@@ -43,13 +43,13 @@ def two_machines() -> list[list[str]]:
 # How the processes are started, by command lines that run at once; how many there are; and what they train.
 LAUNCHES: dict[str, tuple[Callable[[], list[list[str]]], int, list[str]]] = {
     "torchrun on 2": (lambda: torchrun(2), 2, list(CASES)),
-    "torchrun on 4": (lambda: torchrun(4), 4, ["plain", "added"]),
+    "torchrun on 4": (lambda: torchrun(4), 4, ["plain"]),
     "accelerate, one node": (lambda: [accelerate("one_node.yaml")], 2, ["plain"]),
     "accelerate, several nodes": (two_machines, 2, ["plain"]),
     "accelerate, FSDP2": (
         lambda: [accelerate("fsdp2.yaml")],
         2,
-        ["plain", "accumulated", "checkpointed", "last_position", "learned_weights", "saved", "added", "muon"],
+        ["plain", "checkpointed", "learned_weights", "saved", "added", "muon"],
     ),
 }
 
