@@ -1,5 +1,6 @@
 """Fixtures: small runs of the Trainer and of charformer-train."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,9 +28,10 @@ def make_trainer(corpus: dict[str, Split], tmp_path: Path) -> Callable[..., Auxi
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A cache of corpora that is the test's alone."""
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of a cache of corpora that is the test's alone."""
     monkeypatch.setattr(data_module, "HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -40,3 +42,11 @@ def command(text_file: Path, tmp_path: Path) -> Callable[..., list[str]]:
         return small_command(recipe, **({"data_path": text_file, "output_dir": tmp_path / "run"} | changes))
 
     return make
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the package logs."""
+    monkeypatch.setattr(data_module.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return caplog

@@ -1,8 +1,6 @@
 """Files that are no text, or change or vanish while they are read."""
 
-import logging
 import os
-from pathlib import Path
 
 import pytest
 
@@ -12,18 +10,7 @@ from charformer_training.arguments import DataArguments
 from charformer_training.data import load_corpus
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr(data_module, "HF_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the package logs."""
-    monkeypatch.setattr(data_module.logger, "propagate", True)
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    return caplog
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,10 @@ class LoggerNames:
         self.further: dict[str, float] = {}
         """Figures that loggers get with the next entry of training, and that the log does not hold."""
 
+    def show_weights(self, weights: Mapping[str, Any]) -> None:
+        """Give loggers the weights of terms, by name, beside the next entry of training."""
+        self.further = {f"weight_{name}": float(weight) for name, weight in weights.items()}
+
     def add(self, keys: Iterable[str], evaluation: str = "") -> None:
         """Take note of names in the log, those of an evaluation without its prefix, such as `eval`."""
         for key in keys:

@@ -281,10 +281,6 @@ class LossTerms:
         values = {name: torch.tensor(value, device=device) for name, value in figures.items()}
         self._sums.add(self.step + 1, values, 1.0)
 
-    @property
-    def holds(self) -> bool:
-        return bool(self._held)
-
     def auxiliary_parts(self, terms: Mapping[str, Tensor], weights: Batch, scale: float) -> list[Tensor]:
         """What each auxiliary term, and each of `add_term`, gives to the step's loss in the micro-batch that is held."""
         return [value * scale for value in weighted_terms(terms, weights, self.settings)] + self._held_added

@@ -343,7 +343,6 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             means.pop("loss", None)
             logs.update(means)
             self.logger_names.add(means)
-            weights = self.loss_terms.weights.items()
-            self.logger_names.further = {f"weight_{name}": float(weight) for name, weight in weights}
+            self.logger_names.show_weights(self.loss_terms.weights)
         self.logger_names.use_in(self.callback_handler.callbacks)
         super().log(logs, *args, **kwargs)

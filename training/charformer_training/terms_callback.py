@@ -102,7 +102,7 @@ class LossTermsCallback(TrainerCallback):
         if "loss" in logs:
             found, evaluation = self.terms.means(), ""
             found.pop("loss", None)
-            self.names.further = {f"weight_{name}": float(weight) for name, weight in self.terms.weights.items()}
+            self.names.show_weights(self.terms.weights)
         elif evaluation not in ("", "train"):
             totals = self._evaluated.totals()
             self._evaluated = EvaluationTerms()
