@@ -206,6 +206,8 @@ class LossStep:
         self.values: dict[str, Tensor] = {}
         self.reads: list[HeadInput] = []
         """What the auxiliary heads have read, recorded if they are to be distilled."""
+        self.classifiers: dict[int, LinearClassifier] = {}
+        """The classifiers of auxiliary heads, by the `id` of their matrix, if they were prepared before the model ran."""
         self._distillation = settings.distillation if training else 0.0
         self._distilled: list[str] = []
         self._num_layers = settings.num_layers

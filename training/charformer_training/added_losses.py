@@ -110,6 +110,7 @@ class ModelWithLosses(SavesHeads):
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or self.training, "return_dict": True}
+        self.prepare(step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_only):
             outputs = self._plain_forward(inputs)
         share_of_step = self.add_losses(step, outputs, kwargs, counts)
@@ -137,6 +138,9 @@ class ModelWithLosses(SavesHeads):
         if self._own_loss.follows_num_items:
             return inputs
         return {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
+
+    def prepare(self, step: LossStep) -> None:
+        """Make the nodes of the graph that are to run after the model's own in the backward pass."""
 
     def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None

@@ -132,6 +132,12 @@ class LanguageModelWithLosses(ModelWithLosses):
             add_distillation(step, targets, outputs.logits, self._logits_of)
         return targets.share_of_step
 
+    def prepare(self, step: LossStep) -> None:
+        for term in step.terms:
+            if not term.is_main and term.positions == "all" and (classifier := self._classifier(term)) is not None:
+                key = id(classifier.weight)
+                step.classifiers[key] = step.classifiers.get(key) or classifier.with_entry()
+
     def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets) -> None:
         terms = [term for term in step.terms if not term.is_main]
         samples = step.samples(terms, targets) or {}
@@ -143,7 +149,8 @@ class LanguageModelWithLosses(ModelWithLosses):
             classifier = self._classifier(term) if term.positions == "all" else None
             if classifier is not None:  # one run for all terms that share it
                 read = HeadInput(term, self._classifier_input(term, states), sample)
-                together.setdefault(id(classifier.weight), (classifier, []))[1].append(read)
+                key = id(classifier.weight)
+                together.setdefault(key, (step.classifiers.get(key, classifier), []))[1].append(read)
                 continue
             logits_of = functools.partial(self._logits_of, term)
             if sample is not None:
