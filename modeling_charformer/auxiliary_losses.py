@@ -370,7 +370,7 @@ def linear_losses(
     values = row_cross_entropies(torch.cat(rows), classifier, torch.cat(wanted), torch.cat(expected))
     parts = values.split([len(one) for one in wanted])
     return {
-        one.term.name: part @ count / targets.denominator(one.term)
+        one.term.name: (part * count).sum() / targets.denominator(one.term)
         for one, part, count in zip(inputs, parts, counts, strict=True)
     }
 

@@ -208,8 +208,11 @@ class _Sums(NamedTuple):
             found = _ClassifierGradient(bias is not None)
             pieces = _pieces(self.rows, self.classifier.to(self.rows.dtype), self.targets)
             again = ((part, piece) for part, _, piece in pieces)
+            # At most 1, as in the forward pass: large numbers, like a scaled loss, would overflow in half precision.
+            largest = self.on_outputs.abs().max().clamp(min=1e-30)
             for part, piece in self.kept or again:
-                found.add(piece, self.rows[part], self.on_outputs[part])
+                found.add(piece, self.rows[part], self.on_outputs[part] / largest)
+            found = found.times(float(largest))
         of_weight, of_bias = cast(Tensor, found.of_weight), found.of_bias
         return of_weight.to(weight.dtype), None if bias is None or of_bias is None else of_bias.to(bias.dtype)
 

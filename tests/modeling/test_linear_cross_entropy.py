@@ -277,3 +277,13 @@ def test_labels_of_no_target_give_zeros():
     model(input_ids=ids, labels=torch.full_like(ids, -100)).loss_dict["layer_1"].backward()
     assert not any(w.grad.any() for w in model.parameters() if w.grad is not None)
     assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_under_autocast_are_summed_in_single_precision(dtype, monkeypatch):
+    ids, results = torch.randint(0, 61, (4, 20)), []
+    for least in (1, 10**6):
+        monkeypatch.setattr(linear_cross_entropy, "MIN_VOCABULARY", least)
+        with torch.autocast("cpu", dtype):
+            results.append(dict(llama()(input_ids=ids, labels=ids).loss_dict))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0.0)

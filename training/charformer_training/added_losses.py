@@ -66,7 +66,7 @@ class ModelWithLosses(SavesHeads):
         heads_only: bool = False,
     ) -> None:
         self.loss_settings, self.heads_only = settings, heads_only
-        self._anatomy = anatomy
+        self._anatomy, self._own_heads = anatomy, heads == "own"
         for name, value in checked.items():
             setattr(self, name, value)
         terms = [term for term in settings.terms if not term.is_main]
@@ -96,10 +96,13 @@ class ModelWithLosses(SavesHeads):
         raise NotImplementedError
 
     def linear_head(self, num_outputs: int, index: int, width: int | None = None) -> nn.Module:
-        deviation = getattr(self.config.get_text_config(), "initializer_range", 0.02)
         head = AuxiliaryHead(width or self._anatomy.width, num_outputs, index)
-        head.draw(deviation)
+        head.draw(self._deviation)
         return head
+
+    @property
+    def _deviation(self) -> float:
+        return float(getattr(self.config.get_text_config(), "initializer_range", 0.02))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         progress, number, seed, counts = (kwargs.pop(name, None) for name in OWN_ARGUMENTS)

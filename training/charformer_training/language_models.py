@@ -67,6 +67,14 @@ class LanguageModelWithLosses(ModelWithLosses):
             return self.linear_head(self._vocab_size, index)
         return nn.Identity() if term.offset == 1 else ResidualBlock(self._anatomy.width)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize like the plain model, and heads of their own with it."""
+        embeddings: nn.Module = super().resize_token_embeddings(*args, **kwargs)
+        for name, head in list(self.auxiliary_heads.items()):
+            if isinstance(head, AuxiliaryHead):
+                self.auxiliary_heads[name] = head.resized(self._vocab_size, self._deviation)
+        return embeddings
+
     @property
     def _vocab_size(self) -> int:
         return cast(Tensor, self.get_output_embeddings().weight).shape[0]
@@ -76,7 +84,7 @@ class LanguageModelWithLosses(ModelWithLosses):
 
     def _classifier(self, term: LossTerm) -> LinearClassifier | None:
         head = self.auxiliary_heads[term.name]
-        if isinstance(head, AuxiliaryHead):
+        if self._own_heads:
             return linear_classifier(head)
         last = self.get_submodule(self._path.modules[-1])
         if last is not self.get_output_embeddings() or self._path.bias is not None:
@@ -85,17 +93,17 @@ class LanguageModelWithLosses(ModelWithLosses):
 
     def _head_states(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         head, hidden_states = self.auxiliary_heads[term.name], self._finished(term, hidden_states)
-        return hidden_states if isinstance(head, AuxiliaryHead) else head(hidden_states)
+        return hidden_states if self._own_heads else head(hidden_states)
 
     def _classifier_input(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         states = self._head_states(term, hidden_states)
-        if isinstance(self.auxiliary_heads[term.name], AuxiliaryHead):
+        if self._own_heads:
             return states
         return through(self, self._path.modules[:-1], states)
 
     def _logits_of(self, term: LossTerm, hidden_states: Tensor) -> list[Tensor]:
         head, states = self.auxiliary_heads[term.name], self._head_states(term, hidden_states)
-        return [head(states) if isinstance(head, AuxiliaryHead) else self._logits(states)]
+        return [head(states) if self._own_heads else self._logits(states)]
 
     def _targets(self, inputs: dict[str, Any], target_counts: Tensor | None) -> Targets:
         if inputs.get("shift_labels") is not None and not self._own_loss.follows_shift_labels:
