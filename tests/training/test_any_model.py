@@ -20,6 +20,7 @@ from charformer_training import (
     add_auxiliary_losses,
     load_auxiliary_losses,
 )
+from modeling_charformer.loss_settings import AuxiliaryLossSettings
 from tests.training.any_models import DEPRECATED, KINDS, build, make_ids, norm_of
 
 
@@ -349,3 +350,24 @@ def test_own_head_in_an_adapter_is_still_its_terms_head():
     for name, head in list(model.auxiliary_heads.items()):
         model.auxiliary_heads[name] = torch.nn.Sequential(head)
     torch.testing.assert_close(dict(model(input_ids=ids, labels=ids, training_progress=0.0).loss_dict), dict(before))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("num_targets", 2.0, "a whole number, 1 or more"),
+        ("num_targets", True, "a whole number, 1 or more"),
+        ("target_weights", 0.5, "a list of weights, or None"),
+        ("term_weights", [1], "a mapping of terms to weights, or None"),
+        ("term_weights", {"layer_1": "1"}, "a finite number that is 0 or more"),
+        ("intermediate_layers", 2, "'all', a list of layer numbers, or None"),
+        ("intermediate_layers", ["1"], "layers are whole numbers"),
+        ("intermediate_weight", True, "a finite number that is 0 or more"),
+        ("intermediate_schedule", ["random"], "known schedules: "),
+        ("distillation", "1", "a finite number that is 0 or more"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_type_are_refused_with_what_is_accepted(field, value, accepted):
+    with pytest.raises(ValueError, match=f"^{field}.*{accepted}"):
+        AuxiliaryLossSettings(num_layers=4, **{field: value})
