@@ -250,7 +250,6 @@ class AuxiliaryLossSettings(LossFields):
         if self.position_loss not in ("all", "last"):
             raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
         _check_position_share(self.position_share, self.position_loss)
-        self.position_share_text = repr(self.position_share)
         if self.loss_weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
         self._check_distillation()
@@ -259,6 +258,12 @@ class AuxiliaryLossSettings(LossFields):
             if name not in names:
                 raise ValueError(f"term_weights names {name!r}; the terms of this model are {names}")
             _check_weight(f"term_weights[{name!r}] is", weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "position_share":
+            # As a text, because torch.compile takes a number that differs between two models for one that varies.
+            self.position_share_text = repr(value)
 
     def _check_types(self) -> None:
         layers = self.intermediate_layers
