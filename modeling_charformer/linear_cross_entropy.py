@@ -88,13 +88,14 @@ def linear_classifier(module: Any, scale: float = 1.0, cap: float | None = None)
     """What a module, followed by a scale and a cap, computes, if `row_cross_entropies` can take its place; else `None`.
 
     It can take the place of a linear layer with `MIN_VOCABULARY` or more outputs whose parameters are all that matters. That
-    excludes hooks (those of CPU offloading, or of FSDP 2 on this layer), adapters like LoRA's, quantized matrices, and
-    matrices that are split over devices. In a function that torch.compile traces it never can.
+    excludes hooks (those of CPU offloading, or of FSDP 2 on this layer), adapters like LoRA's, parametrizations, quantized
+    matrices, and matrices that are split over devices. In a function that torch.compile traces it never can.
     """
     if (
         torch.compiler.is_compiling()
         or getattr(type(module), "forward", None) is not nn.Linear.forward
         or "forward" in vars(module)
+        or hasattr(module, "parametrizations")  # its matrix is computed anew each time that it is read
         or any(getattr(module, hooks) for hooks in _HOOKS)
         or module.out_features < MIN_VOCABULARY
     ):

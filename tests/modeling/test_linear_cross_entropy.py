@@ -171,7 +171,8 @@ def test_what_is_more_than_its_parameters_is_left_to_the_module(monkeypatch):
     empty.weight.data = torch.empty(0)
     quantized.weight = nn.Parameter(torch.zeros(V, D, dtype=torch.int8), requires_grad=False)
     adapted = type("Adapted", (nn.Linear,), {"forward": lambda self, states: states})(D, V)
-    for module in (hooked, replaced, empty, quantized, adapted, nn.Identity(), nn.Conv1d(D, V, 1)):
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, V))
+    for module in (hooked, replaced, empty, quantized, adapted, normed, nn.Identity(), nn.Conv1d(D, V, 1)):
         assert linear_classifier(module) is None, module
     monkeypatch.setattr(linear_cross_entropy, "MIN_VOCABULARY", V + 1)
     assert linear_classifier(plain) is None
