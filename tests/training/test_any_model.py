@@ -371,3 +371,16 @@ def test_own_head_in_an_adapter_is_still_its_terms_head():
 def test_settings_of_a_wrong_type_are_refused_with_what_is_accepted(field, value, accepted):
     with pytest.raises(ValueError, match=f"^{field}.*{accepted}"):
         AuxiliaryLossSettings(num_layers=4, **{field: value})
+
+
+def test_frozen_heads_are_reported_once(caplog):
+    model, ids = add_auxiliary_losses(build("llama"), num_targets=2), make_ids()
+    for parameter in model.auxiliary_heads.parameters():
+        parameter.requires_grad_(False)  # as get_peft_model does
+    for _ in range(2):
+        model(input_ids=ids, labels=ids)
+    assert caplog.text.count("are frozen") == 1 and "call add_auxiliary_losses after get_peft_model" in caplog.text
+    caplog.clear()
+    model = add_auxiliary_losses(build("llama"), num_targets=2)
+    model(input_ids=ids, labels=ids)
+    assert "frozen" not in caplog.text

@@ -5,6 +5,7 @@
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +25,7 @@ from .probe import Anatomy, Trace, through
 from .probe_loss import OwnLoss
 
 
+logger = logging.getLogger(__name__)
 OWN_ARGUMENTS = ("training_progress", "training_step", "training_seed", "target_counts")
 # The fields of an output that hold the outputs of layers.
 STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states", "reshaped_hidden_states")
@@ -40,6 +42,7 @@ class ModelWithLosses(SavesHeads):
     _own_loss = OwnLoss(None, False, False)
     heads_only = False
     """Whether nothing but the heads is trained."""
+    _heads_checked = False
     # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
@@ -113,6 +116,7 @@ class ModelWithLosses(SavesHeads):
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or self.training, "return_dict": True}
+        self._check_heads_are_trained()
         self.prepare(step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_only):
             outputs = self._plain_forward(inputs)
@@ -121,6 +125,23 @@ class ModelWithLosses(SavesHeads):
         values = {name: value for name, value in outputs.items() if name not in dropped}
         losses = step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)
         return self._output_class(**values, **self.loss_watch.watched(losses))
+
+    def _check_heads_are_trained(self) -> None:
+        """Say once if the heads are frozen while others train: a model would be fitted to heads that nobody has trained."""
+        if self._heads_checked or not self.training or torch.compiler.is_compiling():
+            return
+        self._heads_checked = True
+        heads = [*self.auxiliary_heads.parameters()]
+        if (
+            heads
+            and not any(weight.requires_grad for weight in heads)
+            and any(w.requires_grad for w in self.parameters())
+        ):
+            logger.warning(
+                "The auxiliary heads of this %s are frozen, so they stay as they are. PEFT freezes what a model has when it"
+                " adds adapters. To train the heads, call add_auxiliary_losses after get_peft_model",
+                type(self).__name__,
+            )
 
     def _plain_forward(self, inputs: dict[str, Any]) -> Any:
         """The plain model's output, with what its own head read as `head_input` where that is no hidden state."""
