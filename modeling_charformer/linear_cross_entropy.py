@@ -166,7 +166,8 @@ class _RowCrossEntropies(torch.autograd.Function):
             if ctx.product is not None:
                 ctx.product.add(gradient, rows[part], expected[part])
             elif of_classifier:
-                ctx.kept.append((part, gradient))
+                ctx.kept.append((part, value, gradient))
+            del gradient  # before the next piece is computed
         ctx.waiting, ctx.form = waiting, (scale, cap)
         ctx.save_for_backward(rows, weight, bias, targets, expected, counted, row_gradient)
         return torch.cat(values)
@@ -196,7 +197,7 @@ class _Sums(NamedTuple):
     targets: Tensor
     on_outputs: Tensor
     expected: Tensor
-    kept: list[tuple[slice, Tensor]]
+    kept: list[tuple[slice, Tensor, Tensor]]
     product: "_ClassifierGradient | None"
 
     def total(self) -> tuple[Tensor, Tensor | None]:
@@ -207,12 +208,12 @@ class _Sums(NamedTuple):
             found = self.product.times(factor)
         else:
             found = _ClassifierGradient(bias is not None)
-            pieces = _pieces(self.rows, self.classifier.to(self.rows.dtype), self.targets)
-            again = ((part, piece) for part, _, piece in pieces)
+            again = _pieces(self.rows, self.classifier.to(self.rows.dtype), self.targets)
             # At most 1, as in the forward pass: large numbers, like a scaled loss, would overflow in half precision.
             largest = self.on_outputs.abs().max().clamp(min=1e-30)
-            for part, piece in self.kept or again:
+            for part, _, piece in self.kept or again:
                 found.add(piece, self.rows[part], self.on_outputs[part] / largest)
+                del piece
             found = found.times(float(largest))
         of_weight, of_bias = cast(Tensor, found.of_weight), found.of_bias
         return of_weight.to(weight.dtype), None if bias is None or of_bias is None else of_bias.to(bias.dtype)
