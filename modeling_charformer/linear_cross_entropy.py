@@ -42,7 +42,7 @@ class LinearClassifier(NamedTuple):
     entry: "ClassifierEntry | None" = None
 
     def with_entry(self) -> "LinearClassifier":
-        """The same, with the node that its gradient will come from; for one call of `row_cross_entropies`."""
+        """The same, with the node that its gradient will come from, for the first call of `row_cross_entropies`."""
         return self._replace(entry=ClassifierEntry.of(self.weight, self.bias))
 
     def to(self, dtype: torch.dtype) -> "LinearClassifier":
@@ -54,6 +54,7 @@ class _Waiting:
     """What the gradient on a classifier is summed up from, handed over by one node of the graph to another."""
 
     sums: "_Sums | None" = None
+    has_user = False
 
 
 class ClassifierEntry(NamedTuple):
@@ -122,7 +123,9 @@ def row_cross_entropies(rows: Tensor, classifier: LinearClassifier, targets: Ten
     if rows.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         rows = rows.to(torch.get_autocast_dtype(device))
     weight, bias, scale, cap, entry = classifier
-    entry = entry or ClassifierEntry.of(weight, bias)
+    if entry is None or entry.waiting.has_user:
+        entry = ClassifierEntry.of(weight, bias)
+    entry.waiting.has_user = True
     parameters = (weight.detach(), None if bias is None else bias.detach())  # their gradients take the entry
     with _without_autocast(device):
         given = (*entry, *parameters, targets, expected, scale, cap, torch.is_grad_enabled())

@@ -288,3 +288,14 @@ def test_values_under_autocast_are_summed_in_single_precision(dtype, monkeypatch
         with torch.autocast("cpu", dtype):
             results.append(dict(llama()(input_ids=ids, labels=ids).loss_dict))
     torch.testing.assert_close(*results, rtol=1e-6, atol=0.0)
+
+
+def test_classifier_with_an_entry_can_be_used_twice(small_pieces):
+    inputs, targets = given()
+    classifier = classifier_of(inputs).with_entry()
+    found, wanted = torch.zeros(()), torch.zeros(())
+    for factor in (1.0, 2.0):
+        rows = inputs[0] * factor
+        found = found + factor * row_cross_entropies(rows, classifier, targets, torch.ones(N)).sum()
+        wanted = wanted + factor * reference([rows, *inputs[1:]], targets, 1.0, None).sum()
+    torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, inputs))
