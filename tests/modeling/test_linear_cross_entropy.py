@@ -295,7 +295,6 @@ def test_classifier_with_an_entry_can_be_used_twice(small_pieces):
     classifier = classifier_of(inputs).with_entry()
     found, wanted = torch.zeros(()), torch.zeros(())
     for factor in (1.0, 2.0):
-        rows = inputs[0] * factor
-        found = found + factor * row_cross_entropies(rows, classifier, targets, torch.ones(N)).sum()
-        wanted = wanted + factor * reference([rows, *inputs[1:]], targets, 1.0, None).sum()
+        found = found + factor * row_cross_entropies(inputs[0] * factor, classifier, targets, torch.ones(N)).sum()
+        wanted = wanted + factor * reference([inputs[0] * factor, *inputs[1:]], targets, 1.0, None).sum()
     torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, inputs))
