@@ -51,7 +51,8 @@ def test_a_run_leaves_a_folder_that_explains_and_loads_itself(command, tmp_path,
     assert tokenizer.decode(ids[0]).startswith("Zeile")
     assert tokenizer.model_max_length == model.config.max_position_embeddings
     symbols = [(one.pad_token_id, one.eos_token_id) for one in (tokenizer, model.config, model.generation_config)]
-    assert symbols == [(255, 254)] * 3
+    # The Trainer of Transformers 5.17 makes a list of it.
+    assert symbols[:2] == [(255, 254)] * 2 and symbols[2] in [(255, 254), (255, [254])]
 
     final_layer, layers = figures[-1].axes
     logged = training_entries(folder)
