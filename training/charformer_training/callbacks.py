@@ -277,9 +277,12 @@ class SampleText(TrainerCallback):
         model: CharformerForCausalLM | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or model is None:
+        if model is None:
             return
+        # All processes write together, since the weights may be spread over them.
         text = sample_text(model, self.tokenizer, self.prompt, self.length, self.seed)
+        if not state.is_world_process_zero:
+            return
         print(f"\n--- text written at step {state.global_step} ---\n{printable(text)}\n---", flush=True)
         line = _json_line({"step": state.global_step, "text": text})
         try:

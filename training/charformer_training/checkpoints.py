@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from .files import SCRATCH_PREFIX, give_default_permissions, remove, saving_failed_message
 from .manifest import RUNNING_SUMS, inspect, is_scheduled, newest_good, write_manifest
-from .models import unwrap_peft
+from .models import unwrap_peft, with_own_class
 from .pushing import HubTrainer
 from .resuming import changed, check_same_weights, find_checkpoint, let_lower_be_better, only_run
 from .run_settings import OPTIMIZER_FIELDS, check_accepted, check_same_settings, run_settings
@@ -228,7 +228,8 @@ class SafeTrainer(HubTrainer):
         return str(self._scratch or super()._get_output_dir(trial))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with with_own_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+            super()._save(output_dir, state_dict)
         base: Any = unwrap_peft(cast(nn.Module, self.model))
         folder = Path(output_dir or str(self.args.output_dir))
         if base is not self.model and hasattr(base, "save_auxiliary_heads"):  # PEFT saves its adapter alone

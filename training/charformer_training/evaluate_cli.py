@@ -42,7 +42,7 @@ def evaluate(model_path: str, text: str, arguments: EvaluateArguments) -> list[E
     _check_windows(arguments, read_config(model_path).max_position_embeddings)
     data_arguments = DataArguments(data_path=text, text_column=arguments.text_column)
     with processes.main_process_first():
-        corpus = load_corpus(data_arguments, write=processes.is_local_main_process)
+        corpus = load_corpus(data_arguments, processes.is_local_main_process, field="TEXT")
     part, data = choose_part(model_path, corpus, arguments)
     data = np.array(
         data[: arguments.max_bytes]

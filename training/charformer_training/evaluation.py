@@ -253,10 +253,14 @@ class _State:
 
 def _read_state(path: Path) -> dict[str, np.ndarray]:
     try:
+        if not path.is_file():
+            raise ValueError("it is a folder, a device or a pipe")
         with np.load(path, allow_pickle=False) as saved:
             values = {name: saved[name] for name in ("key", "bits", "done", "seconds")}
         if values["bits"].dtype != np.float64 or int(values["done"]) < 0 or float(values["seconds"]) < 0:
             raise ValueError("its values have another type")
+        if not bool((values["bits"] >= 0).all()):  # nan too
+            raise ValueError("its values are no bits")
         return values
     except Exception as error:  # damaged archives raise errors of many kinds
         raise ValueError(

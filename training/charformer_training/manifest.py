@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 # Sums since the last log entry. Only `SafeTrainer` writes this file.
 RUNNING_SUMS = "running_sums.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+_FORMAT, _PARTS = 1, ("settings", "files")
 # Names of files that are read on resuming. A foreign file with such a name would change the run.
 READ_ON_RESUME = re.compile(
     r"(model[-.]|pytorch_model|adapter|optimizer|scheduler|scaler|rng_state|auxiliary_heads|trainer_state|running_sums|global_step)"
@@ -61,7 +62,7 @@ def write_result(path: Path, settings: Mapping[str, Any], complete: bool) -> Non
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    content = {"format": 1, **content}
+    content = {"format": _FORMAT, **content}
     content["sha256"] = _digest(content)
     with whole_file(path) as file:
         file.write(_dumped(content).encode())
@@ -111,18 +112,22 @@ def inspect_result(folder: Path, name: str) -> Checkpoint | None:
         return Checkpoint(folder, (f"{name} is damaged",))
     present = {weight.name: weight for weight in folder.glob("*.safetensors")}
     faults = _differing(content["files"], present)
-    return Checkpoint(folder, tuple(faults), settings=content["settings"], complete=content["complete"])
+    if not (folder / "config.json").is_file():
+        faults.append("config.json is missing")
+    return Checkpoint(folder, tuple(faults), settings=content["settings"], complete=bool(content.get("complete")))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The content of a manifest, or `None` if any byte of it has changed."""
+    """The content of a manifest, or `None` if any byte of it has changed, or a later version wrote it."""
     try:
         text = path.read_text(encoding="utf-8")
         content: dict[str, Any] = json.loads(text)
         stated = content.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return content if stated == _digest(content) and _dumped({**content, "sha256": stated}) == text else None
+    whole = stated == _digest(content) and _dumped({**content, "sha256": stated}) == text
+    readable = content.get("format") == _FORMAT and all(isinstance(content.get(key), dict) for key in _PARTS)
+    return content if whole and readable else None
 
 
 def _differing(files: Mapping[str, dict[str, Any]], present: Mapping[str, Path]) -> list[str]:

@@ -21,6 +21,7 @@ from .pushing import COMMAND, RECIPE, RESULT
 logger = logging.getLogger(__name__)
 
 SAMPLES = "samples.jsonl"
+METRICS = "metrics.json"
 # Files of a trained model in a run's folder.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 # Fields that a recorded recipe leaves out: secrets, and how the command was to begin or resume.
@@ -109,7 +110,8 @@ def _check_choices(run: RunArguments, resume_from_checkpoint: str | None, save_o
 def _plan_to_go_on(folder: Path, held: Sequence[Path], processes: int) -> Start:
     result = inspect_result(folder, RESULT)
     if result is not None and not result.faults:
-        return Start(trained=True, complete=result.complete, settings=dict(result.settings or {}))
+        evaluated = result.complete and (folder / METRICS).exists()
+        return Start(trained=True, complete=evaluated, settings=dict(result.settings or {}))
     for fault in result.faults if result is not None else ():
         logger.warning("The result in %s is not good: %s", folder, fault)
     good, bad = newest_good(folder, processes)

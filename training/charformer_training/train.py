@@ -30,7 +30,7 @@ from .pretrained import load_language_model, read_config
 from .pushing import COMMAND, RECIPE, RESULT
 from .recipes import USAGE, parse_arguments
 from .resuming import only_run
-from .run_folder import SAMPLES, Start, plan_start, record_run
+from .run_folder import METRICS, SAMPLES, Start, plan_start, record_run
 from .run_settings import check_accepted, check_same_settings
 from .stopping import StoppedBySignal
 from .terminal import USER_ERRORS, printable, report_error, use_safe_streams
@@ -40,7 +40,6 @@ from .units import count_characters, is_utf8
 
 logger = logging.get_logger(__name__)
 
-METRICS = "metrics.json"
 _OWN_FILES = (SAMPLES, RECIPE, COMMAND, RESULT, METRICS, PICTURE, LOCK_FILE, "README.md", "trainer_state.json")
 
 # Fields that fine-tuning cannot change, since the weights have their shape or were trained with them.
@@ -177,9 +176,11 @@ def _train_alone(arguments: Arguments, command: Sequence[str]) -> dict[str, Any]
 
 def _read_metrics(path: Path) -> dict[str, Any]:
     try:
-        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged; charformer-evaluate measures the model again") from error
+        metrics: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError):
+        metrics = None
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{path} is damaged; delete it, and the same command measures the model again")
     return metrics
 
 
@@ -230,9 +231,11 @@ def _take_up_result(trainer: AuxiliaryLossTrainer, folder: Path) -> None:
     )
     try:
         trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not 1 <= trainer.state.global_step <= trainer.state.max_steps:
+            raise ValueError("its steps are not those of a run")
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{folder / 'trainer_state.json'} is damaged; --overwrite_output_dir begins the run anew"
+            f"{folder / 'trainer_state.json'} is missing or damaged; --overwrite_output_dir begins the run anew"
         ) from error
     trainer.state.init_training_references(trainer, trainer.state.max_steps, trainer.state.num_train_epochs, None)
 
@@ -276,12 +279,14 @@ def _finish(
             commit = trainer.push_to_hub()
             if commit is not None:
                 print(f"\nOn the Hub: {commit.commit_url}", flush=True)
-    if training.should_save and metrics:
+    if metrics:
         with failed.told("the summary"):
             model = trainer.accelerator.unwrap_model(trainer.model)
             length = run.sample_length
+            # All processes write the sample, since the weights may be spread over them.
             text = sample_text(model, tokenizer, run.sample_prompt, length, training.seed) if length else ""
-            print(_summary(folder, metrics, text), flush=True)
+            if training.should_save:
+                print(_summary(folder, metrics, text), flush=True)
     if training.should_save and not failed.messages:
         write_result(folder / RESULT, trainer.run_settings(), complete=True)
     if failed.messages:
