@@ -21,6 +21,7 @@ from charformer_training.arguments import (
 )
 from charformer_training.pretrained import load_language_model, read_config
 from charformer_training.recipes import field_types, parse_arguments
+from charformer_training.strict_yaml import read_yaml, write_yaml
 from charformer_training.train import build_model, main
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 from modeling_charformer.configuration_charformer import OWN_FIELDS
@@ -118,9 +119,12 @@ def test_recipe_values_are_checked_for_their_type(recipe, fields, message):
 
 
 def test_yaml_numbers_without_a_point_and_words_for_choices_are_taken_as_meant(recipe):
-    text = "data_path: a\noutput_dir: b\nmax_steps: 5\nlearning_rate: 1e-3\neval_strategy: 'no'\n"
-    training = parse_arguments([recipe(text)]).training
-    assert training.learning_rate == 0.001 and training.eval_strategy == "no"
+    text = "data_path: a\noutput_dir: b\nmax_steps: 5\nlearning_rate: 1e-3\neval_strategy: 'no'\nterm_weights: {layer_1: 2e-1}\n"
+    settings = parse_arguments([recipe(text)])
+    assert settings.training.learning_rate == 0.001 and settings.training.eval_strategy == "no"
+    assert settings.model.config_fields()["term_weights"] == {"layer_1": 0.2}
+    written = {"output_dir": "1e3", "learning_rate": 1e-5, "run_name": "12:30", "seed": 7}
+    assert read_yaml(write_yaml(written), "recipe") == written  # text that looks like a number stays text
 
 
 @pytest.mark.parametrize(
@@ -135,6 +139,8 @@ def test_yaml_numbers_without_a_point_and_words_for_choices_are_taken_as_meant(r
         ("seed: 010\n", "line 1, column 7: a whole number must be decimal and not begin with 0"),
         ("seed: 12:30\n", "a whole number must be decimal"),
         ("seed: 0x10\n", "a whole number must be decimal"),
+        ("learning_rate: 1:30.5\n", "line 1, column 16: a number must be decimal"),
+        ("<<: {seed: 1}\n", "a merge (<<) is not accepted; write its fields out"),
         ("x: !!python/object:os.system y\n", "could not determine a constructor"),
         (b"sample_prompt: caf\xe9\n", "is not text in UTF-8 (byte 18)"),
         ("max_steps: 3\0\n", "not valid YAML"),
@@ -196,11 +202,11 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
         ("--optim adamw_bnb_8bit", "optim is 'adamw_bnb_8bit'"),
         ("--dataloader_persistent_workers true", "it needs dataloader_num_workers of 1 or more"),
         ("--ignore_data_skip true", "ignore_data_skip is true; it must be false"),
-        ("--do_predict", "do_predict is True; it must be left out: charformer-evaluate measures a text"),
+        ("--do_predict", "do_predict is true; it must be left out: charformer-evaluate measures a text"),
         ("--num_train_epochs 5", "num_train_epochs is 5.0; it must be left out: windows are drawn at random"),
         ("--eval_strategy epoch", "eval_strategy is 'epoch'; it must be 'steps' or 'no'"),
         ("--include_for_metrics loss", "include_for_metrics is ['loss']; it must be left out: it serves metrics"),
-        ("--bf16_full_eval", "bf16_full_eval is True; it must be left out: evaluations during training"),
+        ("--bf16_full_eval", "bf16_full_eval is true; it must be left out: evaluations during training"),
         ("--use_cpu --fp16", "fp16 is true; on a CPU it would have no effect"),
         ("--lr_scheduler_type constant", "lr_scheduler_type is 'constant', which has no warm-up; warmup_steps is 100"),
         ("--load_best_model_at_end --eval_strategy no", "it needs eval_strategy 'steps', and save_strategy"),

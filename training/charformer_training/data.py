@@ -24,7 +24,7 @@ from transformers.utils import logging
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX
 
 from .arguments import SPLIT_NAMES, STANDARD_LIBRARY, DataArguments
-from .checks import checked_path
+from .checks import checked_path, shown
 from .corpus_files import described, documents, files_of_folder, is_plain, is_table, readable, text_of_row
 from .terminal import one_line
 from .units import is_utf8
@@ -151,6 +151,8 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None, 
         files, others = files_of_folder(path, own)
         if others and write:
             logger.warning(f"Left out of {arguments.source}: {described(others)}")
+        if not all(map(is_table, files)):
+            _check_no_column(arguments, f"the folder {one_line(path)} does not hold tables alone")
         if not files:
             raise ValueError(
                 f"{field}: the folder {one_line(path)} holds no text file"
@@ -163,7 +165,16 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None, 
         raise FileNotFoundError(_not_found(path, field))
     if path.stat().st_size == 0:
         raise ValueError(f"the file {one_line(path)} is empty")
+    if not is_table(path):
+        _check_no_column(arguments, f"{one_line(path)} is read as text, not as a table")
     return path if is_plain(path) else _cached([path], arguments, separator)
+
+
+def _check_no_column(arguments: DataArguments, why: str) -> None:
+    if arguments.text_column != DataArguments.text_column:
+        raise ValueError(
+            f"text_column is {shown('', arguments.text_column)}; it must be left out: {why} (.jsonl, .csv, .parquet)"
+        )
 
 
 def split_corpus(data: np.ndarray, train_share: float, validation_share: float, source: str = "") -> dict[str, Split]:

@@ -115,7 +115,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         recipe = read_recipe(checked_path("the recipe", words.pop(0)))
         # A text on the command line replaces either of the recipe's.
         if "data_path" in given:
-            recipe = {name: value for name, value in recipe.items() if not name.startswith("dataset_")}
+            of_dataset = ("dataset_", "text_column") if "dataset_name" in recipe else ("dataset_",)
+            recipe = {name: value for name, value in recipe.items() if not name.startswith(of_dataset)}
         elif "dataset_name" in given:
             recipe.pop("data_path", None)
         parser.set_defaults(**recipe)

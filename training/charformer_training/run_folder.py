@@ -9,13 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.utils import broadcast_object_list
 
 from .arguments import Arguments, RunArguments
 from .files import append_line, remove, remove_scratch, whole_file
 from .manifest import inspect_result, newest_good
 from .pushing import COMMAND, RECIPE, RESULT
+from .strict_yaml import write_yaml
 
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def _as_recipe_value(value: Any) -> Any:
 
 def _as_yaml(recipe: dict[str, Any]) -> str:
     head = "# All settings of this run, defaults included. To run it again: charformer-train THIS_FILE --output_dir OTHER\n"
-    return head + str(yaml.safe_dump(recipe, sort_keys=False))
+    return head + write_yaml(recipe)
 
 
 def without_secrets(command: Sequence[str]) -> list[str]:

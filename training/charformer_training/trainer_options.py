@@ -94,7 +94,7 @@ def _check_use(values: dict[str, Any], changed: Collection[str]) -> None:
             raise ValueError(f"{name} is false; it must be true or left out: {why}")
     for name, why in _WITHOUT_USE.items():
         if name in changed:
-            raise ValueError(f"{name} is {shown(name, values[name])}; it must be left out: {why}")
+            raise ValueError(f"{name} is {_in_words(name, values[name])}; it must be left out: {why}")
     for name in ("eval_strategy", "logging_strategy", "save_strategy"):
         if values[name] == "epoch":
             raise ValueError(
@@ -106,7 +106,12 @@ def _check_needed(values: dict[str, Any], given: Collection[str], changed: Colle
     for needed, (state, names) in _NEEDED.items():
         for name in names if needed not in given else ():
             if name in changed:
-                raise ValueError(f"{name} is {shown(name, values[name])}; it has an effect only with {needed}{state}")
+                value = _in_words(name, values[name])
+                raise ValueError(f"{name} is {value}; it has an effect only with {needed}{state}")
+
+
+def _in_words(name: str, value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else shown(name, value)
 
 
 def _check_mappings(values: dict[str, Any]) -> None:
@@ -162,6 +167,8 @@ def _check_words(values: dict[str, Any]) -> None:
 def _check_reports(values: dict[str, Any]) -> None:
     names = values["report_to"] if isinstance(values["report_to"], list) else [values["report_to"]]
     for name in names:
+        if name in ("none", "all") and len(names) > 1:
+            raise ValueError(f"report_to is {shown('', names)}; {name!r} must stand alone")
         if name in (None, "none", "all"):
             continue
         try:
