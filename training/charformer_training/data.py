@@ -162,7 +162,7 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None, 
     if path.exists() and not path.is_file():
         raise ValueError(f"{field}: {one_line(path)} is a device or a pipe; give a regular file, or a folder")
     if not path.is_file():
-        raise FileNotFoundError(_not_found(path, field))
+        raise FileNotFoundError(_not_found(path, field, arguments.data_path))
     if path.stat().st_size == 0:
         raise ValueError(f"the file {one_line(path)} is empty")
     if not is_table(path):
@@ -260,13 +260,13 @@ def _map(path: Path) -> CorpusFile:
     return corpus
 
 
-def _not_found(path: Path, field: str) -> str:
+def _not_found(path: Path, field: str, given: str | None) -> str:
     or_dataset = ", or a dataset with --dataset_name" if field == "data_path" else ""
     known = f". It is {_KNOWN[path.name]}" if path.name in _KNOWN else ""
     if path.parts and path.parts[0].endswith(":") and len(path.parts[0]) > 2:  # https:
         known = ". It looks like an address: nothing is downloaded from one"
     return (
-        f"{field}: there is no file or folder {one_line(path)!r} (from {one_line(os.getcwd())}); give a text file, a"
+        f"{field}: there is no file or folder {one_line(given)!r} (from {one_line(os.getcwd())}); give a text file, a"
         f" folder of text files or '{STANDARD_LIBRARY}'{or_dataset}{known}"
     )
 

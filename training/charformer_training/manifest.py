@@ -23,7 +23,7 @@ from .files import whole_file
 MANIFEST = "manifest.json"
 # Sums since the last log entry. Only `SafeTrainer` writes this file.
 RUNNING_SUMS = "running_sums.json"
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _FORMAT, _PARTS = 1, ("settings", "files")
 # Names of files that are read on resuming. A foreign file with such a name would change the run.
 READ_ON_RESUME = re.compile(
@@ -127,6 +127,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     whole = stated == _digest(content) and _dumped({**content, "sha256": stated}) == text
     readable = content.get("format") == _FORMAT and all(isinstance(content.get(key), dict) for key in _PARTS)
+    readable = readable and all(isinstance(entry, dict) and "bytes" in entry for entry in content["files"].values())
     return content if whole and readable else None
 
 

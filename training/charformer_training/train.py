@@ -101,6 +101,11 @@ def build_trainer(
         raise ValueError(
             f"metric_for_best_model is {metric!r}; the text is not UTF-8, so it must be eval_bpb or eval_loss"
         )
+    if metric.endswith(("bpb", "bpc")) and model.config.vocab_size != 256:
+        raise ValueError(
+            f"metric_for_best_model is {metric!r}; with vocab_size={model.config.vocab_size} it must be eval_loss, since only"
+            " a model of bytes alone is evaluated in bits"
+        )
     show_in_use(trainer, window * num_windows // training.max_steps)
     if run.sample_length:
         length = len(run.sample_prompt.encode())
@@ -335,9 +340,11 @@ def _compare_ngrams(train: np.ndarray, text: np.ndarray) -> dict[str, float]:
 
 
 def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
-    unit, of = ("bpc", "character") if "eval_bpc" in metrics else ("bpb", "byte")
+    unit, of = ("bpc", "bits per character") if "eval_bpc" in metrics else ("bpb", "bits per byte")
+    if "eval_bpb" not in metrics:  # of a vocabulary that holds more than the bytes
+        unit, of = "loss", "nats per token"
     bits = metrics[f"eval_{unit}"]
-    lines = ["", f"Validation: {bits:.3f} bits per {of} (first {metrics['eval_bytes']:,} bytes of the split)"]
+    lines = ["", f"Validation: {bits:.3f} {of} (first {metrics['eval_bytes']:,} bytes of the split)"]
     lines += [
         f"  counted {name:<8} {metrics[key]:.3f}" + ("" if bits < metrics[key] else "  (not beaten)")
         for name in ("trigram", "unigram")
