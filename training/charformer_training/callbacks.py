@@ -300,7 +300,7 @@ def _lines_up_to(path: Path, step: int) -> str:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
+            except (KeyError, RecursionError, TypeError, ValueError):
                 continue
     return "".join(kept)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .checks import checked_path
 from .history import Curve, Entry, curve, is_training, term_curves, terms
 from .running_means import group_by_layer
-from .terminal import USER_ERRORS, one_line, report_error, use_safe_streams
+from .terminal import USER_ERRORS, error_message, one_line, use_safe_streams
 
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(runs))
         save(draw(runs), arguments.output)
     except USER_ERRORS as error:
-        report_error("charformer-compare", error)
+        print(f"charformer-compare: error: {error_message(error)}", file=sys.stderr)
         return 1
     print(f"\nLearning curves: {one_line(arguments.output)}")
     return 0

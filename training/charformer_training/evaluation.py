@@ -89,6 +89,7 @@ def bits_per_character(
     Raises:
         ValueError: If the text has fewer than two bytes or two characters, or if window, stride or batch size are out of
             range.
+        FloatingPointError: If a prediction of the model is not finite.
     """
     data = _bytes_of(text)
     limit = model.config.max_position_embeddings
@@ -126,6 +127,11 @@ def bits_per_character(
         )
         for number in todo:
             positions, bits = bits_of_positions(model, data, *windows[number])
+            if not bool(np.isfinite(bits).all()):
+                raise FloatingPointError(
+                    f"the model's prediction of byte {int(positions[~np.isfinite(bits)][0]):,} is not finite: its weights are"
+                    " damaged, or too large for this dtype"
+                )
             np.add.at(state.bits, positions // BYTES_PER_BLOCK, bits)
             state.finish_batch()
     result = _evaluation(

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +52,14 @@ def write_manifest(folder: Path, settings: Mapping[str, Any], **more: Any) -> No
 
 
 def write_result(path: Path, settings: Mapping[str, Any], complete: bool) -> None:
-    """Write a file for `inspect_result`: checksums of the weights in the same folder, and if the run is complete.
+    """Write a file for `inspect_result`: checksums of the model in the same folder, and if the run is complete.
 
     Raises:
         OSError: If a file cannot be read or written.
     """
-    weights = {weight.name: weight for weight in path.parent.glob("*.safetensors")}
-    _write(path, {"settings": settings, "complete": complete, "files": _checksums(weights)})
+    kinds = ("*.safetensors", "*.py", "config.json")
+    model = {file.name: file for kind in kinds for file in path.parent.glob(kind)}
+    _write(path, {"settings": settings, "complete": complete, "files": _checksums(model)})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -73,6 +74,8 @@ def inspect(folder: str | os.PathLike[str], processes: int = 1) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         return Checkpoint(folder, (f"there is no folder {folder}",))
+    if odd := [name for name, path in _entries(folder) if not path.is_file() and not path.is_dir()]:
+        return Checkpoint(folder, tuple(f"{name} is no regular file" for name in sorted(odd)))
     if (folder / MANIFEST).exists():
         return _inspect_manifest(folder)
     if (folder / RUNNING_SUMS).exists():
@@ -110,10 +113,8 @@ def inspect_result(folder: Path, name: str) -> Checkpoint | None:
         return None
     if (content := _read(folder / name)) is None:
         return Checkpoint(folder, (f"{name} is damaged",))
-    present = {weight.name: weight for weight in folder.glob("*.safetensors")}
+    present = {name: folder / name for name in content["files"] if (folder / name).is_file()}
     faults = _differing(content["files"], present)
-    if not (folder / "config.json").is_file():
-        faults.append("config.json is missing")
     return Checkpoint(folder, tuple(faults), settings=content["settings"], complete=bool(content.get("complete")))
 
 
@@ -162,12 +163,13 @@ def _inspect_manifest(folder: Path) -> Checkpoint:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """All files of a checkpoint by name, except the manifest and hidden files, which file systems add."""
-    return {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
-    }
+    """All files of a checkpoint by name, except the manifest."""
+    return {name: path for name, path in _entries(folder) if path.is_file() and path.name != MANIFEST}
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
+    """All that is in a checkpoint by name, except hidden files, which file systems add."""
+    return ((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if not path.name.startswith("."))
 
 
 def _checksums(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

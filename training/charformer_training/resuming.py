@@ -123,8 +123,8 @@ def read_sums(folder: Path, max_steps: int) -> dict[str, Any] | None:
     """
     with reading(folder):
         step = int(TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step)
-        if step < 0 or 0 < max_steps < step:
-            raise ValueError(f"it was written after step {step}; max_steps is {max_steps}")
+        if step < 1 or 0 < max_steps < step:
+            raise ValueError(f"it was written after step {step}; it must be 1 to max_steps, {max_steps}")
         if not (folder / RUNNING_SUMS).exists():
             return None
         sums: dict[str, Any] = json.loads((folder / RUNNING_SUMS).read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState, default_data_collator, set_seed
 from transformers.utils import logging
 
+import modeling_charformer
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 
 from .arguments import Arguments, ModelArguments, RunArguments
@@ -27,7 +28,7 @@ from .manifest import newest_good, write_result
 from .ngrams import ngram_bits_per_byte
 from .plots import PICTURE
 from .pretrained import load_language_model, read_config
-from .pushing import COMMAND, RECIPE, RESULT
+from .pushing import COMMAND, RECIPE, RESULT, card_of
 from .recipes import USAGE, parse_arguments
 from .resuming import only_run
 from .run_folder import METRICS, SAMPLES, Start, plan_start, record_run
@@ -40,7 +41,12 @@ from .units import count_characters, is_utf8
 
 logger = logging.get_logger(__name__)
 
-_OWN_FILES = (SAMPLES, RECIPE, COMMAND, RESULT, METRICS, PICTURE, LOCK_FILE, "README.md", "trainer_state.json")
+_OWN_FILES = (SAMPLES, RECIPE, COMMAND, RESULT, METRICS, PICTURE, LOCK_FILE, "README.md", "trainer_state.json") + (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer_config.json",
+)
 
 # Fields that fine-tuning cannot change, since the weights have their shape or were trained with them.
 SHAPE_FIELDS = {
@@ -133,10 +139,14 @@ def train(arguments: Arguments, command: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises:
         FileExistsError: If `output_dir` holds a link or a folder in place of a file that the run writes.
+        ValueError: If `output_dir` holds a model card that cannot be read.
         RuntimeError: If something failed after the trained model was saved. The message says what.
         StoppedBySignal: If a signal ended training. A checkpoint to resume from has been written.
     """
-    check_regular(Path(str(arguments.training.output_dir)), _OWN_FILES, (COMMAND, LOCK_FILE))
+    folder = Path(str(arguments.training.output_dir))
+    code = [path.name for path in Path(str(modeling_charformer.__file__)).parent.glob("*.py")]
+    check_regular(folder, (*_OWN_FILES, *code), (COMMAND, LOCK_FILE))
+    card_of(folder)
     with only_run(arguments.training) as was_killed:
         if was_killed:
             logger.warning("An earlier run in %s was killed", arguments.training.output_dir)
