@@ -127,11 +127,6 @@ def bits_per_character(
         )
         for number in todo:
             positions, bits = bits_of_positions(model, data, *windows[number])
-            if not bool(np.isfinite(bits).all()):
-                raise FloatingPointError(
-                    f"the model's prediction of byte {int(positions[~np.isfinite(bits)][0]):,} is not finite: its weights are"
-                    " damaged, or too large for this dtype"
-                )
             np.add.at(state.bits, positions // BYTES_PER_BLOCK, bits)
             state.finish_batch()
     result = _evaluation(
@@ -225,7 +220,13 @@ def bits_of_positions(
     wanted = torch.from_numpy(data[targets].astype(np.int64)).to(model.device)
     nats = -log_probabilities.gather(-1, wanted[..., None])[..., 0]
     chosen = np.arange(keep) >= keep - counted[:, None]
-    return targets[chosen], nats.double().cpu().numpy()[chosen] / NATS_PER_BIT
+    positions, bits = targets[chosen], nats.double().cpu().numpy()[chosen] / NATS_PER_BIT
+    if not bool(np.isfinite(bits).all()):
+        raise FloatingPointError(
+            f"the model's prediction of byte {int(positions[~np.isfinite(bits)][0]):,} is not finite: its weights are damaged,"
+            " or too large for this dtype"
+        )
+    return positions, bits
 
 
 class _State:
