@@ -232,6 +232,12 @@ def _print_beginning(
             f"Fine-tuning {arguments.model.model_name_or_path}: learning rate and losses follow their schedules from the"
             " beginning"
         )
+    training = arguments.training
+    if training.logging_strategy == "steps" and training.logging_steps > training.max_steps:
+        print(
+            f"No loss will be logged: logging_steps is {training.logging_steps:g}, and max_steps={training.max_steps} ends"
+            " before"
+        )
     if start.trained:
         print(f"The trained model is in {arguments.training.output_dir}; what is missing is its evaluation and card")
     elif start.resume_from is not None:
