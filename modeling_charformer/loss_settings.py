@@ -281,12 +281,22 @@ class AuxiliaryLossSettings(LossFields):
             (f"{self.prefix}_schedule", self.intermediate_schedule, of_layers),
             ("target_schedule", self.target_schedule, of_targets),
         ):
-            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps + 1) for term in terms)
+            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps) for term in terms)
             if terms and not any(scheduled(schedule, at) for at in moments):
                 raise ValueError(
                     f"{name} is {schedule!r}, whose factor is 0 at each of the {num_steps} steps: it would never train the"
                     f" terms that it weighs. Give one of {schedule_names()}, or leave these terms out"
                 )
+
+    def never_trained(self, num_steps: int) -> list[str]:
+        """The names of the terms whose weight is 0 at each step of a short training only because of a schedule."""
+        names = {term.name: None for term in self.terms if term.weight}
+        if num_steps > 1000:  # enough for each of the known schedules
+            return []
+        for step in range(num_steps):
+            weights = self.weights_at(step / num_steps, step)
+            names = {name: None for name in names if not weights[name]}
+        return list(names)
 
     def _check_distillation(self) -> None:
         _check_weight("distillation is", self.distillation)

@@ -316,10 +316,20 @@ class TestWrongInput:
         assert shown.startswith(f"\ncharformer-evaluate: error: {message}") and "Traceback" not in shown
 
     @pytest.mark.slow
-    def test_damaged_results_of_a_complete_run(self, command, tmp_path, capsys):
+    def test_damaged_results_of_a_complete_run(self, command, tmp_path, capsys, caplog):
         assert main(command(resume="auto")) == 0
-        (tmp_path / "run" / "metrics.json").write_text("{")
-        assert "metrics.json is damaged" in self.refused(capsys, command(resume="auto"))
+        metrics = tmp_path / "run" / "metrics.json"
+        expected = json.loads(metrics.read_text())
+        for content in ("{", "[1]"):
+            metrics.write_text(content)
+            assert "metrics.json is damaged; delete it, and the same" in self.refused(capsys, command(resume="auto"))
+        metrics.unlink()
+        assert main(command(resume="auto")) == 0
+        assert json.loads(metrics.read_text()) == expected  # measured again, without training
+        (tmp_path / "run" / "config.json").write_text("{}")
+        assert main(command(resume="auto")) == 0
+        assert "config.json has 2 bytes, not the" in caplog.text
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "charformer"
 
     @pytest.mark.slow
     def test_bits_per_character_of_text_that_is_not_utf8(self, command, tmp_path, capsys):

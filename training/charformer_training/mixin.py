@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -39,6 +40,9 @@ class Pass(NamedTuple):
         """The loss and its terms."""
         loss = self.outputs.get("loss") if isinstance(self.outputs, Mapping) else None
         return [*loss_dict_of(self.outputs).values(), *([loss] if isinstance(loss, Tensor) else [])]
+
+
+logger = logging.getLogger(__name__)
 
 
 class AuxiliaryLossMixin(EvaluatesTerms):
@@ -158,6 +162,11 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         if self.loss_terms.settings is not None:
             self.loss_terms.settings.check_schedules_are_on(self.state.max_steps)
+            missed = self.loss_terms.settings.never_trained(self.state.max_steps)
+            if missed and self.is_world_process_zero():
+                logger.warning(
+                    "%d steps are too few to train %s by its schedule", self.state.max_steps, ", ".join(missed)
+                )
         return trained
 
     def get_batch_samples(

@@ -73,6 +73,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def with_own_class(model: Any) -> Iterator[None]:
+    """Give a model that FSDP 2 shards its own class back while it is saved.
+
+    `fully_shard` derives a class from it, and Transformers would save that class' code, torch's, in place of the model's.
+    """
+    kind = type(model)
+    plain = next((base for base in kind.__mro__[1:] if not base.__module__.startswith("torch.distributed")), kind)
+    model.__class__ = plain if kind.__module__.startswith("torch.distributed") else kind
+    try:
+        yield
+    finally:
+        model.__class__ = kind
+
+
+@contextlib.contextmanager
 def heads_as_adapters(model: Any) -> Iterator[None]:
     """Let a Trainer take a quantized model whose heads alone are trained.
 
