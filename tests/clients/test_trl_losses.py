@@ -1,9 +1,11 @@
 """TRL's Trainers train and log auxiliary losses as `AuxiliaryLossTrainer` does, or refuse at the first step."""
 
+import functools
 import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArgum
 from modeling_charformer import CharformerForSequenceClassification  # noqa: E402, F401
 from tests.clients import trl_program as program  # noqa: E402
 from tests.clients.trl_program import MODELS, TEXTS  # noqa: E402
-from tests.helpers import assert_same_logs, loss_logs  # noqa: E402
+from tests.helpers import ROOT, assert_same_logs, loss_logs  # noqa: E402
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -34,45 +36,99 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(trainer: Any, model: Any, folder: Path) -> list[dict[str, float]]:
-    """What `AuxiliaryLossTrainer` logs on the batches of a Trainer of TRL."""
+def ours(trainer: Any, model: Any, folder: Path) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """What `AuxiliaryLossTrainer` logs on the batches of a Trainer of TRL, and the losses of its evaluation."""
     fields = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
     same = {name: getattr(trainer.args, name) for name in fields}
     args = AuxiliaryLossTrainingArguments(**program.settings(folder / "ours", **same), remove_unused_columns=False)
-    other = AuxiliaryLossTrainer(model, args, train_dataset=trainer.train_dataset, data_collator=trainer.data_collator)
+    other = AuxiliaryLossTrainer(
+        model,
+        args,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        data_collator=trainer.data_collator,
+    )
     other.train()
-    return loss_logs(other)
+    return loss_logs(other), evaluated(other)
+
+
+def with_adapter(model: Any, trainer: Any) -> Any:
+    """The model with an adapter that begins like that of a Trainer of TRL."""
+    set_seed(trainer.args.seed)
+    return peft.get_peft_model(model, program.CASES["adapter"]["peft_config"])
+
+
+def evaluated(trainer: Any) -> dict[str, float]:
+    """The losses of an evaluation, without a model of bytes' figures in bits."""
+    return {name: value for name, value in trainer.evaluate().items() if "loss" in name}
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("way", WAYS)
 def test_sft_has_the_figures_of_our_trainer(kind, way, tmp_path):
-    trainer = program.sft(tmp_path, MODELS[kind](), **WAYS[way])
+    trainer = program.sft(tmp_path, MODELS[kind](), **WAYS[way], eval=True)
     trainer.train()
-    logs = loss_logs(trainer)
+    logs, metrics = loss_logs(trainer), evaluated(trainer)
     assert {"loss_target_2", "loss_layer_1", "loss_last_position"} <= logs[0].keys()
-    assert_same_logs(logs, ours(trainer, MODELS[kind](), tmp_path))
+    assert {"eval_loss_target_2", "eval_loss_last_position"} <= metrics.keys()
+    expected, expected_metrics = ours(trainer, MODELS[kind](), tmp_path)
+    assert_same_logs(logs, expected)
+    assert_same_logs([metrics], [expected_metrics])
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_sft_of_an_adapter_has_the_figures_of_our_trainer(kind, tmp_path):
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", r=2)
-    trainer = program.sft(tmp_path, MODELS[kind](), peft_config=config)
+    trainer = program.sft(tmp_path, MODELS[kind](), **program.CASES["adapter"])
     trainer.train()
+    expected, _ = ours(trainer, with_adapter(MODELS[kind](), trainer), tmp_path)
+    assert_same_logs(loss_logs(trainer), expected)
+
+
+CONFIGS = ROOT / "training" / "accelerate"
+# How the two processes are started, and what they train.
+LAUNCHES: dict[str, tuple[list[str], list[str]]] = {
+    "torchrun": (["torch.distributed.run", "--standalone", "--nproc_per_node=2"], list(program.CASES)),
+    "accelerate": (["accelerate.commands.launch", "--config_file", str(CONFIGS / "one_node.yaml")], ["accumulated"]),
+    "FSDP2": (
+        ["accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2.yaml")],
+        ["plain", "accumulated", "checkpointed", "packing"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Callable[[str], dict[str, Any]]:
+    """The results of a launch, which happens once."""
+
+    @functools.cache
+    def launch(name: str) -> dict[str, Any]:
+        command, cases = LAUNCHES[name]
+        folder = tmp_path_factory.mktemp("launched")
+        done = subprocess.run(
+            [sys.executable, "-m", *command, program.__file__, str(folder), *cases],
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+        return json.loads((folder / "results.json").read_text())
+
+    return launch
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("launch", "case"), [(name, case) for name, (_, cases) in LAUNCHES.items() for case in cases])
+def test_sft_on_two_processes_has_the_figures_of_our_trainer_on_one(launch, case, kind, launched, tmp_path):
+    settings = program.case_settings(case, 1)
+    for without_effect in ("torch_compile", "torch_compile_backend", "gradient_checkpointing"):
+        settings.pop(without_effect, None)
+    trainer = program.sft(tmp_path, MODELS[kind](), eval=True, **settings)
+    found = launched(launch)[f"{case}-{kind}"]
+    assert found["kind"] == ("FSDP" if launch == "FSDP2" else "MULTI_CPU")
     model = MODELS[kind]()
-    set_seed(trainer.args.seed)  # as TRL does, before it adds the adapter
-    assert_same_logs(loss_logs(trainer), ours(trainer, peft.get_peft_model(model, config), tmp_path))
-
-
-def test_sft_on_two_processes_has_the_figures_of_one(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, program.__file__, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    found = json.loads((tmp_path / "logs.json").read_text())
-    for kind, make in MODELS.items():
-        trainer = program.sft(tmp_path / "one", make())
-        trainer.train()
-        assert_same_logs(loss_logs(trainer), found[kind])
+    expected, metrics = ours(trainer, with_adapter(model, trainer) if case == "adapter" else model, tmp_path)
+    assert_same_logs(found["logs"], expected)
+    assert_same_logs([found["metrics"]], [metrics])
 
 
 class KeepGradients(TrainerCallback):

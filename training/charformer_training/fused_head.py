@@ -66,22 +66,28 @@ class FusedHead:
         if not fused_lm_head:
             return self.fused(*args, **kwargs, **{name: value for name, value in told.items() if value is not None})
         labels = kwargs.get("labels")
-        if self.rows is None or labels is None or not (self.model.training and torch.is_grad_enabled()):
+        in_training = self.model.training and torch.is_grad_enabled()
+        in_evaluation = not self.model.training and told["training_progress"] is not None
+        if self.rows is None or labels is None or not (in_training or in_evaluation):
             return self.fused(*args, fused_lm_head=True, **kwargs)
         if kwargs.get("shift_labels") is not None:
             raise ValueError("shift_labels are given; auxiliary losses beside TRL's fused head need labels alone")
         if args:
             kwargs |= dict(zip(inspect.signature(self.model.forward).parameters, args, strict=False))
-        if (rows := self.rows(labels)) is not None:
-            labels = labels.masked_fill(~rows[:, None], IGNORE_INDEX)
-            if not bool(rows.any()):
-                outputs = self.fused(fused_lm_head=True, **kwargs)
-                return _with_breakdown(outputs, {"loss_dict": {}, "loss_weights": {}})
-        return self._with_losses(kwargs, labels, told)
+        learned = self.learned(labels)
+        if learned is not labels and not bool(learned.ne(IGNORE_INDEX).any()):
+            outputs = self.fused(fused_lm_head=True, **kwargs)
+            return _with_breakdown(outputs, {"loss_dict": {}, "loss_weights": {}})
+        return self._with_losses(kwargs, learned, told)
+
+    def learned(self, labels: Tensor) -> Tensor:
+        """The labels that auxiliary heads learn; -100 in the other rows."""
+        rows = self.rows(labels) if self.rows is not None else None
+        return labels if rows is None else labels.masked_fill(~rows[:, None], IGNORE_INDEX)
 
     def _with_losses(self, kwargs: dict[str, Any], labels: Tensor, told: dict[str, Any]) -> Any:
         model = self.model
-        if model.loss_settings.distillation:
+        if model.loss_settings.distillation and model.training:
             raise ValueError(
                 f"distillation is {model.loss_settings.distillation}: heads learn from the logits of the model's own head, which"
                 " TRL's fused head does not compute. It must be 0"
@@ -89,7 +95,12 @@ class FusedHead:
         inputs = {**kwargs, "labels": labels}
         targets = Targets(inputs, model.loss_settings.num_targets, None, told["target_counts"])
         step = LossStep(
-            model.loss_settings, True, True, told["training_progress"], told["training_step"], told["training_seed"]
+            model.loss_settings,
+            True,
+            model.training,
+            told["training_progress"],
+            told["training_step"],
+            told["training_seed"],
         )
         states: list[Any] = []
         hook = model.base_model.register_forward_hook(lambda module, args, output: states.append(output))
@@ -108,7 +119,7 @@ class FusedHead:
             seen = types.SimpleNamespace(loss=None, hidden_states=states[-1].hidden_states)
             model.add_losses(step, seen, inputs, told["target_counts"])
         step.add_main(functools.partial(_of_log_probs, outputs.log_probs, targets))
-        losses = step.breakdown(model.loss_uncertainty, targets.share_of_step)
+        losses = step.breakdown(model.loss_uncertainty if model.training else None, targets.share_of_step)
         return _with_breakdown(outputs, model.loss_watch.watched(losses))
 
 
