@@ -170,13 +170,21 @@ def answers(model: Any, prompts: list[str], completions: list[str]) -> dict[str,
     }
 
 
+def assert_evaluates(trainer: Any, expected: dict[str, float]) -> None:
+    """That an evaluation reports the terms that are active at the end, with these values."""
+    found = {name.removeprefix("eval_"): value for name, value in evaluated(trainer).items() if "_loss_" in name}
+    assert {"loss_target_2", "loss_last_position"} <= found.keys() <= expected.keys()
+    assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_dpo_adds_the_terms_of_the_chosen_answers(kind, tmp_path):
     trainer: Any = program.DPOTrainer(
         MODELS[kind](),
         MODELS[kind](),
-        args=trl.DPOConfig(**program.settings(tmp_path, max_steps=1), max_length=64),
+        args=trl.DPOConfig(**program.settings(tmp_path, max_steps=1, learning_rate=0.0), max_length=64),
         train_dataset=preferences(),
+        eval_dataset=preferences().select(range(4)),
         processing_class=program.tokenizer(),
     )
     trainer.train()
@@ -188,22 +196,43 @@ def test_dpo_adds_the_terms_of_the_chosen_answers(kind, tmp_path):
         weight * entry[f"loss_{name}"] for name, weight in weights.items() if name not in ("next_char", "next_token")
     )
     assert entry["loss"] == pytest.approx(0.6931 + added, rel=1e-4)
+    assert_evaluates(trainer, expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_dpo_of_an_adapter_evaluates_the_policy_and_not_the_reference(kind, tmp_path):
+    trainer: Any = program.DPOTrainer(
+        MODELS[kind](),
+        args=trl.DPOConfig(**program.settings(tmp_path, max_steps=2, learning_rate=0.1), max_length=64),
+        train_dataset=preferences(),
+        eval_dataset=preferences().select(range(4)),
+        processing_class=program.tokenizer(),
+        **program.CASES["adapter"],
+    )
+    trainer.train()
+    expected = answers(trainer.model, TEXTS[:4], [" sat"] * 4)
+    with trainer.model.disable_adapter():
+        reference = answers(trainer.model, TEXTS[:4], [" sat"] * 4)
+    assert abs(expected["loss_target_2"] - reference["loss_target_2"]) > 0.01
+    assert_evaluates(trainer, expected)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_kto_adds_the_terms_of_the_desirable_answers(kind, tmp_path):
-    rows = {"prompt": TEXTS[:4], "completion": [" sat", " xqz", " yes", " é"], "label": [True, False, True, False]}
+    rows = {"prompt": TEXTS[:4], "completion": [" sat", " xqz", " y", " é"], "label": [True, False, True, False]}
     trainer: Any = program.KTOTrainer(
         MODELS[kind](),
         MODELS[kind](),
-        args=trl.KTOConfig(**program.settings(tmp_path, max_steps=1, max_length=64)),
+        args=trl.KTOConfig(**program.settings(tmp_path, max_steps=1, max_length=64, learning_rate=0.0)),
         train_dataset=datasets.Dataset.from_dict(rows),
+        eval_dataset=datasets.Dataset.from_dict(rows),
         processing_class=program.tokenizer(),
     )
     trainer.train()
     [entry] = loss_logs(trainer)
-    expected = answers(MODELS[kind](), [TEXTS[0], TEXTS[2]], [" sat", " yes"])
+    expected = answers(MODELS[kind](), [TEXTS[0], TEXTS[2]], [" sat", " y"])
     assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert_evaluates(trainer, expected)
 
 
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])

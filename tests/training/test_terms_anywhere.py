@@ -337,3 +337,18 @@ def test_a_loop_without_labels_is_refused():
     terms = LossTerms(add_auxiliary_losses(build("gpt2")))
     with pytest.raises(ValueError, match=r"returned no loss for the inputs \['input_ids'\]"):
         terms.loss({"input_ids": Rows("next")[0]["input_ids"][None]})
+
+
+class TestBases:
+    @pytest.mark.parametrize("base", [Trainer, OwnLossTrainer])
+    def test_a_trainer_before_the_mixin_is_refused(self, base):
+        with pytest.raises(
+            TypeError, match=rf"put the mixin first: class Mine\(AuxiliaryLossMixin, {base.__name__}\)"
+        ):
+            type("Mine", (base, AuxiliaryLossMixin), {})
+
+    def test_the_mixin_without_a_trainer_is_refused(self):
+        with pytest.raises(
+            TypeError, match=r"AuxiliaryLossMixin is no Trainer.* class Mine\(AuxiliaryLossMixin, Trainer"
+        ):
+            AuxiliaryLossMixin(build("gpt2"))

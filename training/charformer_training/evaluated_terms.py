@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,14 @@ def counts_of(inputs: Mapping[str, Any], shifts_labels: bool) -> tuple[Tensor | 
     return count, count
 
 
-class EvaluatesTerms(Trainer):
+# No Trainer by itself, so that Python accepts the wrong order of bases, and the mixin can say which one is right.
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
+
+
+class EvaluatesTerms(Base):
     """The part of `AuxiliaryLossMixin` that evaluates."""
 
     loss_terms: LossTerms

@@ -58,6 +58,7 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         args, kwargs: The arguments of the Trainer.
 
     Raises:
+        TypeError: If a class has a Trainer before the mixin, or none.
         ValueError: If a setting would replace or distort the model's losses.
     """
 
@@ -66,7 +67,21 @@ class AuxiliaryLossMixin(EvaluatesTerms):
     eval_loss_terms = True
     """Whether evaluations report the terms of auxiliary heads; a field of that name in `args` goes first."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for kind in cls.__mro__[: cls.__mro__.index(AuxiliaryLossMixin)]:
+            if issubclass(kind, Trainer) and not issubclass(kind, AuxiliaryLossMixin):
+                raise TypeError(
+                    f"{cls.__name__} has {kind.__name__} before AuxiliaryLossMixin, whose methods would not be called; put the"
+                    f" mixin first: class {cls.__name__}(AuxiliaryLossMixin, {kind.__name__})"
+                )
+
     def __init__(self, *args: Any, **kwargs: Any):
+        if not isinstance(self, Trainer):
+            raise TypeError(
+                f"{type(self).__name__} is no Trainer; AuxiliaryLossMixin goes in front of one:"
+                " class Mine(AuxiliaryLossMixin, Trainer)"
+            )
         with heads_as_adapters(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
         let_lower_be_better(self.args)
