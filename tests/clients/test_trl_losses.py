@@ -17,7 +17,13 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments  # noqa: E402
 from modeling_charformer import CharformerForSequenceClassification  # noqa: E402, F401
@@ -52,10 +58,10 @@ def ours(trainer: Any, model: Any, folder: Path) -> tuple[list[dict[str, float]]
     return loss_logs(other), evaluated(other)
 
 
-def with_adapter(model: Any, trainer: Any) -> Any:
+def with_adapter(model: Any, trainer: Any, config: Any) -> Any:
     """The model with an adapter that begins like that of a Trainer of TRL."""
     set_seed(trainer.args.seed)
-    return peft.get_peft_model(model, program.CASES["adapter"]["peft_config"])
+    return peft.get_peft_model(model, config)
 
 
 def evaluated(trainer: Any) -> dict[str, float]:
@@ -76,12 +82,20 @@ def test_sft_has_the_figures_of_our_trainer(kind, way, tmp_path):
     assert_same_logs([metrics], [expected_metrics])
 
 
+ADAPTERS = {
+    "lora": program.CASES["adapter"]["peft_config"],
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+
+
 @pytest.mark.parametrize("kind", MODELS)
-def test_sft_of_an_adapter_has_the_figures_of_our_trainer(kind, tmp_path):
-    trainer = program.sft(tmp_path, MODELS[kind](), **program.CASES["adapter"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_sft_of_an_adapter_has_the_figures_of_our_trainer(kind, adapter, tmp_path):
+    trainer = program.sft(tmp_path, MODELS[kind](), eval=True, peft_config=ADAPTERS[adapter])
     trainer.train()
-    expected, _ = ours(trainer, with_adapter(MODELS[kind](), trainer), tmp_path)
+    expected, metrics = ours(trainer, with_adapter(MODELS[kind](), trainer, ADAPTERS[adapter]), tmp_path)
     assert_same_logs(loss_logs(trainer), expected)
+    assert_same_logs([evaluated(trainer)], [metrics])
 
 
 CONFIGS = ROOT / "training" / "accelerate"
@@ -125,10 +139,31 @@ def test_sft_on_two_processes_has_the_figures_of_our_trainer_on_one(launch, case
     trainer = program.sft(tmp_path, MODELS[kind](), eval=True, **settings)
     found = launched(launch)[f"{case}-{kind}"]
     assert found["kind"] == ("FSDP" if launch == "FSDP2" else "MULTI_CPU")
-    model = MODELS[kind]()
-    expected, metrics = ours(trainer, with_adapter(model, trainer) if case == "adapter" else model, tmp_path)
+    model, adapter = MODELS[kind](), program.CASES[case].get("peft_config")
+    expected, metrics = ours(trainer, with_adapter(model, trainer, adapter) if adapter else model, tmp_path)
     assert_same_logs(found["logs"], expected)
     assert_same_logs([found["metrics"]], [metrics])
+
+
+def experts() -> Any:
+    set_seed(0)
+    experts = {"num_local_experts": 4, "num_key_value_heads": 2, "output_router_logits": True}
+    ids = {"vocab_size": 256, "pad_token_id": 255, "eos_token_id": 254, "bos_token_id": None}
+    return MixtralForCausalLM(MixtralConfig(**program.SIZES, **experts, **ids))
+
+
+def test_sft_of_a_model_without_auxiliary_losses_is_that_of_trl(tmp_path):
+    logs = []
+    changes = {"gradient_accumulation_steps": 2, "per_device_eval_batch_size": 8}
+    for kind in (trl.SFTTrainer, program.SFTTrainer):
+        trainer = program.sft(tmp_path, experts(), kind=kind, eval=True, **changes)
+        trainer.train()
+        metrics = trainer.evaluate()
+        times = ("runtime", "per_second")
+        logs.append([{**trainer.state.log_history[0]}, {k: v for k, v in metrics.items() if not k.endswith(times)}])
+    for stock, mixed in zip(*logs, strict=True):
+        assert {name: mixed[name] for name in stock} == pytest.approx(stock, rel=1e-5)
+    assert logs[1][0]["loss_aux_loss"] == pytest.approx(logs[0][0]["aux_loss"], rel=1e-5)
 
 
 class KeepGradients(TrainerCallback):

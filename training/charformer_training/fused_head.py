@@ -137,15 +137,19 @@ def _of_log_probs(log_probs: Tensor, targets: Targets, term: LossTerm) -> Tensor
     return -log_probs.float().masked_fill(wanted[:, :-1] == IGNORE_INDEX, 0.0).sum() / targets.denominator(term)
 
 
+def has_fused_head(model: nn.Module) -> bool:
+    """Whether TRL has replaced the model's forward."""
+    fused = vars(unwrap_peft(model)).get("forward")
+    # The signature is that of the forward which it replaces.
+    return "fused_lm_head" in getattr(getattr(fused, "__code__", None), "co_varnames", ())
+
+
 def fused_head_of(model: nn.Module) -> FusedHead | None:
     """Bring a model's auxiliary losses into the forward that TRL has given it; `None` if TRL has given it none."""
     base = unwrap_peft(model)
-    fused = vars(base).get("forward")
-    if not isinstance(base, CausalLMWithLosses | CharformerForCausalLM) or fused is None:
+    if not isinstance(base, CausalLMWithLosses | CharformerForCausalLM) or not has_fused_head(base):
         return None
-    # Its signature is that of the forward which it replaces.
-    if "fused_lm_head" not in fused.__code__.co_varnames:
-        return None
+    fused = vars(base)["forward"]
     head = FusedHead(base, fused)
 
     # Transformers reads which inputs a model takes off its signature.

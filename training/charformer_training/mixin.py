@@ -13,7 +13,7 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 from .differentiated import depends_on
 from .evaluated_terms import EvaluatesTerms
-from .fused_head import fused_head_of
+from .fused_head import fused_head_of, has_fused_head
 from .gradient_options import check_gradient_options, conflict_free_gradients, measured_gradients
 from .head_accuracy import check_head_accuracy
 from .logger_names import LoggerNames
@@ -101,13 +101,11 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             # Each layer that drops out causes a recompilation; above its limit torch would silently run eagerly.
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
-        self._fused_head = fused_head_of(model)
-        # Known for this project's losses, and if a subclass sets `loss_is_scaled_for_ga` (Transformers 5.19).
+        is_fused, self._fused_head = has_fused_head(model), fused_head_of(model)
+        # Known for this project's losses, for TRL's, and if a subclass sets `loss_is_scaled_for_ga` (Transformers 5.19).
         self._knows_how_losses_are_scaled = (
-            (
-                settings is not None
-                and (type(self).compute_loss is Trainer.compute_loss or self._fused_head is not None)
-            )
+            (settings is not None and type(self).compute_loss is Trainer.compute_loss)
+            or is_fused
             or getattr(self, "loss_is_scaled_for_ga", None) is not None
             or self.compute_loss_func is not None
         )
