@@ -26,6 +26,7 @@ from transformers import (  # noqa: E402
 )
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments  # noqa: E402
+from charformer_training.fused_head import check_same_heads  # noqa: E402
 from modeling_charformer import CharformerForSequenceClassification  # noqa: E402, F401
 from tests.clients import trl_program as program  # noqa: E402
 from tests.clients.trl_program import MODELS, TEXTS  # noqa: E402
@@ -105,7 +106,7 @@ LAUNCHES: dict[str, tuple[list[str], list[str]]] = {
     "accelerate": (["accelerate.commands.launch", "--config_file", str(CONFIGS / "one_node.yaml")], ["accumulated"]),
     "FSDP2": (
         ["accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2.yaml")],
-        ["plain", "accumulated", "checkpointed", "packing"],
+        ["plain", "accumulated", "checkpointed", "packing", "dpo"],
     ),
 }
 
@@ -136,11 +137,18 @@ def test_sft_on_two_processes_has_the_figures_of_our_trainer_on_one(launch, case
     settings = program.case_settings(case, 1)
     for without_effect in ("torch_compile", "torch_compile_backend", "gradient_checkpointing"):
         settings.pop(without_effect, None)
-    trainer = program.sft(tmp_path, MODELS[kind](), eval=True, **settings)
+    if case == "dpo":
+        trainer = program.dpo(tmp_path, MODELS[kind](), MODELS[kind](), **settings)
+        trainer.train()
+    else:
+        trainer = program.sft(tmp_path, MODELS[kind](), eval=True, **settings)
     found = launched(launch)[f"{case}-{kind}"]
     assert found["kind"] == ("FSDP" if launch == "FSDP2" else "MULTI_CPU")
     model, adapter = MODELS[kind](), program.CASES[case].get("peft_config")
-    expected, metrics = ours(trainer, with_adapter(model, trainer, adapter) if adapter else model, tmp_path)
+    if case == "dpo":
+        expected, metrics = loss_logs(trainer), evaluated(trainer)
+    else:
+        expected, metrics = ours(trainer, with_adapter(model, trainer, adapter) if adapter else model, tmp_path)
     assert_same_logs(found["logs"], expected)
     assert_same_logs([found["metrics"]], [metrics])
 
@@ -180,6 +188,26 @@ def test_every_head_has_a_gradient_and_the_output_matrix_makes_no_logits_of_all_
     heads = {name: size for name, size in keep.sizes.items() if name.startswith("auxiliary_heads")}
     assert len(heads) == 10 and all(heads.values())
     assert not calls
+
+
+def test_the_best_model_of_sft_goes_by_a_term(tmp_path):
+    trainer = program.sft(
+        tmp_path,
+        MODELS["llama"](),
+        eval=True,
+        learning_rate=0.2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss_target_2",
+    )
+    trainer.train()
+    values = [entry["eval_loss_target_2"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(values) == 4 and min(values) < max(values)
+    assert trainer.state.best_metric == min(values)
+    assert evaluated(trainer)["eval_loss_target_2"] == pytest.approx(min(values), rel=1e-5)
 
 
 def preferences(**more: Any) -> Any:
@@ -268,6 +296,22 @@ def test_kto_adds_the_terms_of_the_desirable_answers(kind, tmp_path):
     expected = answers(MODELS[kind](), [TEXTS[0], TEXTS[2]], [" sat", " y"])
     assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert_evaluates(trainer, expected)
+
+
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_kto_is_refused_where_all_processes_have_to_run_the_same_heads(sharding):
+    for kind in (program.KTOTrainer, program.DPOTrainer):
+        trainer = kind.__new__(kind)
+        trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+        check_same_heads(trainer)
+        setattr(trainer, sharding, True)
+        if kind is program.KTOTrainer:
+            with pytest.raises(
+                ValueError, match="does not work with FSDP or DeepSpeed: heads do not run on a process"
+            ):
+                check_same_heads(trainer)
+        else:
+            check_same_heads(trainer)
 
 
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])

@@ -114,6 +114,19 @@ def sft(
     )
 
 
+def dpo(folder: Path, model: Any, reference: Any, **changes: Any) -> Any:
+    """Answers of one length, so that a mean over micro-batches is that over all."""
+    rows = {"prompt": TEXTS[:8], "chosen": [" sat"] * 8, "rejected": [" xqzé"] * 8}
+    return DPOTrainer(
+        model,
+        reference,
+        args=trl.DPOConfig(**settings(folder, max_steps=2, **changes), max_length=64),
+        train_dataset=datasets.Dataset.from_dict(rows),
+        eval_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer(),
+    )
+
+
 # What a program on two processes trains, four rows a step.
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -121,6 +134,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {"gradient_checkpointing": True},
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "packing": {"packing": True},
+    "dpo": {},
     "adapter": {"peft_config": peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", r=2)},
 }
 
@@ -139,7 +153,11 @@ if __name__ == "__main__":
     for case in sys.argv[2:]:
         for kind, make in MODELS.items():
             torch._dynamo.reset()
-            trainer = sft(folder / f"{case}-{kind}", make(), eval=True, **case_settings(case, 2))
+            place, changes = folder / f"{case}-{kind}", case_settings(case, 2)
+            if case == "dpo":
+                trainer = dpo(place, make(), make(), **changes)
+            else:
+                trainer = sft(place, make(), eval=True, **changes)
             trainer.train()
             results[f"{case}-{kind}"] = {
                 "logs": loss_logs(trainer),

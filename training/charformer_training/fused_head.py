@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from modeling_charformer import CharformerForCausalLM
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, LossStep, Targets, last_targets
@@ -159,6 +160,20 @@ def fused_head_of(model: nn.Module) -> FusedHead | None:
 
     base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]
     return head
+
+
+def check_same_heads(trainer: Trainer) -> None:
+    """Refuse a Trainer of TRL whose heads run on some processes only, where all have to run them together.
+
+    Raises:
+        ValueError: With FSDP or DeepSpeed, where a micro-batch may have no row to learn.
+    """
+    shards = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if shards and any(LEARNED_ROWS.get(kind.__name__) is _desirable_rows for kind in type(trainer).__mro__):
+        raise ValueError(
+            "KTOTrainer with auxiliary losses does not work with FSDP or DeepSpeed: heads do not run on a process whose"
+            " micro-batch has no desirable answer, and the other processes would wait for it. Leave sharding out"
+        )
 
 
 def learned_rows(trainer: type) -> Rows:

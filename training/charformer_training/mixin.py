@@ -13,7 +13,7 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 from .differentiated import depends_on
 from .evaluated_terms import EvaluatesTerms
-from .fused_head import fused_head_of, has_fused_head
+from .fused_head import check_same_heads, fused_head_of, has_fused_head
 from .gradient_options import check_gradient_options, conflict_free_gradients, measured_gradients
 from .head_accuracy import check_head_accuracy
 from .logger_names import LoggerNames
@@ -102,6 +102,8 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
         is_fused, self._fused_head = has_fused_head(model), fused_head_of(model)
+        if self._fused_head is not None:
+            check_same_heads(self)
         # Known for this project's losses, for TRL's, and if a subclass sets `loss_is_scaled_for_ga` (Transformers 5.19).
         self._knows_how_losses_are_scaled = (
             (settings is not None and type(self).compute_loss is Trainer.compute_loss)
