@@ -13,7 +13,12 @@ from charformer_training import (
     AuxiliaryLossTrainingArguments,
     add_auxiliary_losses,
 )
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerForSequenceClassification
+from modeling_charformer import (
+    CharformerConfig,
+    CharformerForCausalLM,
+    CharformerForSequenceClassification,
+    linear_cross_entropy,
+)
 from tests.helpers import TINY
 from tests.training.any_models import build
 from tests.training.test_any_model_training import Rows
@@ -64,11 +69,13 @@ def terms_of(metrics: dict[str, float], start: str = "eval_loss_") -> dict[str, 
     return {name.removeprefix(start): value for name, value in metrics.items() if name.startswith(start)}
 
 
-@pytest.mark.parametrize("base", ["ours", "mixin"])
+@pytest.mark.parametrize("way", ["ours", "mixin", "one pass"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_an_evaluation_reports_what_training_would_log_on_its_rows(kind, base, tmp_path):
+def test_an_evaluation_reports_what_training_would_log_on_its_rows(kind, way, tmp_path, monkeypatch):
     make, labels = MODELS[kind]
-    trainer_kind = AuxiliaryLossTrainer if base == "ours" else type("Mixed", (AuxiliaryLossMixin, Trainer), {})
+    trainer_kind = type("Mixed", (AuxiliaryLossMixin, Trainer), {}) if way == "mixin" else AuxiliaryLossTrainer
+    if way == "one pass":  # as for a large vocabulary
+        monkeypatch.setattr(linear_cross_entropy, "MIN_VOCABULARY", 1)
     trainer = trainer_of(make(), tmp_path, labels, trainer_kind)
     found = trainer.evaluate()
     rows = Rows(labels, 16)
@@ -129,6 +136,20 @@ def test_early_stopping_and_the_best_model_go_by_a_term_of_one_of_several_sets(t
     assert trainer.state.best_metric == min(values) < values[-1]
     assert len(values) < 12  # stopped
     assert trainer.evaluate()[name] == pytest.approx(min(values), rel=1e-5)
+
+
+@pytest.mark.parametrize("own", [None, lambda _: {"own": 7.0}])
+def test_a_search_of_hyperparameters_goes_by_the_loss_or_by_ones_own_metrics_and_not_by_the_sum_of_all(
+    own, tmp_path, monkeypatch
+):
+    trainer = trainer_of(charformer(), tmp_path)
+    trainer.compute_metrics = own
+    given: list[Any] = []
+    monkeypatch.setattr(Trainer, "hyperparameter_search", lambda self, space, objective, **_: given.append(objective))
+    trainer.hyperparameter_search(direction="minimize")
+    metrics = trainer.evaluate()
+    metrics.pop("eval_model_preparation_time")  # there before training alone
+    assert given[0](metrics) == (metrics["eval_loss"] if own is None else 7.0)
 
 
 @pytest.mark.parametrize(

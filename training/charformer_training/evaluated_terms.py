@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 from transformers.utils.generic import ModelOutput
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
@@ -59,6 +59,8 @@ class EvaluatesTerms(Base):
     evaluates_terms: bool
     _evaluation_terms: EvaluationTerms
     _fused_head: FusedHead | None
+    _reported: Set[str] = frozenset()
+    """The figures of the last evaluation that Transformers does not know of."""
 
     @property
     def _training_progress(self) -> float:
@@ -193,9 +195,25 @@ class EvaluatesTerms(Base):
             metrics = group_by_layer(metrics)
         self.logger_names.add(metrics, metric_key_prefix)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self._reported = named.keys() - {"eval_loss"}
         if self.is_in_train and (names := [name for name, value in named.items() if not math.isfinite(value)]):
             raise self._not_finite_error(self.state.global_step, names)
         return output._replace(metrics={**(output.metrics or {}), **named})
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The search of Transformers. By default it looks at `eval_loss` or adds up your own metrics, and leaves out the terms."""
+
+        def objective(metrics: dict[str, float]) -> float:
+            theirs = {name: value for name, value in metrics.items() if name not in self._reported}
+            return float(default_compute_objective(theirs))
+
+        return super().hyperparameter_search(hp_space, compute_objective or objective, *args, **kwargs)
 
     def _not_finite_error(self, step: int, names: list[str]) -> FloatingPointError:
         return FloatingPointError(
