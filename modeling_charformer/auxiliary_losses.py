@@ -178,10 +178,11 @@ class LossStep:
     It lives for one call and holds no parameters. Without labels no term is active, and `breakdown` is empty.
 
     Args:
-        settings: The terms of the model. In evaluation only those of the model's own head are active.
+        settings: The terms of the model. In evaluation the loss is that of the model's own head.
         labelled: Whether there are labels.
         training: Whether the model is in training mode.
-        progress, step: Share of training and number of optimizer steps done, for the schedules.
+        progress, step: Share of training and number of optimizer steps done, for the schedules. In evaluation the terms
+            that are active then are computed, too, and have no part in the loss; with `progress` `None` they are not.
         seed: With `step`, determines the positions of the terms if `settings.position_share` is below 1; see
             `PositionSampler`.
     """
@@ -196,12 +197,16 @@ class LossStep:
         seed: int | None = None,
     ):
         weights = settings.weights_at(progress, step) if training else settings.evaluation_weights
+        self.runs_heads = training or progress is not None
+        """Whether auxiliary heads with a weight are run, as in training and in evaluations that report their terms."""
+        reported = settings.evaluated_at(progress, step) if self.runs_heads and not training else []
+        weights = {**weights, **dict.fromkeys(reported, 0.0)}
         self.weights: dict[str, float] = weights if labelled else {}
         # A head whose weight is 0 is not run. The model's own head runs anyway, so its losses are reported.
         self.terms = [
             term
             for term in settings.terms
-            if self.weights.get(term.name) or (term.is_main and term.name in self.weights)
+            if self.weights.get(term.name) or (term.name in self.weights and (term.is_main or term.name in reported))
         ]
         self.values: dict[str, Tensor] = {}
         self.reads: list[HeadInput] = []
@@ -209,7 +214,7 @@ class LossStep:
         self._distillation = settings.distillation if training else 0.0
         self._distilled: list[str] = []
         self._num_layers = settings.num_layers
-        self._sampler = PositionSampler(settings, seed, step) if settings.position_share < 1 else None
+        self._sampler = PositionSampler(settings, seed, step) if training and settings.position_share < 1 else None
 
     def samples(self, terms: Sequence[LossTerm], targets: Targets) -> dict[LossTerm, SampledPositions] | None:
         """The positions on which each of the auxiliary `terms` is computed; `None` if they are computed on all."""

@@ -189,7 +189,7 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
         ("--data_path=", "data_path is empty"),
         ("--dataset_name=", "dataset_name is empty"),
         ("--model_name_or_path=", "model_name_or_path is empty"),
-        ("--metric_for_best_model eval_loss_target_2", "it must be one of eval_loss,"),  # not in evaluation
+        ("--metric_for_best_model eval_loss_other", "it must be one of eval_loss,"),
         ("--report_to nonsense", "report_to is 'nonsense'"),
         ("--metric_for_best_model f1", "metric_for_best_model is 'f1'; it must be one of eval_loss,"),
         (

@@ -109,7 +109,7 @@ class ModelWithLosses(SavesHeads):
             return self._plain_forward(kwargs)
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
-        inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or self.training, "return_dict": True}
+        inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or step.runs_heads, "return_dict": True}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_only):
             outputs = self._plain_forward(inputs)
         share_of_step = self.add_losses(step, outputs, kwargs, counts)

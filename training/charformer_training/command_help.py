@@ -50,6 +50,7 @@ _COMMON = (
     "log_loss_terms",
     "log_term_gradients",
     "eval_head_accuracy",
+    "eval_loss_terms",
     "gradient_aggregator",
     "log_group_prefix",
     "report_to",

@@ -122,8 +122,8 @@ class LanguageModelWithLosses(ModelWithLosses):
                 return own_loss
             return loss_of_logits(outputs.logits, term, targets)
 
-        if not self.training and own_loss is not None:
-            step.add({self.main: own_loss})  # no further head runs in evaluation
+        if not step.runs_heads and own_loss is not None:
+            step.add({self.main: own_loss})
             return targets.share_of_step
         if own_loss is not None:
             step.add_main(main_loss)

@@ -72,6 +72,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def runs_reference(model: nn.Module) -> bool:
+    """Whether a model with an adapter of PEFT runs without the adapter that is trained, as TRL's reference model does."""
+    # A layer with an adapter, `BaseTunerLayer`; models of Transformers have methods of like names.
+    layers = (module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool))
+    layer: Any = next(layers, None)
+    return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
+
+
 @contextlib.contextmanager
 def with_own_class(model: Any) -> Iterator[None]:
     """Give a model that FSDP 2 shards its own class back while it is saved.

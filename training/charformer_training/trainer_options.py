@@ -28,7 +28,9 @@ from .terminal import one_line
 
 
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-_BEST = re.compile(r"(eval_)?(loss|bpc|bpb|loss_next_char|loss_last_position)")
+_BEST = re.compile(
+    r"(eval_)?(loss|bpc|bpb|loss_next_char|loss_last_position|loss_target_\d+|loss_layer_\d+(_target_\d+)?)"
+)
 _MAY_BE_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 _CHECKPOINTING = {
     "use_reentrant": bool,
@@ -188,7 +190,7 @@ def _check_best_model(values: dict[str, Any]) -> None:
     if metric is not None and not _BEST.fullmatch(metric):
         raise ValueError(
             f"metric_for_best_model is {shown('', metric)}; it must be one of eval_loss, eval_bpc, eval_bpb,"
-            " eval_loss_next_char and eval_loss_last_position"
+            " eval_loss_next_char, eval_loss_last_position, and terms like eval_loss_target_2 and eval_loss_layer_1"
         )
     if metric is not None and values["greater_is_better"]:
         raise ValueError(f"greater_is_better is true; it must be left out or false: lower {metric} is better")
