@@ -33,6 +33,16 @@ class AuxiliaryHead(nn.Linear):
         init.copy_(self.weight, drawn)
         init.zeros_(self.bias)
 
+    def resized(self, num_outputs: int, standard_deviation: float) -> "AuxiliaryHead":
+        """A head with another number of outputs and the weights of this one; those of new outputs are drawn."""
+        other = AuxiliaryHead(self.in_features, num_outputs, self.index)
+        other.draw(standard_deviation)
+        other = other.to(self.weight.device, self.weight.dtype).requires_grad_(self.weight.requires_grad)
+        rows = min(self.out_features, num_outputs)
+        with torch.no_grad():
+            other.weight[:rows], other.bias[:rows] = self.weight[:rows], self.bias[:rows]
+        return other.train(self.training)
+
 
 class ZeroLinear(nn.Linear):
     """A linear layer that begins with zeros."""

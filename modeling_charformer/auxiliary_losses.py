@@ -211,6 +211,8 @@ class LossStep:
         self.values: dict[str, Tensor] = {}
         self.reads: list[HeadInput] = []
         """What the auxiliary heads have read, recorded if they are to be distilled."""
+        self.classifiers: dict[int, LinearClassifier] = {}
+        """The classifiers of auxiliary heads, by the `id` of their matrix, if they were prepared before the model ran."""
         self._distillation = settings.distillation if training else 0.0
         self._distilled: list[str] = []
         self._num_layers = settings.num_layers
@@ -373,7 +375,7 @@ def linear_losses(
     values = row_cross_entropies(torch.cat(rows), classifier, torch.cat(wanted), torch.cat(expected))
     parts = values.split([len(one) for one in wanted])
     return {
-        one.term.name: part @ count / targets.denominator(one.term)
+        one.term.name: (part * count).sum() / targets.denominator(one.term)
         for one, part, count in zip(inputs, parts, counts, strict=True)
     }
 

@@ -69,4 +69,5 @@ def _divergence_of_piece(
     """The sum over the positions of a piece, each as often as it counts; `teachers` are rows of `logits`."""
     found = classify(states)[0].float().log_softmax(-1)
     wanted = logits[teachers].float().log_softmax(-1)
-    return torch.nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1) @ counts
+    values = torch.nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    return (values * counts).sum()

@@ -110,6 +110,7 @@ class FusedHead:
                 losses_of = functools.partial(model.losses_of_layer, step, targets)
                 outputs = self.fused(fused_lm_head=True, **kwargs, on_layer_output=step.on_layer_output(losses_of))
             else:
+                model.prepare(step)
                 outputs = self.fused(**{**kwargs, "fused_lm_head": True, "output_hidden_states": True})
         finally:
             hook.remove()

@@ -67,6 +67,14 @@ class LanguageModelWithLosses(ModelWithLosses):
             return self.linear_head(self._vocab_size, index)
         return nn.Identity() if term.offset == 1 else ResidualBlock(self._anatomy.width)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize like the plain model, and heads of their own with it."""
+        embeddings: nn.Module = super().resize_token_embeddings(*args, **kwargs)
+        for name, head in list(self.auxiliary_heads.items()):
+            if isinstance(head, AuxiliaryHead):
+                self.auxiliary_heads[name] = head.resized(self._vocab_size, self._deviation)
+        return embeddings
+
     @property
     def _vocab_size(self) -> int:
         return cast(Tensor, self.get_output_embeddings().weight).shape[0]
@@ -76,7 +84,7 @@ class LanguageModelWithLosses(ModelWithLosses):
 
     def _classifier(self, term: LossTerm) -> LinearClassifier | None:
         head = self.auxiliary_heads[term.name]
-        if isinstance(head, AuxiliaryHead):
+        if self._own_heads:
             return linear_classifier(head)
         last = self.get_submodule(self._path.modules[-1])
         if last is not self.get_output_embeddings() or self._path.bias is not None:
@@ -85,17 +93,17 @@ class LanguageModelWithLosses(ModelWithLosses):
 
     def _head_states(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         head, hidden_states = self.auxiliary_heads[term.name], self._finished(term, hidden_states)
-        return hidden_states if isinstance(head, AuxiliaryHead) else head(hidden_states)
+        return hidden_states if self._own_heads else head(hidden_states)
 
     def _classifier_input(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         states = self._head_states(term, hidden_states)
-        if isinstance(self.auxiliary_heads[term.name], AuxiliaryHead):
+        if self._own_heads:
             return states
         return through(self, self._path.modules[:-1], states)
 
     def _logits_of(self, term: LossTerm, hidden_states: Tensor) -> list[Tensor]:
         head, states = self.auxiliary_heads[term.name], self._head_states(term, hidden_states)
-        return [head(states) if isinstance(head, AuxiliaryHead) else self._logits(states)]
+        return [head(states) if self._own_heads else self._logits(states)]
 
     def _targets(self, inputs: dict[str, Any], target_counts: Tensor | None) -> Targets:
         if inputs.get("shift_labels") is not None and not self._own_loss.follows_shift_labels:
@@ -132,6 +140,12 @@ class LanguageModelWithLosses(ModelWithLosses):
             add_distillation(step, targets, outputs.logits, self._logits_of)
         return targets.share_of_step
 
+    def prepare(self, step: LossStep) -> None:
+        for term in step.terms:
+            if not term.is_main and term.positions == "all" and (classifier := self._classifier(term)) is not None:
+                key = id(classifier.weight)
+                step.classifiers[key] = step.classifiers.get(key) or classifier.with_entry()
+
     def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets) -> None:
         terms = [term for term in step.terms if not term.is_main]
         samples = step.samples(terms, targets) or {}
@@ -143,7 +157,8 @@ class LanguageModelWithLosses(ModelWithLosses):
             classifier = self._classifier(term) if term.positions == "all" else None
             if classifier is not None:  # one run for all terms that share it
                 read = HeadInput(term, self._classifier_input(term, states), sample)
-                together.setdefault(id(classifier.weight), (classifier, []))[1].append(read)
+                key = id(classifier.weight)
+                together.setdefault(key, (step.classifiers.get(key, classifier), []))[1].append(read)
                 continue
             logits_of = functools.partial(self._logits_of, term)
             if sample is not None:
