@@ -248,6 +248,7 @@ def test_heads_draft_with_adapters_and_outlive_merging(tmp_path):
     assert loaded.generate(PROMPT, use_extra_targets=True, **settings).tolist() == plain.tolist()
 
 
+@pytest.mark.slow
 def test_stock_early_exit_drafts_by_a_trained_layer_without_the_package(tmp_path):
     """Shared heads of layers are the model's own output embeddings, which is what Transformers' early exit runs."""
     program = """
