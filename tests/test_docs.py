@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import charformer_training
+import modeling_charformer
 from docs.cures import CURES
 from docs.errors import PACKAGES, all_messages
 from docs.figures.draw import PANELS, weights
@@ -49,6 +51,12 @@ def test_every_page_is_in_the_navigation():
     pages = {path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")}
     missing = [page for page in pages if not re.search(rf"^({page}|{page.name})$", shown, re.MULTILINE)]
     assert set(map(str, missing)) <= {"index"}
+
+
+@pytest.mark.parametrize("package", [charformer_training, modeling_charformer], ids=lambda package: package.__name__)
+def test_the_reference_has_all_that_a_package_exports(package):
+    listed = re.findall(r"^.. auto\w+:: (\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(package.__all__) - {"__version__"} <= set(listed)
 
 
 def test_no_error_message_is_missing():
