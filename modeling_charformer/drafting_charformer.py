@@ -111,6 +111,7 @@ class Pace:
         # By the drafter's probability of a draft: how often it was right, of how many.
         self.right = [[0.0, 0.0] for _ in range(BINS)]
         self.passes = self.resting = self.losses = 0
+        self.known_thresholds: tuple[float, float] | None = None
 
     def rests(self) -> bool:
         """Whether the next pass goes without drafts: the first, now and then one to be timed, and where drafts do not pay."""
@@ -133,18 +134,27 @@ class Pace:
             found[0] += number < matches
             found[1] += 1
 
+    def accuracy(self) -> float:
+        """How often drafts were right, where those before them were."""
+        hits, trials = (sum(column) for column in zip(*self.right, strict=True))
+        return (hits + 1.0) / (trials + 1.0)
+
     def thresholds(self) -> tuple[float, float]:
-        """The probabilities below which a draft, and a token that was looked up, do not pay."""
+        """The probabilities below which it does not pay to write one more draft, and to verify one that is there."""
         if len(self.recent) < PATIENCE:
-            return CONFIDENCE, CONFIDENCE
+            return CONFIDENCE, LOWEST
+        if self.passes % PATIENCE and self.known_thresholds:
+            return self.known_thresholds
         counts, tokens, drafting, seconds = zip(*self.recent, strict=True)
         usual = 2 * statistics.median(seconds)
         verifying = [(n, all_ - some) for n, some, all_ in zip(counts, drafting, seconds, strict=True) if all_ < usual]
+        verifying += [(0, one) for one in self.plain if one < usual]
         rate, slope = sum(tokens) / sum(seconds), 0.0
         if len({n for n, _ in verifying}) > 1:
             slope = max(0.0, statistics.linear_regression(*zip(*verifying, strict=True)).slope)
         of_draft = statistics.median(self.of_draft) if self.of_draft else 0.0
-        return _bounded((slope + of_draft) * rate), _bounded(slope * rate)
+        self.known_thresholds = _bounded((slope + of_draft) * rate), _bounded(slope * rate)
+        return self.known_thresholds
 
     def passed(self, verified: int, drafts: int, tokens: float, drafting: float, seconds: float) -> None:
         """Take down one pass with drafting.
@@ -208,7 +218,8 @@ def write_drafts(
     """
     looked_up = [continuation(text[-LOOK_BACK:], min(LOOK_UP, limit)) for text in texts]
     agrees, confidence = [bool(known) for known in looked_up], [1.0] * len(texts)
-    of_draft, of_known = pace.thresholds()
+    worth_drafting, worth_verifying = pace.thresholds()
+    accuracy = pace.accuracy()
     previous = torch.stack([text[-1] for text in texts])
     drafts: list[Tensor] = []
     found = Drafts(previous[:, None][:, :0], [[] for _ in texts])
@@ -220,20 +231,25 @@ def write_drafts(
             agrees[row] = agrees[row] and number < len(known) and float(probabilities[row, known[number]]) >= AGREEMENT
             if agrees[row]:
                 choice[row] = known[number]
-            else:
-                found.probabilities[row].append(float(probabilities[row, choice[row]]))
-                confidence[row] *= pace.chance(found.probabilities[row][-1])
-        if sum(confidence[row] for row in live) < of_draft * len(live):
+        if not all(agrees):
+            chosen = probabilities.gather(1, choice[:, None])[:, 0].tolist()
+            for row, probability in enumerate(chosen):
+                if not agrees[row]:
+                    found.probabilities[row].append(probability)
+                    confidence[row] *= pace.chance(probability)
+        mean = sum(confidence[row] for row in live) / len(live)
+        if mean < worth_verifying:
             break
         drafts.append(choice)
         previous = choice
-    else:
-        width = max((len(known) for known, agreed in zip(looked_up, agrees, strict=True) if agreed), default=0)
-        trust = sum(confidence[row] for row in live if agrees[row]) / len(live)
-        while len(drafts) < width and trust >= of_known:
-            now = [known[len(drafts)] if len(drafts) < len(known) else 0 for known in looked_up]
-            drafts.append(torch.tensor(now, device=previous.device))
-            trust *= LOOK_UP_TRUST
+        if not any(agrees) and mean * accuracy < worth_drafting:
+            break
+    width = max((len(known) for known, agreed in zip(looked_up, agrees, strict=True) if agreed), default=0)
+    trust = sum(confidence[row] for row in live if agrees[row]) / len(live)
+    while len(drafts) < width and trust >= worth_verifying:
+        now = [known[len(drafts)] if len(drafts) < len(known) else 0 for known in looked_up]
+        drafts.append(torch.tensor(now, device=previous.device))
+        trust *= LOOK_UP_TRUST
     if drafts:
         found.tokens = torch.stack(drafts, dim=1)
     return found

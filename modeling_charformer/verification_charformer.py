@@ -41,6 +41,10 @@ POINTWISE = (
 )
 
 
+# Noise is drawn for so many places of a text at once, or for fewer, so that these are no more numbers than this.
+PLACES_AT_ONCE, NUMBERS_AT_ONCE = 16, 2**18
+
+
 class GumbelNoise:
     """Noise whose maximum, added to log-probabilities, is a sample of them; one draw for each row and place in the text.
 
@@ -58,18 +62,20 @@ class GumbelNoise:
         The next places of a later call may not lie before the lowest of these.
         """
         low, high = min(places), max(places) + offset + count
+        rows, size = like.shape[0], like.shape[-1]
         if self.drawn is None:
             self.generator = torch.Generator(like.device).manual_seed(self.seed)
-            self.drawn = like.new_empty(0, like.shape[0], like.shape[-1])
-        kept = self.drawn[low - self.begin :]
-        missing = max(0, high - low - kept.shape[0])
-        # Drawn one place after the other, so that the numbers do not depend on how many are drawn at once.
-        new = [kept.new_empty(kept.shape[1:]).exponential_(generator=self.generator) for _ in range(missing)]
-        self.drawn, self.begin = torch.cat([kept, torch.stack(new).log_().neg_()]) if new else kept, low
+            self.drawn = like.new_empty(0, rows, size)
+        while self.begin + self.drawn.shape[0] < high:
+            # So many places at once, whatever is asked for: the numbers must not depend on how many are drafted.
+            places_at_once = max(1, min(PLACES_AT_ONCE, NUMBERS_AT_ONCE // (rows * size)))
+            new = like.new_empty(places_at_once, rows, size).exponential_(generator=self.generator).log_().neg_()
+            self.drawn, self.begin = torch.cat([self.drawn[low - self.begin :], new]), low
         if len(places) == 1:
-            return self.drawn[offset : offset + count].transpose(0, 1)
+            first = low - self.begin + offset
+            return self.drawn[first : first + count].transpose(0, 1)
         steps = torch.arange(offset, offset + count, device=like.device)
-        at = torch.tensor(places, device=like.device)[:, None] - low + steps
+        at = torch.tensor(places, device=like.device)[:, None] - self.begin + steps
         return self.drawn[at, torch.arange(len(places), device=like.device)[:, None]]
 
 
@@ -184,6 +190,8 @@ class VerifiedDecoding:
         self.padding = [0] * self.rows
         if self.mask is not None and self.rows > 1:
             self.padding = (self.mask == 0).sum(-1).tolist()
+        elif self.mask is not None and bool(self.mask.all()):
+            self.mask = None  # models make no mask of nothing but text faster than they look through it
         self.position = self.kwargs.pop("position_ids", None)
         if self.position is not None:
             self.position = self.position[..., -1:] - 1
@@ -265,12 +273,12 @@ class VerifiedDecoding:
         """Scores `(B, n, V)` of the places from `offset` after each row on, as the processors leave them."""
         if not self.processors:
             return scores
-        scores = scores.clone()
         if self.pointwise:
             flat = scores.flatten(0, 1)
             for processor in self.processors:
                 flat = processor(self.text, flat)
             return flat.view_as(scores)
+        scores = scores.clone()
         for row, length in enumerate(self.lengths):
             for number in range(scores.shape[1]):
                 written, one = self.text[row : row + 1, : length + offset + number], scores[row : row + 1, number]
@@ -292,8 +300,9 @@ class VerifiedDecoding:
         logits = logits.to(self.text.device, torch.float32)
         scores = self._processed(logits, 0)
         picked = self._picked(scores, 0)
-        matches = picked[:, :-1].eq(drafts).cumprod(-1).sum(-1).tolist()
-        tokens, kept = picked.tolist(), [0] * self.rows
+        tokens = torch.cat([picked, drafts], dim=-1).tolist()
+        matches = [_length_of_match(row[: fed - 1], row[fed:]) for row in tokens]
+        kept = [0] * self.rows
         self._reserve(fed)
         if self.config.return_dict_in_generate and self.config.output_scores:
             self.scores.extend(scores[:, number] for number in range(matches[0] + 1))
@@ -310,7 +319,7 @@ class VerifiedDecoding:
         if self.position is not None:
             self.position = self.position + torch.tensor(kept, device=self.position.device)[:, None]
         self._align(kept, fed)
-        return [int(one) for one in matches]
+        return matches
 
     def _of_each(self, states: Tensor, kept: list[int]) -> Tensor:
         numbers = torch.tensor(kept, device=states.device) - 1
@@ -367,6 +376,12 @@ class VerifiedDecoding:
             logits=tuple(self.logits[:count]) if self.config.output_logits else None,
             **{CACHE: self.cache if self.rows == 1 else None},
         )
+
+
+def _length_of_match(ids: list[int], others: list[int]) -> int:
+    return next(
+        (number for number, (one, other) in enumerate(zip(ids, others, strict=True)) if one != other), len(ids)
+    )
 
 
 def mask_up_to(prompt_mask: Tensor, length: int) -> Tensor:
