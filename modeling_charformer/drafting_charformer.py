@@ -136,8 +136,7 @@ class Pace:
 
     def accuracy(self) -> float:
         """How often drafts were right, where those before them were."""
-        hits, trials = (sum(column) for column in zip(*self.right, strict=True))
-        return (hits + 1.0) / (trials + 1.0)
+        return (sum(hits for hits, _ in self.right) + 1) / (sum(trials for _, trials in self.right) + 1)
 
     def thresholds(self) -> tuple[float, float]:
         """The probabilities below which it does not pay to write one more draft, and to verify one that is there."""
