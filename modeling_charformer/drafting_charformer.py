@@ -103,7 +103,8 @@ class Pace:
     a probability of at least seconds times `rate`. All counts of tokens are means over the rows of a batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, samples: bool = False) -> None:
+        self.samples = samples
         self.plain: deque[float] = deque(maxlen=9)
         # Of each recent pass with drafts: how many tokens it verified and wrote; seconds of drafting and in all.
         self.recent: deque[tuple[int, float, float, float]] = deque(maxlen=4 * PATIENCE)
@@ -112,6 +113,8 @@ class Pace:
         self.right = [[0.0, 0.0] for _ in range(BINS)]
         self.passes = self.resting = self.losses = 0
         self.known_thresholds: tuple[float, float] | None = None
+        self.repeats = False
+        """Whether the last pass verified text that was looked up, and all of it was right."""
 
     def rests(self) -> bool:
         """Whether the next pass goes without drafts: the first, now and then one to be timed, and where drafts do not pay."""
@@ -122,10 +125,12 @@ class Pace:
     def chance(self, probability: float) -> float:
         """How likely a draft is right that the drafter gives this probability.
 
-        At first the probability itself. When sampling, drafts share their noise with the text and are right more often.
+        At first the probability itself. When sampling, drafts share their noise with the text: even one that is improbable is
+        right wherever drafter and model agree.
         """
         hits, trials = self.right[min(int(probability * BINS), BINS - 1)]
-        return (hits + 2 * probability) / (trials + 2)
+        at_first = (1 + probability) / 2 if self.samples else probability
+        return (hits + 2 * at_first) / (trials + 2)
 
     def verified(self, probabilities: list[float], matches: int) -> None:
         """Take down which drafts were right: the first `matches`, and not the one after them."""
@@ -184,11 +189,17 @@ def _bounded(probability: float) -> float:
 
 
 def continuation(ids: Tensor, length: int) -> list[int]:
-    """Up to `length` ids that followed the last earlier occurrence of the end of `ids` `(S,)`; none if there is none."""
+    """`length` ids that followed the last earlier occurrence of the end of `ids` `(S,)`; none if there is none.
+
+    Where they reach the end of `ids`, the text goes in circles, and so do they.
+    """
     # Searched as a string with one character for each id.
     text = ids.to(torch.int32).cpu().numpy().tobytes().decode("utf-32-le", "surrogatepass")
     start = text.rfind(text[-LOOK_UP_MATCH:], 0, -1) + LOOK_UP_MATCH
-    return [ord(one) for one in text[start : start + length]] if start >= LOOK_UP_MATCH else []
+    if start < LOOK_UP_MATCH:
+        return []
+    known = [ord(one) for one in text[start : start + length]]
+    return (known * length)[:length]
 
 
 Choose = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
@@ -222,7 +233,9 @@ def write_drafts(
     previous = torch.stack([text[-1] for text in texts])
     drafts: list[Tensor] = []
     found = Drafts(previous[:, None][:, :0], [[] for _ in texts])
-    for number in range(min(max_drafts, limit)):
+    # Text that repeats itself is looked up for as long as that goes well; the drafter is not asked.
+    asked = 0 if pace.repeats and all(agrees[row] for row in live) else min(max_drafts, limit)
+    for number in range(asked):
         probabilities, choice = choose(drafts, draft(number, previous))
         found.written += 1
         for row, known in enumerate(looked_up):

@@ -133,7 +133,7 @@ class VerifiedDecoding:
         self.lengths, self.ends = [self.prompt] * self.rows, [0] * self.rows
         self.padding_id = int(getattr(config, "_pad_token_tensor", None) or 0)
         self.noise = GumbelNoise() if config.do_sample else None
-        self.pace = Pace()
+        self.pace = Pace(config.do_sample)
         self.states = torch.empty(0)
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -173,6 +173,8 @@ class VerifiedDecoding:
             first = drafts.written - len(probabilities)
             if matches[row] >= first:
                 self.pace.verified(probabilities[: drafts.tokens.shape[1] - first], matches[row] - first)
+        looked_up = drafts.tokens.shape[1] - drafts.written
+        self.pace.repeats = looked_up > 0 and all(one == drafts.tokens.shape[1] for one in matches)
         tokens = (sum(self.lengths) - before) / rows
         seconds = time.perf_counter() - begin
         self.pace.passed(drafts.tokens.shape[1], drafts.written, tokens, drafting, seconds)
