@@ -24,8 +24,9 @@ LOOK_UP_TRUST = 0.9
 # The most drafts of an early exit. Each costs a pass through some layers.
 MAX_EARLY_DRAFTS = 8
 # So many passes with drafts are compared with plain ones. If they did not pay, so many passes go without: at first, and at most.
-# `TOLERANCE` is how much slower than plain passes they may be, since times are noisy.
-PATIENCE, SHORTEST_REST, LONGEST_REST, TOLERANCE = 8, 8, 64, 1.03
+# `TOLERANCE` is how much slower than plain passes they may be, since times are noisy. `TRIAL` passes tell what drafts cost, and
+# are enough if no draft was right.
+PATIENCE, TRIAL, SHORTEST_REST, LONGEST_REST, TOLERANCE = 8, 3, 8, 128, 1.03
 # How many ranges of a drafter's probabilities are told apart.
 BINS = 5
 # After this many passes one without drafts is timed.
@@ -130,7 +131,7 @@ class Pace:
         """
         hits, trials = self.right[min(int(probability * BINS), BINS - 1)]
         at_first = (1 + probability) / 2 if self.samples else probability
-        return (hits + 2 * at_first) / (trials + 2)
+        return (hits + at_first) / (trials + 1)
 
     def verified(self, probabilities: list[float], matches: int) -> None:
         """Take down which drafts were right: the first `matches`, and not the one after them."""
@@ -145,9 +146,9 @@ class Pace:
 
     def thresholds(self) -> tuple[float, float]:
         """The probabilities below which it does not pay to write one more draft, and to verify one that is there."""
-        if len(self.recent) < PATIENCE:
+        if len(self.recent) < TRIAL:
             return CONFIDENCE, LOWEST
-        if self.passes % PATIENCE and self.known_thresholds:
+        if self.known_thresholds and self.passes % PATIENCE:
             return self.known_thresholds
         counts, tokens, drafting, seconds = zip(*self.recent, strict=True)
         usual = 2 * statistics.median(seconds)
@@ -173,10 +174,11 @@ class Pace:
         self.recent.append((verified, tokens, drafting, seconds))
         if drafts:
             self.of_draft.append(drafting / drafts)
-        if len(self.recent) < PATIENCE:
+        written = sum(one[1] for one in self.recent)
+        hopeless = len(self.recent) >= TRIAL and written <= len(self.recent)
+        if len(self.recent) < PATIENCE and not hopeless:
             return
-        drafted, written = sum(one[0] for one in self.recent), sum(one[1] for one in self.recent)
-        if drafted and written * statistics.median(self.plain) * TOLERANCE >= sum(one[3] for one in self.recent):
+        if not hopeless and written * statistics.median(self.plain) * TOLERANCE >= sum(one[3] for one in self.recent):
             self.losses = 0
             return
         self.losses += 1

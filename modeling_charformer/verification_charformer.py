@@ -244,15 +244,13 @@ class VerifiedDecoding:
         """Logits `(B, n + 1, V)` of what follows the last token and each of the drafts `(B, n)`."""
         fed = drafts.shape[1] + 1
         self._reserve(fed)
+        if fed > 1:
+            self._put(drafts)
         if self.rows == 1:
-            length = self.lengths[0]
-            self.text[:, length : length + fed - 1] = drafts
-            ids = self.text[:, : length + fed - 1]
+            ids = self.text[:, : self.lengths[0] + fed - 1]
         else:
-            rows = torch.arange(self.rows, device=self.text.device)[:, None]
-            places = torch.tensor(self.lengths, device=self.text.device)[:, None]
-            self.text[rows, places + torch.arange(fed - 1, device=self.text.device)] = drafts
-            ids = torch.cat([self.text[rows, places - 1], drafts], dim=-1)
+            last = torch.tensor(self.lengths, device=self.text.device)[:, None] - 1
+            ids = torch.cat([self.text.gather(1, last), drafts], dim=-1)
         more: dict[str, Any] = {}
         if self.position is not None:
             more["position_ids"] = self.position + torch.arange(1, fed + 1, device=self.position.device)
@@ -310,8 +308,9 @@ class VerifiedDecoding:
             self.scores.extend(scores[:, number] for number in range(matches[0] + 1))
         if self.config.return_dict_in_generate and self.config.output_logits:
             self.logits.extend(logits[:, number] for number in range(matches[0] + 1))
+        self._put(picked)
         for row in self._live():
-            kept[row] = self._write(row, tokens[row][: matches[row] + 1], picked[row])
+            kept[row] = self._extend(row, tokens[row][: matches[row] + 1])
         if self.streamer is not None:
             self.streamer.put(picked[:, : kept[0]].cpu())
         kept = [one or max(kept) for one in kept]
@@ -327,11 +326,20 @@ class VerifiedDecoding:
         numbers = torch.tensor(kept, device=states.device) - 1
         return states[torch.arange(self.rows, device=states.device), numbers]
 
-    def _write(self, row: int, new: list[int], picked: Tensor) -> int:
-        """Append tokens to a row, up to its end; returns how many."""
+    def _put(self, tokens: Tensor) -> None:
+        """Write `tokens` `(B, n)` after the end of each row. They do not belong to it yet."""
+        count = tokens.shape[1]
+        if self.rows == 1:
+            self.text[:, self.lengths[0] : self.lengths[0] + count] = tokens
+        else:
+            rows = torch.arange(self.rows, device=self.text.device)[:, None]
+            places = torch.tensor(self.lengths, device=self.text.device)[:, None]
+            self.text[rows, places + torch.arange(count, device=self.text.device)] = tokens
+
+    def _extend(self, row: int, new: list[int]) -> int:
+        """Make `new` tokens, which were put after the row's end, part of it, up to where it ends; returns how many."""
         length = self.lengths[row]
         new = new[: self.stops.max_length - length]
-        self.text[row, length : length + len(new)] = picked[: len(new)]
         if not self.ends[row]:
             end = self.stops.first(self.text[row : row + 1], length, new, tuple(self.scores) or None)
             if end and (self.stops.pads or self.rows == 1):
