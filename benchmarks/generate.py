@@ -148,9 +148,9 @@ def with_bad_drafts(repeats: int, model: Any = None, prompts: list[torch.Tensor]
     report: dict[str, Any] = {}
     for name, one in models.items():
         for kind, deviation in (("untrained", 0.02), ("sure", 1.0)):
-            for head in one.auxiliary_heads.values():
-                for weight in head.parameters():
-                    torch.nn.init.normal_(weight, std=deviation)
+            heads: Any = one.auxiliary_heads
+            for weight in heads.parameters():
+                torch.nn.init.normal_(weight, std=deviation)
             report[f"{name}, {kind}"] = in_batches(one, prompts, repeats, ["greedy"])["greedy"]
     return report
 

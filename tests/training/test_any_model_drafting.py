@@ -249,6 +249,18 @@ def test_heads_draft_with_adapters_and_outlive_merging(tmp_path):
     assert loaded.generate(PROMPT, use_extra_targets=True, **settings).tolist() == plain.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
+def test_one_scale_for_all_tokens_is_plain_text_with_one_warning():
+    model = copy.deepcopy(half_trained("llama"))
+    torch.ao.quantization.quantize_dynamic(model.model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    settings = BATCH | {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(**settings)
+    with pytest.warns(UserWarning, match="quantize all tokens of a pass together"):
+        drafted = model.generate(use_extra_targets=True, **settings)
+    assert drafted.tolist() == plain.tolist()
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_heads_are_saved_beside_an_adapter(tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -258,7 +270,7 @@ def test_heads_are_saved_beside_an_adapter(tmp_path):
     for weight in model.get_base_model().auxiliary_heads.parameters():
         torch.nn.init.normal_(weight)
     copy.deepcopy(pickle.loads(pickle.dumps(model))).save_pretrained(tmp_path)
-    loaded = load_auxiliary_losses(PeftModel.from_pretrained(build("llama"), tmp_path), tmp_path)
+    loaded: Any = load_auxiliary_losses(PeftModel.from_pretrained(build("llama"), tmp_path), tmp_path)
     expected = model.get_base_model().auxiliary_heads.state_dict()
     found = loaded.get_base_model().auxiliary_heads.state_dict()
     assert found.keys() == expected.keys()

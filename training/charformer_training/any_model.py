@@ -80,7 +80,7 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: boo
     base.__class__ = class_with_losses(cast(Any, type(base)), cast(Any, mixin), anatomy.output_kind)
     cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked, heads_only)
     if model is not base:
-        model.__class__ = class_beside_adapter(cast(Any, type(model)))
+        model.__class__ = cast(Any, class_beside_adapter(cast(Any, type(model))))
     base.config.auxiliary_losses = {"heads": heads, **({"heads_only": True} if heads_only else {}), **settings}
     return model
 
