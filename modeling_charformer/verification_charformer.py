@@ -144,6 +144,7 @@ class VerifiedDecoding:
         try:
             self.kwargs[CACHE].activate_past_recording()
             outputs = self.model._prefill(self.text, self.config, self.kwargs)
+            self.vocab_size = outputs.logits.shape[-1]
             self._start(outputs)
             drafts = self.text[:, :0]
             self._accept(outputs.logits[:, -1:], drafts)
@@ -231,6 +232,8 @@ class VerifiedDecoding:
         if drafts and not self.pointwise:
             for row, length in enumerate(self.lengths):
                 self.text[row, length + len(drafts) - 1] = drafts[-1][row]
+        if logits.shape[-1] != self.vocab_size:  # that of the model was resized after its heads were made
+            logits = torch.nn.functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-torch.inf)
         scores = self._processed(logits[:, None].to(self.text.device, torch.float32), len(drafts))
         return scores[:, 0].softmax(-1), self._picked(scores, len(drafts))[:, 0]
 

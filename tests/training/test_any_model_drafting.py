@@ -249,6 +249,30 @@ def test_heads_draft_with_adapters_and_outlive_merging(tmp_path):
     assert loaded.generate(PROMPT, use_extra_targets=True, **settings).tolist() == plain.tolist()
 
 
+@pytest.mark.parametrize("tokens", [50, 80])
+def test_heads_of_a_vocabulary_resized_since_draft_all_the_same(tokens):
+    model = copy.deepcopy(half_trained("llama", "own"))
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    expected, plain = passes(model)
+    found, count = passes(model, use_extra_targets=True)
+    assert found.tolist() == expected.tolist()
+    assert count < plain
+    drafted = model.generate(PROMPT, use_extra_targets=True, do_sample=True, max_new_tokens=20)
+    assert int(drafted.max()) < tokens
+
+
+@pytest.mark.parametrize("sizes", [{"vocab_size": 97}, {"hidden_size": 64}], ids=str)
+def test_heads_of_another_model_are_refused(tmp_path, sizes):
+    model = half_trained("llama", "own")
+    model.save_pretrained(tmp_path)
+    other = build("llama", **sizes)
+    other.config.auxiliary_losses = model.config.auxiliary_losses
+    with pytest.raises(
+        ValueError, match=r"another model: its auxiliary_heads\.target_2\.weight has the shape \(61, 16\)"
+    ):
+        load_auxiliary_losses(other, tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
 def test_one_scale_for_all_tokens_is_plain_text_with_one_warning():

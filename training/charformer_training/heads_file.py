@@ -80,10 +80,16 @@ class SavesHeads(PreTrainedModel):
         saved = load_file(path)
         if not self.loss_settings.has_last_position:  # a classifier's, saved by earlier versions but never trained
             saved.pop(f"loss_uncertainty.log_variances.{LAST_POSITION}", None)
-        expected = {name for name in self.state_dict() if name.startswith(TRAINING_ONLY)}
-        if saved.keys() != expected:
-            different = sorted(saved.keys() ^ expected)
+        own = {name: weight for name, weight in self.state_dict().items() if name.startswith(TRAINING_ONLY)}
+        if saved.keys() != own.keys():
+            different = sorted(saved.keys() ^ own.keys())
             raise ValueError(f"{path} was saved with other auxiliary losses; {different[:4]} are not in both")
+        for name, weight in own.items():
+            if weight.shape != saved[name].shape:
+                raise ValueError(
+                    f"{path} was saved with another model: its {name} has the shape {tuple(saved[name].shape)}, that of this"
+                    f" model, by its width and vocabulary, {tuple(weight.shape)}"
+                )
         self.load_state_dict(saved, strict=False)
 
 
