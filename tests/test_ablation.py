@@ -138,6 +138,7 @@ def test_report_and_figure(tmp_path, monkeypatch, figures):
         report.report(path)
 
 
+@pytest.mark.slow
 def test_committed_report_is_that_of_the_committed_runs(tmp_path):
     results = ROOT / "benchmarks" / "results"
     for path in [results / "ablation.jsonl", *results.glob("ablation_*_costs.json")]:

@@ -45,6 +45,7 @@ def statuses(folder: Path) -> dict[str, str]:
 
 
 # Compilers warn, and so does Transformers on a CPU; what counts here is that every part runs.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_parts_measure_what_they_name(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch):
     # Tracing takes longer than all else; see the test below.
@@ -102,6 +103,7 @@ def test_checks_of_correctness_find_wrong_values(monkeypatch: pytest.MonkeyPatch
         correctness.losses_and_gradients({}, "cpu")
 
 
+@pytest.mark.slow
 def test_parts_that_fail_or_take_too_long_stop_no_other(tmp_path: Path):
     waves = [runner.Wave(("failing",), 2), runner.Wave(("crashing",), 1)]
     waves += [runner.Wave(("slow", "beside"), 1), runner.Wave(("good",), 15)]

@@ -111,6 +111,7 @@ def test_hook_is_there_as_the_table_has_it(owner, name, parameters, where, since
         assert file in files, f"{file}, which the table names for {name}, is gone"
 
 
+@pytest.mark.slow
 def test_no_hook_is_missing_from_the_table():
     listed = {(owner, name) for owner, name, *_ in TABLE}
     # A name is listed once, with the class that it is taken from.

@@ -61,6 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_a_printed_command_runs(place, monkeypatch, tmp_path, command, capsys):
     monkeypatch.chdir(place)

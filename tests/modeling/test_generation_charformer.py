@@ -120,6 +120,7 @@ def test_untrained_heads_do_no_harm(make_model):
         assert model.generate(ids, max_new_tokens=20, do_sample=False, use_extra_targets=True).equal(plain)
 
 
+@pytest.mark.slow
 def test_what_came_before_is_looked_up(make_model, drafts_in_every_pass, monkeypatch):
     """Drafts from the text itself are longer than the heads see ahead, and change nothing."""
     model = make_model(num_targets=2, max_position_embeddings=512, initializer_range=0.3).eval()

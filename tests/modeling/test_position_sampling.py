@@ -83,6 +83,7 @@ def deviations(draw, draws: int = 400) -> torch.Tensor:
     return (mean - whole) / error.clamp(min=1e-6)
 
 
+@pytest.mark.slow
 def test_expected_value_and_gradients_are_those_of_all_positions(monkeypatch):
     found = deviations(lambda step, targets: sampler(0.6, step).sample(TERM, targets))
     assert found.abs().max() < 5 and 0.5 < found[found.abs() > 1e-3].square().mean() < 2

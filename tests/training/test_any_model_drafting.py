@@ -301,6 +301,7 @@ def test_heads_are_saved_beside_an_adapter(tmp_path):
     assert all(found[name].equal(weight) for name, weight in expected.items())
 
 
+@pytest.mark.slow
 def test_stock_early_exit_drafts_by_a_trained_layer_without_the_package(tmp_path):
     """Shared heads of layers are the model's own output embeddings, which is what Transformers' early exit runs."""
     program = """

@@ -137,6 +137,7 @@ class TestTrainer:
         assert {"loss_next_token", "loss_target_2", "loss_layer_1_target_2", "loss_last_position"} <= set(logs[0][0])
         assert_same_logs(*logs)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
     def test_figures_of_drawn_positions_are_the_same_however_a_batch_is_split(self, weighting, tmp_path):
         logs = []
@@ -150,6 +151,7 @@ class TestTrainer:
         assert logs[0][0]["loss_next_token"] == pytest.approx(whole[0]["loss_next_token"])
         assert logs[0][0]["loss_layer_1"] == pytest.approx(whole[0]["loss_layer_1"], rel=0.2)
 
+    @pytest.mark.slow
     def test_schedule_that_is_never_on_is_refused_before_the_first_step(self, tmp_path):
         register_schedule("never", lambda at: 0.0)
         for field in ("intermediate_schedule", "target_schedule"):
@@ -234,6 +236,7 @@ class TestTrainer:
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
         assert "eval_loss_giou" in trainer.evaluate()
 
+    @pytest.mark.slow
     def test_a_term_of_ones_own(self, tmp_path):
         def entropy(outputs, inputs):
             p = outputs.logits.softmax(-1)
@@ -273,6 +276,7 @@ class TestTrainer:
         with pytest.raises(ValueError, match=r"'own' returned a tensor of the shape \(8, 12, 61\)"):
             train(add_auxiliary_losses(build("llama")), tmp_path, prepare=prepare)
 
+    @pytest.mark.slow
     @DEPRECATED
     @pytest.mark.parametrize("lora", [False, True])
     def test_a_resumed_run_is_the_uninterrupted_one(self, lora, tmp_path):

@@ -55,6 +55,7 @@ def test_a_layer_that_drops_out_is_named_with_its_step(in_use, capsys, logging_s
     assert told == ["layer_1 dropped out at step 3", "layer_2 dropped out at step 4"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_tells_of_no_layer_twice(in_use, tmp_path, capsys):
     in_use(save_strategy="steps", save_steps=3).train()
     capsys.readouterr()

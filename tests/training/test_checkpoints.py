@@ -53,6 +53,7 @@ def assert_same_run(one: Any, other: Any) -> None:
 
 
 class TestWhole:
+    @pytest.mark.slow
     def test_one_changed_byte_of_any_file_is_named(self, checkpoint):
         assert inspect(checkpoint).faults == ()
         files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
@@ -80,6 +81,7 @@ class TestWhole:
         (checkpoint / "scaler.pt").write_bytes(b"")
         assert inspect(checkpoint).faults == ("scaler.pt is not of this run",)
 
+    @pytest.mark.slow
     def test_the_newest_good_one_is_taken_or_named(self, make_trainer, checkpoint, caplog):
         folder = checkpoint.parent
         for name in ("checkpoint-8", "checkpoint-6"):
@@ -234,6 +236,7 @@ class TestSignals:
         yield
         signal.signal(signal.SIGINT, old)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("signum", "step", "in_evaluation"),
         [
@@ -279,6 +282,7 @@ class TestSignals:
 
 
 class TestGoingOn:
+    @pytest.mark.slow
     @pytest.mark.parametrize("step", [3, 6, 8])
     def test_logs_and_train_loss_are_those_of_the_uninterrupted_run(self, make_trainer, step):
         whole = make_trainer(**SAVING, model=DROPOUT)
@@ -298,6 +302,7 @@ class TestGoingOn:
         assert trainers[1].state.global_step == 5
         assert_same_run(*trainers)
 
+    @pytest.mark.slow
     def test_early_stopping_goes_on_with_what_it_had_counted(self, make_trainer, tmp_path):
         settings = {
             "max_steps": 12,
@@ -321,6 +326,7 @@ class TestGoingOn:
             resumed.train(resume_from_checkpoint=str(tmp_path / f"from-{step}" / f"checkpoint-{step}"))
             assert_same_run(resumed, whole)
 
+    @pytest.mark.slow
     def test_a_best_checkpoint_that_is_gone_is_named(self, make_trainer):
         settings = {
             "max_steps": 4,
@@ -434,6 +440,7 @@ def test_running_sums_hold_nothing_that_is_not_of_the_run(checkpoint):
     }
 
 
+@pytest.mark.slow
 def test_logs_are_the_same_whether_checkpoints_are_written_or_not(make_trainer):
     one, other = make_trainer(logging_steps=5), make_trainer(logging_steps=5, save_strategy="steps", save_steps=2)
     one.train(), other.train()

@@ -49,6 +49,7 @@ def test_logged_figures_are_those_of_the_step(make_trainer):
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_figures_do_not_depend_on_accumulation(make_trainer):
     logs = []
     for parts in (1, 4):
@@ -70,6 +71,7 @@ def test_figures_do_not_depend_on_accumulation(make_trainer):
     } | {"gradient_norm_confidence", "gradient_cosine_confidence"}
 
 
+@pytest.mark.slow
 def test_figures_between_two_entries_are_averaged_also_in_a_resumed_run(make_trainer):
     settings = {"log_term_gradients": 1, "logging_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     single = make_trainer(MODEL, log_term_gradients=1, max_steps=2)

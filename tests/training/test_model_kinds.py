@@ -164,6 +164,7 @@ MAKERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 def test_logged_terms_do_not_depend_on_how_a_batch_is_split(kind, tmp_path):
     logs, evaluations = [], []

@@ -104,6 +104,7 @@ class TestSteps:
         rates = [group["lr"] for group in trainer.optimizer.param_groups]
         assert rates == pytest.approx([1e-3] * 3)
 
+    @pytest.mark.slow
     def test_a_resumed_run_goes_on_as_if_never_stopped(self, make_trainer):
         whole = make_trainer(muon=True, save_strategy="steps", save_steps=3)
         whole.train()

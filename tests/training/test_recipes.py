@@ -389,6 +389,7 @@ def a_run_or_a_clear_error(words: list[str]) -> None:
         assert isinstance(arguments, Arguments) and arguments.training.max_steps >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of fields that are going out of use
 @fuzzed
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))

@@ -67,6 +67,7 @@ class TestFolder:
         if os.path.isdir("/proc"):
             assert "output_dir /proc cannot be written to" in self.refused(command(output_dir="/proc"), capsys)
 
+    @pytest.mark.slow
     def test_a_link_to_a_folder_is_that_folder(self, command, tmp_path):
         (tmp_path / "link").symlink_to("real")
         assert main(command(output_dir=tmp_path / "link", max_steps=1)) == 0
@@ -97,6 +98,7 @@ class TestOneCommandGivenAgain:
         assert main(again) == 0
         assert (interrupted / "model.safetensors").read_bytes() == weights
 
+    @pytest.mark.slow
     def test_other_settings_are_refused_also_when_the_run_is_complete(self, command, tmp_path, capsys):
         assert main(command(resume="auto")) == 0
         assert main(command(resume="auto", max_steps=6, learning_rate=0.1)) == 1
@@ -125,6 +127,7 @@ class TestOneCommandGivenAgain:
         assert "is not of this run" in capsys.readouterr().err
         assert (tmp_path / "run" / "model.safetensors").read_bytes() == content
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("failing", ["write_card", "evaluate"])
     def test_what_fails_after_training_leaves_the_weights_and_is_made_up_for(
         self, command, tmp_path, monkeypatch, capsys, failing
@@ -166,6 +169,7 @@ class TestOneCommandGivenAgain:
 
 
 class TestRecord:
+    @pytest.mark.slow
     def test_the_recipe_in_the_folder_is_the_run(self, command, tmp_path):
         words = command(max_steps=3, term_weights='{"layer_1":0.5}', hub_token="hf_secret", learning_rate="0.003")
         assert main(words) == 0
@@ -195,6 +199,7 @@ class TestRecord:
         assert "SECRET" not in " ".join(shown) and shown[-2:] == ["--max_steps", "3"]
 
 
+@pytest.mark.slow
 def test_samples_hold_each_step_once_and_links_are_not_followed(command, tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("mine")

@@ -102,6 +102,7 @@ class TestSchedules:
 
 
 class TestTrainer:
+    @pytest.mark.slow
     def test_a_compute_loss_of_ones_own_trains_the_terms(self, make_trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return model(**inputs).loss
@@ -138,6 +139,7 @@ class TestTrainer:
         assert "layer_1" in outputs.loss_dict
         torch.testing.assert_close(loss, expected.loss)
 
+    @pytest.mark.slow
     def test_a_first_step_that_ran_out_of_memory_is_logged_once(self, make_trainer, monkeypatch):
         trainer = make_trainer(auto_find_batch_size=True, max_steps=2)
         backward, sizes = trainer.accelerator.backward, []

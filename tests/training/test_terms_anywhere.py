@@ -100,6 +100,7 @@ class EqualRows(Rows):
 
 
 class TestMixin:
+    @pytest.mark.slow
     @pytest.mark.parametrize("base", [Trainer, Seq2SeqTrainer, OwnLossTrainer])
     def test_any_trainer_has_the_figures_of_ours(self, base, tmp_path):
         args = Seq2SeqTrainingArguments if base is Seq2SeqTrainer else TrainingArguments
@@ -108,6 +109,7 @@ class TestMixin:
             trainer = train(mixed(base), add_auxiliary_losses(build("llama")), tmp_path, batch, args=args)
             assert_same_logs(loss_logs(trainer), expected)
 
+    @pytest.mark.slow
     def test_a_mean_over_the_batch_is_averaged_over_micro_batches(self, tmp_path):
         class Mean(Trainer):
             def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -118,6 +120,7 @@ class TestMixin:
         found = loss_logs(train(mixed(Mean), add_auxiliary_losses(build("gpt2")), tmp_path, 2, data=data))
         assert_same_logs(found, expected)
 
+    @pytest.mark.slow
     def test_t5_logs_the_terms_that_are_added(self, tmp_path):
         sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 61}
         config = AutoConfig.for_model("t5", **sizes, dropout_rate=0.0, decoder_start_token_id=0)
@@ -253,6 +256,7 @@ def detr() -> Any:
 
 
 class TestCallback:
+    @pytest.mark.slow
     @pytest.mark.parametrize("batch", [8, 2])
     @pytest.mark.parametrize("kind", ["detr", "mixtral", "llama"])
     def test_it_logs_what_our_trainer_logs(self, kind, batch, tmp_path):

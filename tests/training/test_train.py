@@ -39,6 +39,7 @@ def test_every_recipe_runs(command, tmp_path, recipe, capsys):
     assert len(training_entries(folder)) == 4
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_folder_that_explains_and_loads_itself(command, tmp_path, capsys, figures):
     assert main([*command(sample_prompt="Zeile"), "--compare_ngrams"]) == 0
     folder, shown = tmp_path / "run", capsys.readouterr().out
@@ -92,6 +93,7 @@ def test_a_run_leaves_a_folder_that_explains_and_loads_itself(command, tmp_path,
     assert metrics["splits"]["train"][1] in shown  # the checksum
 
 
+@pytest.mark.slow
 def test_raw_binary_data_makes_a_model_without_special_symbols(command, tmp_path, capsys):
     data = tmp_path / "raw.dat"
     data.write_bytes(bytes(range(1, 256)) * 40)
@@ -114,6 +116,7 @@ def test_the_shown_lines_load_the_model(command, tmp_path, capsys):
     assert result.stdout.split() == ["CharformerForCausalLM", "256"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_begins_with_the_given_model(command, tmp_path):
     assert main(command()) == 0
     first = str(tmp_path / "run")
@@ -125,6 +128,7 @@ def test_fine_tuning_begins_with_the_given_model(command, tmp_path):
         assert weight.equal(before.state_dict()[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["recipe", "command line"])
 def test_weights_of_single_terms_reach_the_saved_model(command, tmp_path, place):
     weights = {"target_2": 0.4, "layer_1": 0.8}
@@ -150,6 +154,7 @@ def test_weights_of_single_terms_reach_the_saved_model(command, tmp_path, place)
     assert ("loss_layer_2" in first) != ("loss_layer_1" in first)
 
 
+@pytest.mark.slow
 def test_fine_tuning_keeps_the_architecture(command, tmp_path, capsys):
     assert main(command()) == 0
     assert main(command(model_name_or_path=tmp_path / "run", output_dir=tmp_path / "tuned", hidden_size=32)) == 1
@@ -170,6 +175,7 @@ def test_fine_tuning_gives_linear_heads_blocks_but_changes_none(command, tmp_pat
     assert main(command(**tuned, overwrite_output_dir="true", target_heads="sequential")) == 0
 
 
+@pytest.mark.slow
 def test_fine_tuning_says_that_schedules_begin_anew(command, tmp_path, capsys):
     assert main(command()) == 0
     assert main(command(output_dir=tmp_path / "tuned", model_name_or_path=tmp_path / "run")) == 0
@@ -308,11 +314,13 @@ class TestWrongInput:
         shown = capsys.readouterr().err
         assert shown.startswith(f"\ncharformer-evaluate: error: {message}") and "Traceback" not in shown
 
+    @pytest.mark.slow
     def test_damaged_results_of_a_complete_run(self, command, tmp_path, capsys):
         assert main(command(resume="auto")) == 0
         (tmp_path / "run" / "metrics.json").write_text("{")
         assert "metrics.json is damaged" in self.refused(capsys, command(resume="auto"))
 
+    @pytest.mark.slow
     def test_bits_per_character_of_text_that_is_not_utf8(self, command, tmp_path, capsys):
         (tmp_path / "koi8").write_bytes(("Щедрая осень, жёлтый лес. " * 400).encode("koi8-r"))
         words = command(data_path=tmp_path / "koi8", metric_for_best_model="eval_bpc", load_best_model_at_end="true")
@@ -322,6 +330,7 @@ class TestWrongInput:
         assert metrics["eval_bpb"] > 0 and "unigram_bpb" in metrics and not [key for key in metrics if "bpc" in key]
         assert "bits per byte" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_a_name_that_is_not_utf8_costs_no_model(self, command, text_file, tmp_path, capsys):
         path = os.fsencode(tmp_path) + b"/caf\xe9\x1b[2J.txt"
         with open(path, "wb") as file:
@@ -332,6 +341,7 @@ class TestWrongInput:
         assert r"caf\xe9" in (tmp_path / "run" / "README.md").read_text()
         assert "must be text in UTF-8" in self.refused(capsys, command(output_dir=os.fsdecode(path)))
 
+    @pytest.mark.slow
     def test_a_corpus_does_not_grow_by_its_runs(self, command, text_file, tmp_path):
         folder = tmp_path / "project"
         folder.mkdir()
@@ -348,6 +358,7 @@ class TestWrongInput:
         assert "--num_target_x" in self.refused(capsys, [*command(), "--num_target_x", "3"])
         assert "--num_target" in self.refused(capsys, [*command(), "--num_target", "3"])
 
+    @pytest.mark.slow
     def test_folder_with_another_model(self, command, tmp_path, capsys):
         assert main(command()) == 0
         weights = (tmp_path / "run" / "model.safetensors").read_bytes()
@@ -360,6 +371,7 @@ class TestWrongInput:
         assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
         assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
+    @pytest.mark.slow
     def test_overwriting_deletes_nothing_before_the_new_run_can_begin(self, command, tmp_path, capsys):
         assert main(command()) == 0
         weights = (tmp_path / "run" / "model.safetensors").read_bytes()
@@ -375,6 +387,7 @@ class TestWrongInput:
     def copy_of(checkpoint: Path, tmp_path: Path) -> Path:
         return Path(shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name))
 
+    @pytest.mark.slow
     def test_resuming_a_damaged_checkpoint_or_in_two_ways(self, command, tmp_path, capsys):
         assert main(command()) == 0
         broken = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
@@ -392,6 +405,7 @@ class TestWrongInput:
         assert "not finite" in message and "step" in message
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_one_reported(command, tmp_path):
     best = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "eval_steps": 1, "save_steps": 1}
     chosen = {"load_best_model_at_end": "true", "metric_for_best_model": "eval_bpc", "greater_is_better": "false"}

@@ -44,6 +44,7 @@ class TestLogs:
         assert [entry["step"] for entry in logs if "loss_layer_1" in entry] == [1, 2]
         assert [entry["step"] for entry in logs if "loss_layer_2_target_2" in entry] == [1, 2, 3]
 
+    @pytest.mark.slow
     def test_training_lowers_the_terms(self, make_trainer):
         trainer = make_trainer(max_steps=60, model={"intermediate_schedule": "constant"})
         trainer.train()
@@ -51,6 +52,7 @@ class TestLogs:
         for name in ("loss_next_char", "loss_target_2", "loss_layer_1", "loss_layer_2_target_2"):
             assert last[name] < first[name] - 1.0
 
+    @pytest.mark.slow
     def test_an_interval_averages_each_term_over_the_steps_it_was_in(self, make_trainer):
         single = make_trainer()
         single.train()
@@ -63,6 +65,7 @@ class TestLogs:
                     values = [one[key] for one in every[2 * number : 2 * number + 2] if key in one]
                     assert value == pytest.approx(sum(values) / len(values), rel=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "model", [{}, {"position_loss": "last"}, {"num_targets": 4}, {"loss_weighting": "uncertainty"}], ids=str
     )
@@ -74,6 +77,7 @@ class TestLogs:
         split.train()
         assert_same_logs(loss_logs(whole), loss_logs(split))
 
+    @pytest.mark.slow
     def test_accumulation_gives_the_same_figures_for_rows_of_different_lengths(self, make_trainer):
         def ragged(features):
             batch = default_data_collator(features)
@@ -89,6 +93,7 @@ class TestLogs:
             runs.append(loss_logs(trainer))
         assert_same_logs(runs[0], runs[1])
 
+    @pytest.mark.slow
     def test_groups_are_means_over_layers(self, make_trainer):
         each, groups = make_trainer(), make_trainer(log_loss_terms="groups")
         each.train()
@@ -134,6 +139,7 @@ class TestLogs:
         trainer.train()
         assert "loss_layer_1" in loss_logs(trainer)[0]
 
+    @pytest.mark.slow
     def test_the_plain_trainer_trains_the_model_too(self, make_trainer):
         ours = make_trainer()
         plain = Trainer(
@@ -269,6 +275,7 @@ class TestEvaluation:
         assert metrics["eval_bpc"] == pytest.approx(nats / characters / math.log(2), rel=1e-6)
         assert "eval_loss_last_position" in metrics and "eval_loss_target_2" not in metrics
 
+    @pytest.mark.slow
     def test_evaluation_leaves_training_as_it_is(self, make_trainer):
         without, with_evaluation = make_trainer(), make_trainer(eval_strategy="steps", eval_steps=2)
         without.train()
@@ -301,6 +308,7 @@ def interrupted_run(make_trainer, step: int, **settings) -> Path:
 
 
 class TestCheckpoints:
+    @pytest.mark.slow
     @pytest.mark.parametrize("logging_steps", [1, 2, 5])
     def test_a_resumed_run_goes_on_as_if_never_stopped(self, make_trainer, logging_steps):
         settings = {
@@ -325,11 +333,13 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="there is no folder .*elsewhere"):
             make_trainer().train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
 
+    @pytest.mark.slow
     def test_tied_weights_are_not_missed(self, make_trainer):
         settings = {"tie_word_embeddings": True}
         checkpoint = interrupted_run(make_trainer, 4, model=settings)
         make_trainer(model=settings).train(resume_from_checkpoint=str(checkpoint))
 
+    @pytest.mark.slow
     def test_what_fails_while_it_is_saved_is_removed_and_the_last_one_stays(self, make_trainer, monkeypatch):
         full = False
         save = torch.save

@@ -114,6 +114,7 @@ def test_a_frozen_body_is_not_told(warnings):
     assert not warnings()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_told(warnings):
     model, ids = charformer(), make_ids()
     compiled = torch.compile(model, backend="aot_eager")
