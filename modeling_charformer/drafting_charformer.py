@@ -190,15 +190,19 @@ def _bounded(probability: float) -> float:
     return min(max(probability, LOWEST), HIGHEST)
 
 
-def continuation(ids: Tensor, length: int) -> list[int]:
-    """`length` ids that followed the last earlier occurrence of the end of `ids` `(S,)`; none if there is none.
+def as_string(ids: list[int]) -> str:
+    """A text with one character for each id, in which Python searches fast."""
+    return "".join(map(chr, ids))
 
-    Where they reach the end of `ids`, the text goes in circles, and so do they.
+
+def continuation(text: str, length: int) -> list[int]:
+    """`length` ids that followed the last earlier occurrence of the end of `text`; none if there is none.
+
+    Where they reach the end of `text`, it goes in circles, and so do they.
     """
-    # Searched as a string with one character for each id.
-    text = ids.to(torch.int32).cpu().numpy().tobytes().decode("utf-32-le", "surrogatepass")
-    start = text.rfind(text[-LOOK_UP_MATCH:], 0, -1) + LOOK_UP_MATCH
-    if start < LOOK_UP_MATCH:
+    first = max(0, len(text) - LOOK_BACK)
+    start = text.rfind(text[-LOOK_UP_MATCH:], first, -1) + LOOK_UP_MATCH
+    if start < LOOK_UP_MATCH or len(text) < LOOK_UP_MATCH:
         return []
     known = [ord(one) for one in text[start : start + length]]
     return (known * length)[:length]
@@ -221,33 +225,37 @@ class Drafts:
 
 
 def write_drafts(
-    draft: Draft, max_drafts: int, choose: Choose, texts: list[Tensor], limit: int, pace: Pace, live: list[int]
+    draft: Draft,
+    max_drafts: int,
+    choose: Choose,
+    texts: list[str],
+    last: Tensor,
+    limit: int,
+    pace: Pace,
+    live: list[int],
 ) -> Drafts:
     """Drafts, at most `limit`, of what follows the `texts`, of which those with the numbers `live` count.
 
     Where a text repeats itself, its earlier continuation is drafted (prompt look-up, Saxena 2023) until the drafter
-    contradicts it. It also extends beyond the drafter's last draft.
+    contradicts it. It also extends beyond the drafter's last draft. `last` `(B,)` holds the last token of each.
     """
-    looked_up = [continuation(text[-LOOK_BACK:], min(LOOK_UP, limit)) for text in texts]
+    looked_up = [continuation(text, min(LOOK_UP, limit)) for text in texts]
     agrees, confidence = [bool(known) for known in looked_up], [1.0] * len(texts)
     worth_drafting, worth_verifying = pace.thresholds()
     accuracy = pace.accuracy()
-    previous = torch.stack([text[-1] for text in texts])
     drafts: list[Tensor] = []
-    found = Drafts(previous[:, None][:, :0], [[] for _ in texts])
+    found = Drafts(last[:, None][:, :0], [[] for _ in texts])
     # Text that repeats itself is looked up for as long as that goes well; the drafter is not asked.
     asked = 0 if pace.repeats and all(agrees[row] for row in live) else min(max_drafts, limit)
     for number in range(asked):
-        probabilities, choice = choose(drafts, draft(number, previous))
+        probabilities, choice = choose(drafts, draft(number, drafts[-1] if drafts else last))
         found.written += 1
-        for row, known in enumerate(looked_up):
-            # A looked-up draft does not lower the confidence: the text, not the drafter, proposed it.
-            agrees[row] = agrees[row] and number < len(known) and float(probabilities[row, known[number]]) >= AGREEMENT
-            if agrees[row]:
-                choice[row] = known[number]
+        if any(agrees):
+            choice = _agreed(looked_up, agrees, number, probabilities, choice)
         if not all(agrees):
             chosen = probabilities.gather(1, choice[:, None])[:, 0].tolist()
             for row, probability in enumerate(chosen):
+                # A looked-up draft does not lower the confidence: the text, not the drafter, proposed it.
                 if not agrees[row]:
                     found.probabilities[row].append(probability)
                     confidence[row] *= pace.chance(probability)
@@ -255,15 +263,28 @@ def write_drafts(
         if mean < worth_verifying:
             break
         drafts.append(choice)
-        previous = choice
         if not any(agrees) and mean * accuracy < worth_drafting:
             break
     width = max((len(known) for known, agreed in zip(looked_up, agrees, strict=True) if agreed), default=0)
     trust = sum(confidence[row] for row in live if agrees[row]) / len(live)
     while len(drafts) < width and trust >= worth_verifying:
         now = [known[len(drafts)] if len(drafts) < len(known) else 0 for known in looked_up]
-        drafts.append(torch.tensor(now, device=previous.device))
+        drafts.append(torch.tensor(now, device=last.device))
         trust *= LOOK_UP_TRUST
     if drafts:
         found.tokens = torch.stack(drafts, dim=1)
     return found
+
+
+def _agreed(
+    looked_up: list[list[int]], agrees: list[bool], number: int, probabilities: Tensor, choice: Tensor
+) -> Tensor:
+    """`choice` `(B,)` with the `number`-th looked-up token in the rows that have one and whose drafter agrees with it.
+
+    In `agrees` the other rows become false.
+    """
+    known = torch.tensor([ids[number] if number < len(ids) else 0 for ids in looked_up], device=choice.device)
+    given = probabilities.gather(1, known[:, None])[:, 0].tolist()
+    for row, ids in enumerate(looked_up):
+        agrees[row] = agrees[row] and number < len(ids) and given[row] >= AGREEMENT
+    return torch.where(torch.tensor(agrees, device=choice.device), known, choice)

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .compatibility import CACHE
-from .drafting_charformer import Drafts, EarlyExitDrafter, HeadDrafter, Pace, write_drafts
+from .drafting_charformer import Drafts, EarlyExitDrafter, HeadDrafter, Pace, as_string, write_drafts
 
 
 # Processors that look at the scores of one place alone.
@@ -130,6 +130,7 @@ class VerifiedDecoding:
         self.pointwise = all(type(processor) in POINTWISE for processor in processors)
         self.kwargs, self.text, self.stops = model_kwargs, input_ids, Stops(criteria, int(config.max_length or 0))
         self.rows, self.prompt = input_ids.shape
+        self.strings = [as_string(row) for row in input_ids.tolist()]
         self.lengths, self.ends = [self.prompt] * self.rows, [0] * self.rows
         self.padding_id = int(getattr(config, "_pad_token_tensor", None) or 0)
         self.noise = GumbelNoise() if config.do_sample else None
@@ -224,9 +225,11 @@ class VerifiedDecoding:
             return Drafts(self.text[:, :0], [])
         self._reserve(limit)
         mask = None if self.mask is None else mask_up_to(self.mask, self.seen + 1)
-        texts = [self.text[row, :length] for row, length in enumerate(self.lengths)]
+        last = torch.tensor([ord(text[-1]) for text in self.strings], device=self.text.device)
         with self.drafter.drafts(self.kwargs, mask, self.state) as draft:
-            return write_drafts(draft, self.drafter.max_drafts, self._choose, texts, limit, self.pace, live)
+            return write_drafts(
+                draft, self.drafter.max_drafts, self._choose, self.strings, last, limit, self.pace, live
+            )
 
     def _choose(self, drafts: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
         if drafts and not self.pointwise:
@@ -348,27 +351,34 @@ class VerifiedDecoding:
             if end and (self.stops.pads or self.rows == 1):
                 new = new[: end - length]
             self.ends[row] = end
+        self.strings[row] += as_string(new)
         self.lengths[row] = length + len(new)
         return len(new)
 
     def _align(self, kept: list[int], fed: int) -> None:
         """Take out of the cache the drafts that no row kept, and move each row's tokens to the right end."""
-        self.cache.crop(max(kept) - fed)
         shifts = [max(kept) - one for one in kept]
         if not any(shifts):
+            self.cache.crop(max(kept) - fed)
             return
         padding = [before + shift for before, shift in zip(self.padding, shifts, strict=True)]
         spare = min(padding)
         self.padding = [one - spare for one in padding]
+        indices: dict[tuple[int, int], Tensor] = {}
         for layer in self.cache.layers:
             if not layer.is_initialized:  # it reads another layer's
                 continue
             for name in ("keys", "values"):
                 cached = getattr(layer, name)
-                places = torch.arange(spare, cached.shape[-2], device=cached.device)
-                places = (places - torch.tensor(shifts, device=cached.device)[:, None]).clamp(min=0)
-                shape = (-1, cached.shape[1], -1, cached.shape[-1])
-                setattr(layer, name, cached.gather(2, places[:, None, :, None].expand(shape)))
+                rows, heads, length, size = cached.shape
+                if (heads, length) not in indices:
+                    places = torch.arange(spare, length - fed + max(kept), device=cached.device)
+                    places = (places - torch.tensor(shifts, device=cached.device)[:, None]).clamp(min=0)
+                    begins = length * torch.arange(rows * heads, device=cached.device).view(rows, heads, 1)
+                    indices[heads, length] = (begins + places[:, None]).flatten()
+                # As a matrix, since this is several times as fast as to gather in four dimensions.
+                kept_states = cached.reshape(-1, size).index_select(0, indices[heads, length])
+                setattr(layer, name, kept_states.view(rows, heads, -1, size))
 
     def _result(self) -> Any:
         end = max(self.ends)
