@@ -196,12 +196,16 @@ class LossStep:
         step: int | None = None,
         seed: int | None = None,
     ):
-        weights = settings.weights_at(progress, step) if training else settings.evaluation_weights
         self.runs_heads = training or progress is not None
         """Whether auxiliary heads with a weight are run, as in training and in evaluations that report their terms."""
-        reported = settings.evaluated_at(progress, step) if self.runs_heads and not training else []
-        weights = {**weights, **dict.fromkeys(reported, 0.0)}
-        self.weights: dict[str, float] = weights if labelled else {}
+        weights: dict[str, float] = {}
+        reported: list[str] = []
+        if training:
+            weights = settings.weights_at(progress, step)
+        elif labelled:
+            reported = settings.evaluated_at(progress, step) if self.runs_heads else []
+            weights = {**settings.evaluation_weights, **dict.fromkeys(reported, 0.0)}
+        self.weights = weights if labelled else {}
         # A head whose weight is 0 is not run. The model's own head runs anyway, so its losses are reported.
         self.terms = [
             term

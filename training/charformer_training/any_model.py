@@ -13,7 +13,7 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings
 from .added_losses import ModelWithLosses, class_with_losses
 from .causal_lm import CausalLMWithLosses
 from .classifiers import ImageClassifierWithLosses, SequenceClassifierWithLosses, TokenClassifierWithLosses
-from .heads_file import cached_heads
+from .heads_file import cached_heads, class_beside_adapter, saved_settings
 from .language_models import MaskedLMWithLosses, Seq2SeqLMWithLosses
 from .models import is_causal_lm, unwrap_peft
 from .probe import Anatomy, Trace, anatomy_of, trace_of
@@ -34,8 +34,8 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: boo
     Classification models of sequences, tokens and images are accepted. The model is changed and returned. In training,
     `forward` also takes `training_progress`, `training_step` and `training_seed`, which `AuxiliaryLossTrainer` passes. Its
     output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without labels, and in evaluation, the model
-    computes what it did before. `save_pretrained` writes the plain model, with the auxiliary heads in the subfolder
-    `auxiliary_heads/`; `load_auxiliary_losses` loads these.
+    computes what it did before. `save_pretrained` writes the plain model, or the adapters of a PEFT model, with the
+    auxiliary heads in the subfolder `auxiliary_heads/`; `load_auxiliary_losses` loads these.
 
     Every head reads the output of its layer after the model's final norm, and after any further module that the model
     applies to the output of its last layer. These modules are found by running the model on six tokens or an image. A
@@ -79,6 +79,8 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: boo
         _check_heads_alone(losses, heads)
     base.__class__ = class_with_losses(cast(Any, type(base)), cast(Any, mixin), anatomy.output_kind)
     cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked, heads_only)
+    if model is not base:
+        model.__class__ = cast(Any, class_beside_adapter(cast(Any, type(model))))
     base.config.auxiliary_losses = {"heads": heads, **({"heads_only": True} if heads_only else {}), **settings}
     return model
 
@@ -87,7 +89,7 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) ->
     """Add to a loaded plain model the auxiliary losses and heads that were saved with it; the model is changed.
 
     Args:
-        model: The model that `from_pretrained(name_or_path)` returned.
+        model: The model that `from_pretrained(name_or_path)` returned, with or without an adapter of PEFT.
         name_or_path: A folder, or the id of a repository on the Hub.
 
     Raises:
@@ -95,6 +97,8 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) ->
     """
     base = unwrap_peft(model)
     settings = getattr(getattr(base, "config", None), "auxiliary_losses", None)
+    if not settings and model is not base:
+        settings = saved_settings(cached_heads(str(name_or_path)))
     if not settings:
         raise ValueError(f"{name_or_path} was saved without auxiliary losses; add_auxiliary_losses gives it new ones")
     add_auxiliary_losses(model, **settings)
