@@ -4,8 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,6 +16,9 @@ from modeling_charformer.auxiliary_heads import TRAINING_ONLY
 from modeling_charformer.loss_settings import LAST_POSITION, AuxiliaryLossSettings
 
 from .models import HEADS_FILE, OLD_HEADS_FILE, saved_heads
+
+
+VOCABULARY = "auxiliary_heads.draft_vocabulary"
 
 
 class SavesHeads(PreTrainedModel):
@@ -79,7 +83,17 @@ class SavesHeads(PreTrainedModel):
         if saved.keys() != expected:
             different = sorted(saved.keys() ^ expected)
             raise ValueError(f"{path} was saved with other auxiliary losses; {different[:4]} are not in both")
+        own = self.state_dict()
+        if VOCABULARY in saved and not saved[VOCABULARY].equal(own[VOCABULARY].cpu()):
+            raise ValueError(f"{path} was saved with another draft_vocabulary, of {len(saved[VOCABULARY])} tokens")
         self.load_state_dict(saved, strict=False)
+
+
+def vocabulary_of_heads(path: Path) -> Tensor:
+    with safe_open(path, framework="pt") as saved:
+        if VOCABULARY not in saved.keys():  # noqa: SIM118  # it is no mapping
+            raise ValueError(f"{path} has no {VOCABULARY}; the model's configuration says that its heads have one")
+        return cast(Tensor, saved.get_tensor(VOCABULARY))
 
 
 def cached_heads(name_or_path: str) -> Path:

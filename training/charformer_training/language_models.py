@@ -23,9 +23,13 @@ from modeling_charformer.linear_cross_entropy import LinearClassifier, linear_cl
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossFields, LossTerm
 
 from .added_losses import ModelWithLosses
-from .models import label_inputs
+from .models import targets_of
 from .probe import Anatomy, Trace, through
 from .probe_loss import LogitsPath, logits_path, own_loss_of
+
+
+# The logit of a token outside the draft vocabulary. It is finite, so that processors may forbid all tokens inside.
+NEVER = -1e4
 
 
 class LanguageModelWithLosses(ModelWithLosses):
@@ -54,18 +58,24 @@ class LanguageModelWithLosses(ModelWithLosses):
 
     @staticmethod
     def _checked_path(model: PreTrainedModel, trace: Trace, heads: str) -> dict[str, Any]:
-        path = logits_path(model, trace) if heads == "shared" else LogitsPath()
+        path = LogitsPath() if heads == "own" else logits_path(model, trace)
         if path is None:
             raise ValueError(
                 f"the logits of {type(model).__name__} are not its output embeddings applied to its last hidden state."
-                " heads='shared' does not know the further operations of this model; choose heads='own'"
+                f" heads={heads!r} does not know the further operations of this model; choose heads='own'"
             )
         return {"_path": path}
 
     def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
         if heads == "own":
-            return self.linear_head(self._vocab_size, index)
+            vocabulary = self.draft_vocabulary if term.offset > 1 else None
+            return self.linear_head(self._vocab_size if vocabulary is None else len(vocabulary), index)
         return nn.Identity() if term.offset == 1 else ResidualBlock(self._anatomy.width)
+
+    @property
+    def draft_vocabulary(self) -> Tensor | None:
+        """Ids `(n,)`, the only ones that the heads of further targets predict; `None` if they predict all."""
+        return cast(Tensor | None, getattr(self.auxiliary_heads, "draft_vocabulary", None))
 
     @property
     def _vocab_size(self) -> int:
@@ -100,12 +110,21 @@ class LanguageModelWithLosses(ModelWithLosses):
     def _targets(self, inputs: dict[str, Any], target_counts: Tensor | None) -> Targets:
         if inputs.get("shift_labels") is not None and not self._own_loss.follows_shift_labels:
             raise ValueError(f"the loss of {type(self).__name__} does not follow shift_labels; give labels alone")
-        num_items = inputs.get("num_items_in_batch")
-        return Targets(label_inputs(self, inputs), self.loss_settings.num_targets, num_items, target_counts)
+        return targets_of(self, inputs, inputs.get("num_items_in_batch"), target_counts)
 
-    def logits_of_head(self, term: LossTerm, outputs: Any) -> Tensor:
-        """Logits `(B, S, V)` of a term's head, from the model's output with its hidden states."""
-        return self._logits_of(term, self._head_input(term, outputs))[0]
+    def _head_reads(self, term: LossTerm, outputs: Any, inputs: dict[str, Any]) -> Tensor:
+        """What a term's head reads at each position, `(B, S, n)`, from the model's inputs and its output."""
+        return self._head_input(term, outputs)
+
+    def logits_of_head(self, term: LossTerm, outputs: Any, inputs: dict[str, Any]) -> Tensor:
+        """Logits `(B, S, V)` of a term's head, from the model's inputs and its output with its hidden states."""
+        return self._over_all(term, self._logits_of(term, self._head_reads(term, outputs, inputs))[0])
+
+    def _over_all(self, term: LossTerm, logits: Tensor) -> Tensor:
+        """Logits `(..., V)` from those of a term's head, which may be of a smaller vocabulary."""
+        if (vocabulary := self.draft_vocabulary) is None or term.offset == 1:
+            return logits
+        return logits.new_full((*logits.shape[:-1], self._vocab_size), NEVER).index_copy(-1, vocabulary, logits)
 
     def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
@@ -127,17 +146,17 @@ class LanguageModelWithLosses(ModelWithLosses):
             return targets.share_of_step
         if own_loss is not None:
             step.add_main(main_loss)
-        self._add_auxiliary_losses(step, outputs, targets)
+        self._add_auxiliary_losses(step, outputs, targets, inputs)
         if step.reads:
             add_distillation(step, targets, outputs.logits, self._logits_of)
         return targets.share_of_step
 
-    def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets) -> None:
+    def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets, inputs: dict[str, Any]) -> None:
         terms = [term for term in step.terms if not term.is_main]
         samples = step.samples(terms, targets) or {}
         together: dict[int, tuple[LinearClassifier, list[HeadInput]]] = {}
         for term in terms:
-            states, sample = self._head_input(term, outputs), samples.get(term)
+            states, sample = self._head_reads(term, outputs, inputs), samples.get(term)
             states = states if sample is None else sample.of(states)
             step.record(term, states, sample)
             classifier = self._classifier(term) if term.positions == "all" else None
@@ -151,8 +170,8 @@ class LanguageModelWithLosses(ModelWithLosses):
             else:
                 # One term at a time: with a large vocabulary, several at once would run on smaller chunks.
                 step.add(causal_lm_losses(states, logits_of, [term], targets, self._vocab_size))
-        for classifier, inputs in together.values():
-            step.add(linear_losses(classifier, inputs, targets, step.expected_weights(self.loss_uncertainty)))
+        for classifier, reads in together.values():
+            step.add(linear_losses(classifier, reads, targets, step.expected_weights(self.loss_uncertainty)))
 
 
 class Seq2SeqLMWithLosses(LanguageModelWithLosses):
