@@ -14,6 +14,7 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 from .added_losses import ModelWithLosses, class_with_losses
 from .causal_lm import CausalLMWithLosses
+from .checks import shown
 from .classifiers import ImageClassifierWithLosses, SequenceClassifierWithLosses, TokenClassifierWithLosses
 from .heads_file import cached_heads, vocabulary_of_heads
 from .language_models import MaskedLMWithLosses, Seq2SeqLMWithLosses
@@ -136,7 +137,9 @@ def _checked_vocabulary(
     except (TypeError, ValueError, RuntimeError):
         is_right = False
     if not is_right:
-        raise ValueError(f"draft_vocabulary is {vocabulary!r}; it must be a list of ids of tokens")
+        raise ValueError(
+            f"draft_vocabulary is {shown('draft_vocabulary', vocabulary)}; it must be a list of ids of tokens"
+        )
     kept = ids.unique().long()
     if not 1 < len(kept) < size or len(kept) != len(ids) or kept[0] < 0 or kept[-1] >= size:
         raise ValueError(

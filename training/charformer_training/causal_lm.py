@@ -60,9 +60,10 @@ class CausalLMWithLosses(SelfDraftingMixin, LanguageModelWithLosses):
     def _head_states(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         if not self._is_sequential or term.offset == 1:
             return super()._head_states(term, hidden_states)
-        width = self._anatomy.width
-        states = self._finished(term, hidden_states[..., :width])
-        for offset, embedded in enumerate(hidden_states[..., width:].split(self._embedding_size, dim=-1), start=2):
+        between = [self._embedding_size] * (term.offset - 1)
+        states, *embeddings = hidden_states.split([hidden_states.shape[-1] - sum(between), *between], dim=-1)
+        states = self._finished(term, states)
+        for offset, embedded in enumerate(embeddings, start=2):
             name = term_name(term.layer, offset, self.loss_settings.num_layers, self.main)
             states = self.auxiliary_heads[name](states, embedded)
         return states
