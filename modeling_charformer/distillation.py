@@ -54,9 +54,9 @@ def divergence(
     rows = torch.arange(batch, device=wanted.device)[:, None] * length
     # Where a position has no target, any teacher will do.
     teachers = (rows + (positions + term.offset - 1).clamp(max=length - 1)).flatten()
-    size = max(1, MAX_LOGITS // (2 * logits.shape[-1]))
-    pieces = (one.split(size) for one in (states.flatten(0, 1), teachers, counts.flatten()))
     vocabulary = targets.draft_vocabulary if term.offset > 1 else None
+    size = max(1, MAX_LOGITS // (2 * (logits.shape[-1] if vocabulary is None else len(vocabulary))))
+    pieces = (one.split(size) for one in (states.flatten(0, 1), teachers, counts.flatten()))
     of_piece = partial(_divergence_of_piece, logits.flatten(0, 1), vocabulary, classify)
     sums = [
         checkpoint(of_piece, *piece, use_reentrant=False, preserve_rng_state=False)

@@ -42,6 +42,7 @@ def logits_by_hand(model: Any, heads: str, ids: torch.Tensor) -> list[torch.Tens
             continue
         if heads == "sequential":
             between = model.get_input_embeddings()(ids.roll(1 - target, dims=1))
+            between = between / between.square().mean(-1, keepdim=True).sqrt()
             state = state + F.silu(head.linear(torch.cat([state, between], dim=-1)))
         else:
             state = states + F.silu(head.linear(states))

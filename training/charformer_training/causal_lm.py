@@ -51,11 +51,13 @@ class CausalLMWithLosses(SelfDraftingMixin, LanguageModelWithLosses):
         if not self._is_sequential or term.offset == 1:
             return states
         embedded = inputs.get("inputs_embeds")
-        if embedded is None:
-            embedded = self.get_input_embeddings()(inputs["input_ids"])
+        embedded = self._embedded(inputs["input_ids"]) if embedded is None else _normed(embedded)
         # The zeros at the end do not matter: no target belongs to them.
         between = [F.pad(embedded, (0, 0, 0, ahead))[:, ahead:] for ahead in range(1, term.offset)]
         return torch.cat([states, *between], dim=-1)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return _normed(self.get_input_embeddings()(ids))
 
     def _head_states(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         if not self._is_sequential or term.offset == 1:
@@ -108,7 +110,7 @@ class CausalLMWithLosses(SelfDraftingMixin, LanguageModelWithLosses):
     def draft(self, offset: int, state: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         term = self._drafting_terms[offset]
         if self._is_sequential:
-            state = self.auxiliary_heads[term.name](state, self.get_input_embeddings()(previous))
+            state = self.auxiliary_heads[term.name](state, self._embedded(previous))
             logits = self._classified(term, state)
         else:
             logits = self._logits_of(term, state)[0]
@@ -117,3 +119,8 @@ class CausalLMWithLosses(SelfDraftingMixin, LanguageModelWithLosses):
     @functools.cached_property
     def _drafting_terms(self) -> dict[int, LossTerm]:
         return {term.offset: term for term in self.loss_settings.terms if term.layer == self.loss_settings.num_layers}
+
+
+def _normed(embedded: Tensor) -> Tensor:
+    """Embeddings of unit size: those of many models are far smaller than their hidden states, and would be learned late."""
+    return F.rms_norm(embedded, embedded.shape[-1:])
