@@ -96,7 +96,7 @@ def export_draft_heads(
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # A copy each: safetensors does not save tensors that share their memory.
         save_file({key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}, scratch / file)
-        _card(format, len(heads.blocks), name).save(scratch / "README.md")
+        _card(format, heads, name).save(scratch / "README.md")
 
 
 def medusa_heads(model: Any) -> MedusaHeads:
@@ -197,7 +197,8 @@ def _medusa_v2(heads: MedusaHeads, base_model: str | None) -> tuple[dict[str, An
 FORMATS: dict[str, Layout | None] = {"medusa": _medusa, "medusa-v2": _medusa_v2, "mtp": None}
 
 
-def _card(format: str, count: int, base_model: str | None) -> ModelCard:
+def _card(format: str, heads: MedusaHeads, base_model: str | None) -> ModelCard:
+    count = len(heads.blocks)
     on_hub = base_model if base_model and not Path(base_model).exists() else None
     data = ModelCardData(tags=["medusa", "speculative-decoding"], base_model=on_hub, pipeline_tag="text-generation")
     model = base_model or "MODEL"
@@ -208,6 +209,10 @@ def _card(format: str, count: int, base_model: str | None) -> ModelCard:
         use = f"text-generation-launcher --model-id THIS_FOLDER   # base model: {model}"
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# Draft heads for {model}\n\n{count} Medusa heads (Cai et al. 2024, arXiv 2401.10774):"
-        f" head k drafts the token k + 1 steps ahead, and the model verifies. Greedy text is the model's own.\n\n"
+        f" head k drafts the token k + 1 steps ahead, and the model verifies. {_drafted(heads)}Greedy text is the model's own.\n\n"
         f"```sh\n{use}\n```\n\nExported with `charformer_training.export_draft_heads`.\n"
     )
+
+
+def _drafted(heads: MedusaHeads) -> str:
+    return "" if heads.vocabulary is None else f"They draft {len(heads.vocabulary):,} of the model's tokens. "
