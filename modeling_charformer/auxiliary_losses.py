@@ -206,7 +206,7 @@ class LossStep:
         step: int | None = None,
         seed: int | None = None,
     ):
-        weights = settings.weights_at(progress, step) if training else settings.evaluation_weights
+        weights = settings.weights_at(progress, step) if training else settings.evaluation_weights if labelled else {}
         self.weights: dict[str, float] = weights if labelled else {}
         # A head whose weight is 0 is not run. The model's own head runs anyway, so its losses are reported.
         self.terms = [

@@ -23,7 +23,7 @@ from .compatibility import CACHE, check_ids, one_cache
 from .configuration_charformer import CharformerConfig
 from .drafting_charformer import EarlyExitDrafter
 from .loss_settings import AuxiliaryLossSettings
-from .self_drafting_charformer import SelfDraftingMixin, check_processors
+from .self_drafting_charformer import SelfDraftingMixin, check_processors, quantized_over_tokens
 from .verification_charformer import VerifiedDecoding, mask_up_to
 
 
@@ -262,6 +262,8 @@ class CharformerGenerationMixin(SelfDraftingMixin):
             )
         check_processors(logits_processor)
         if generation_config.assistant_early_exit is not None:
+            if obstacle := quantized_over_tokens(self):
+                raise ValueError(f"assistant_early_exit cannot be used with this model: {obstacle}; leave it out")
             drafter = EarlyExitDrafter(self, generation_config.assistant_early_exit)
             call = (input_ids, logits_processor, stopping_criteria, generation_config, kwargs.pop("streamer", None))
             model_kwargs = {name: value for name, value in kwargs.items() if name not in OF_ASSISTED_DECODING}

@@ -41,6 +41,10 @@ POINTWISE = (
 )
 
 
+# Noise is drawn for so many places of a text at once, or for fewer, so that these are no more numbers than this.
+PLACES_AT_ONCE, NUMBERS_AT_ONCE = 16, 2**18
+
+
 class GumbelNoise:
     """Noise whose maximum, added to log-probabilities, is a sample of them; one draw for each row and place in the text.
 
@@ -58,18 +62,20 @@ class GumbelNoise:
         The next places of a later call may not lie before the lowest of these.
         """
         low, high = min(places), max(places) + offset + count
+        rows, size = like.shape[0], like.shape[-1]
         if self.drawn is None:
             self.generator = torch.Generator(like.device).manual_seed(self.seed)
-            self.drawn = like.new_empty(0, like.shape[0], like.shape[-1])
-        kept = self.drawn[low - self.begin :]
-        missing = max(0, high - low - kept.shape[0])
-        # Drawn one place after the other, so that the numbers do not depend on how many are drawn at once.
-        new = [kept.new_empty(kept.shape[1:]).exponential_(generator=self.generator) for _ in range(missing)]
-        self.drawn, self.begin = torch.cat([kept, torch.stack(new).log_().neg_()]) if new else kept, low
+            self.drawn = like.new_empty(0, rows, size)
+        while self.begin + self.drawn.shape[0] < high:
+            # So many places at once, whatever is asked for: the numbers must not depend on how many are drafted.
+            places_at_once = max(1, min(PLACES_AT_ONCE, NUMBERS_AT_ONCE // (rows * size)))
+            new = like.new_empty(places_at_once, rows, size).exponential_(generator=self.generator).log_().neg_()
+            self.drawn, self.begin = torch.cat([self.drawn[low - self.begin :], new]), low
         if len(places) == 1:
-            return self.drawn[offset : offset + count].transpose(0, 1)
+            first = low - self.begin + offset
+            return self.drawn[first : first + count].transpose(0, 1)
         steps = torch.arange(offset, offset + count, device=like.device)
-        at = torch.tensor(places, device=like.device)[:, None] - low + steps
+        at = torch.tensor(places, device=like.device)[:, None] - self.begin + steps
         return self.drawn[at, torch.arange(len(places), device=like.device)[:, None]]
 
 
@@ -127,7 +133,7 @@ class VerifiedDecoding:
         self.lengths, self.ends = [self.prompt] * self.rows, [0] * self.rows
         self.padding_id = int(getattr(config, "_pad_token_tensor", None) or 0)
         self.noise = GumbelNoise() if config.do_sample else None
-        self.pace = Pace()
+        self.pace = Pace(config.do_sample)
         self.states = torch.empty(0)
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -167,6 +173,8 @@ class VerifiedDecoding:
             first = drafts.written - len(probabilities)
             if matches[row] >= first:
                 self.pace.verified(probabilities[: drafts.tokens.shape[1] - first], matches[row] - first)
+        looked_up = drafts.tokens.shape[1] - drafts.written
+        self.pace.repeats = looked_up > 0 and all(one == drafts.tokens.shape[1] for one in matches)
         tokens = (sum(self.lengths) - before) / rows
         seconds = time.perf_counter() - begin
         self.pace.passed(drafts.tokens.shape[1], drafts.written, tokens, drafting, seconds)
@@ -184,6 +192,8 @@ class VerifiedDecoding:
         self.padding = [0] * self.rows
         if self.mask is not None and self.rows > 1:
             self.padding = (self.mask == 0).sum(-1).tolist()
+        elif self.mask is not None and bool(self.mask.all()):
+            self.mask = None  # models make no mask of nothing but text faster than they look through it
         self.position = self.kwargs.pop("position_ids", None)
         if self.position is not None:
             self.position = self.position[..., -1:] - 1
@@ -234,15 +244,13 @@ class VerifiedDecoding:
         """Logits `(B, n + 1, V)` of what follows the last token and each of the drafts `(B, n)`."""
         fed = drafts.shape[1] + 1
         self._reserve(fed)
+        if fed > 1:
+            self._put(drafts)
         if self.rows == 1:
-            length = self.lengths[0]
-            self.text[:, length : length + fed - 1] = drafts
-            ids = self.text[:, : length + fed - 1]
+            ids = self.text[:, : self.lengths[0] + fed - 1]
         else:
-            rows = torch.arange(self.rows, device=self.text.device)[:, None]
-            places = torch.tensor(self.lengths, device=self.text.device)[:, None]
-            self.text[rows, places + torch.arange(fed - 1, device=self.text.device)] = drafts
-            ids = torch.cat([self.text[rows, places - 1], drafts], dim=-1)
+            last = torch.tensor(self.lengths, device=self.text.device)[:, None] - 1
+            ids = torch.cat([self.text.gather(1, last), drafts], dim=-1)
         more: dict[str, Any] = {}
         if self.position is not None:
             more["position_ids"] = self.position + torch.arange(1, fed + 1, device=self.position.device)
@@ -265,12 +273,12 @@ class VerifiedDecoding:
         """Scores `(B, n, V)` of the places from `offset` after each row on, as the processors leave them."""
         if not self.processors:
             return scores
-        scores = scores.clone()
         if self.pointwise:
             flat = scores.flatten(0, 1)
             for processor in self.processors:
                 flat = processor(self.text, flat)
             return flat.view_as(scores)
+        scores = scores.clone()
         for row, length in enumerate(self.lengths):
             for number in range(scores.shape[1]):
                 written, one = self.text[row : row + 1, : length + offset + number], scores[row : row + 1, number]
@@ -292,15 +300,17 @@ class VerifiedDecoding:
         logits = logits.to(self.text.device, torch.float32)
         scores = self._processed(logits, 0)
         picked = self._picked(scores, 0)
-        matches = picked[:, :-1].eq(drafts).cumprod(-1).sum(-1).tolist()
-        tokens, kept = picked.tolist(), [0] * self.rows
+        tokens = torch.cat([picked, drafts], dim=-1).tolist()
+        matches = [_length_of_match(row[: fed - 1], row[fed:]) for row in tokens]
+        kept = [0] * self.rows
         self._reserve(fed)
         if self.config.return_dict_in_generate and self.config.output_scores:
             self.scores.extend(scores[:, number] for number in range(matches[0] + 1))
         if self.config.return_dict_in_generate and self.config.output_logits:
             self.logits.extend(logits[:, number] for number in range(matches[0] + 1))
+        self._put(picked)
         for row in self._live():
-            kept[row] = self._write(row, tokens[row][: matches[row] + 1], picked[row])
+            kept[row] = self._extend(row, tokens[row][: matches[row] + 1])
         if self.streamer is not None:
             self.streamer.put(picked[:, : kept[0]].cpu())
         kept = [one or max(kept) for one in kept]
@@ -310,17 +320,26 @@ class VerifiedDecoding:
         if self.position is not None:
             self.position = self.position + torch.tensor(kept, device=self.position.device)[:, None]
         self._align(kept, fed)
-        return [int(one) for one in matches]
+        return matches
 
     def _of_each(self, states: Tensor, kept: list[int]) -> Tensor:
         numbers = torch.tensor(kept, device=states.device) - 1
         return states[torch.arange(self.rows, device=states.device), numbers]
 
-    def _write(self, row: int, new: list[int], picked: Tensor) -> int:
-        """Append tokens to a row, up to its end; returns how many."""
+    def _put(self, tokens: Tensor) -> None:
+        """Write `tokens` `(B, n)` after the end of each row. They do not belong to it yet."""
+        count = tokens.shape[1]
+        if self.rows == 1:
+            self.text[:, self.lengths[0] : self.lengths[0] + count] = tokens
+        else:
+            rows = torch.arange(self.rows, device=self.text.device)[:, None]
+            places = torch.tensor(self.lengths, device=self.text.device)[:, None]
+            self.text[rows, places + torch.arange(count, device=self.text.device)] = tokens
+
+    def _extend(self, row: int, new: list[int]) -> int:
+        """Make `new` tokens, which were put after the row's end, part of it, up to where it ends; returns how many."""
         length = self.lengths[row]
         new = new[: self.stops.max_length - length]
-        self.text[row, length : length + len(new)] = picked[: len(new)]
         if not self.ends[row]:
             end = self.stops.first(self.text[row : row + 1], length, new, tuple(self.scores) or None)
             if end and (self.stops.pads or self.rows == 1):
@@ -367,6 +386,12 @@ class VerifiedDecoding:
             logits=tuple(self.logits[:count]) if self.config.output_logits else None,
             **{CACHE: self.cache if self.rows == 1 else None},
         )
+
+
+def _length_of_match(ids: list[int], others: list[int]) -> int:
+    return next(
+        (number for number, (one, other) in enumerate(zip(ids, others, strict=True)) if one != other), len(ids)
+    )
 
 
 def mask_up_to(prompt_mask: Tensor, length: int) -> Tensor:

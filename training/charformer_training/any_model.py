@@ -16,7 +16,7 @@ from .added_losses import ModelWithLosses, class_with_losses
 from .causal_lm import CausalLMWithLosses
 from .checks import shown
 from .classifiers import ImageClassifierWithLosses, SequenceClassifierWithLosses, TokenClassifierWithLosses
-from .heads_file import cached_heads, vocabulary_of_heads
+from .heads_file import cached_heads, class_beside_adapter, saved_settings, vocabulary_of_heads
 from .language_models import MaskedLMWithLosses, Seq2SeqLMWithLosses
 from .models import is_causal_lm, unwrap_peft
 from .probe import Anatomy, Trace, anatomy_of, trace_of
@@ -43,8 +43,8 @@ def add_auxiliary_losses(
     Classification models of sequences, tokens and images are accepted. The model is changed and returned. In training,
     `forward` also takes `training_progress`, `training_step` and `training_seed`, which `AuxiliaryLossTrainer` passes. Its
     output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without labels, and in evaluation, the model
-    computes what it did before. `save_pretrained` writes the plain model, with the auxiliary heads in the subfolder
-    `auxiliary_heads/`; `load_auxiliary_losses` loads these.
+    computes what it did before. `save_pretrained` writes the plain model, or the adapters of a PEFT model, with the
+    auxiliary heads in the subfolder `auxiliary_heads/`; `load_auxiliary_losses` loads these.
 
     Every head reads the output of its layer after the model's final norm, and after any further module that the model
     applies to the output of its last layer. These modules are found by running the model on six tokens or an image. A
@@ -93,6 +93,8 @@ def add_auxiliary_losses(
         _check_heads_alone(losses, heads)
     base.__class__ = class_with_losses(cast(Any, type(base)), cast(Any, mixin), anatomy.output_kind)
     cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked, heads_only, vocabulary)
+    if model is not base:
+        model.__class__ = cast(Any, class_beside_adapter(cast(Any, type(model))))
     more = {"heads_only": heads_only or None, "draft_vocabulary": None if vocabulary is None else len(vocabulary)}
     given = {name: value for name, value in more.items() if value is not None}
     base.config.auxiliary_losses = {"heads": heads, **given, **settings}
@@ -103,7 +105,7 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) ->
     """Add to a loaded plain model the auxiliary losses and heads that were saved with it; the model is changed.
 
     Args:
-        model: The model that `from_pretrained(name_or_path)` returned.
+        model: The model that `from_pretrained(name_or_path)` returned, with or without an adapter of PEFT.
         name_or_path: A folder, or the id of a repository on the Hub.
 
     Raises:
@@ -111,6 +113,8 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) ->
     """
     base = unwrap_peft(model)
     settings = getattr(getattr(base, "config", None), "auxiliary_losses", None)
+    if not settings and model is not base:
+        settings = saved_settings(cached_heads(str(name_or_path)))
     if not settings:
         raise ValueError(f"{name_or_path} was saved without auxiliary losses; add_auxiliary_losses gives it new ones")
     file = cached_heads(str(name_or_path))
