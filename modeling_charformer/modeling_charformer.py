@@ -205,7 +205,7 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
         blocks = [] if config.target_heads == "linear" else range(2, config.num_targets + 1)
         sequential = config.target_heads == "sequential"
         self.target_blocks = nn.ModuleDict(
-            {f"target_{k}": ResidualBlock(config.hidden_size, reads_previous=sequential) for k in blocks}
+            {f"target_{k}": ResidualBlock(config.hidden_size, config.hidden_size * sequential) for k in blocks}
         )
         self.loss_uncertainty = self._uncertainty_weighting()
         self.loss_watch = LossWatch(type(self).__name__, self.model, self.loss_settings)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from modeling_charformer.auxiliary_losses import Targets
 
 
 # The weights of the auxiliary heads, in the folder of a saved plain model. They are in a subfolder because engines such
@@ -51,6 +53,15 @@ def shifts_labels(model: nn.Module) -> bool | None:
     base = unwrap_peft(model)
     known = getattr(base, "shifts_labels", None)
     return known if isinstance(known, bool) else is_causal_lm(type(base)) or None
+
+
+def targets_of(
+    model: Any, inputs: Mapping[str, Any], num_items: Tensor | int | None = None, counts: Tensor | None = None
+) -> Targets:
+    """The targets of a batch for a model with auxiliary losses."""
+    base: Any = unwrap_peft(model)
+    vocabulary = getattr(base, "draft_vocabulary", None)
+    return Targets(label_inputs(base, inputs), base.loss_settings.num_targets, num_items, counts, vocabulary)
 
 
 def label_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -297,16 +297,17 @@ def check_optimizer(training: TrainingArguments) -> None:
 
 def _check_schedule(training: TrainingArguments, weight: torch.nn.Parameter) -> None:
     kwargs: Any = training.lr_scheduler_kwargs or {}  # a mapping by now
-    kind = SchedulerType(training.lr_scheduler_type).value
+    kind = SchedulerType(training.lr_scheduler_type)
     warmup = training.get_warmup_steps(training.max_steps)
     if warmup > training.max_steps:
         raise ValueError(
             f"warmup_steps is {warmup}, and max_steps={training.max_steps} ends before the learning rate is reached; give"
             f" {training.max_steps} or fewer, or a share of all steps below 1"
         )
-    if warmup and "num_warmup_steps" not in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters:
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
+    if warmup and "num_warmup_steps" not in inspect.signature(make).parameters:
         raise ValueError(
-            f"lr_scheduler_type is {kind!r}, which has no warm-up; warmup_steps is {warmup}, it must be 0"
+            f"lr_scheduler_type is {kind.value!r}, which has no warm-up; warmup_steps is {warmup}, it must be 0"
         )
     optimizer = torch.optim.SGD([weight], training.learning_rate)
     try:
@@ -318,7 +319,7 @@ def _check_schedule(training: TrainingArguments, weight: torch.nn.Parameter) -> 
             )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
-            f"lr_scheduler_kwargs is {shown('', training.lr_scheduler_kwargs)}, which lr_scheduler_type {kind!r} does not"
+            f"lr_scheduler_kwargs is {shown('', training.lr_scheduler_kwargs)}, which lr_scheduler_type {kind.value!r} does not"
             f" accept: {one_line(error)}"
         ) from error
 
