@@ -488,14 +488,3 @@ def test_blocks_begin_as_the_identity_and_change_no_other_weight(make_model, mak
         again = type(model).from_pretrained(tmp_path).train()
         assert again(ids, labels=ids).loss == model(ids, labels=ids).loss
         assert again.without_auxiliary_heads().num_parameters() == linear.without_auxiliary_heads().num_parameters()
-
-
-def test_weighted_sum_under_autocast_is_one_of_single_precision():
-    """A sum in half precision would be infinite from 65,504 nats on."""
-    logits, targets = torch.randn(3000, 11) * 20, torch.randint(0, 11, (3000,))
-    whole = cross_entropy_sum(logits, targets)
-    assert whole > 65_504
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype):
-            weighted = cross_entropy_sum(logits, targets, torch.ones(3000))
-        torch.testing.assert_close(weighted, whole, rtol=1e-5, atol=0.0)
