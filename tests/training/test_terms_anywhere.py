@@ -316,6 +316,16 @@ class TestCallback:
         assert found.keys() == {name for name in ours if "_loss_" in name} or found.keys() == {"eval_loss_next_token"}
 
 
+def test_the_callback_logs_what_a_model_without_labels_returns(tmp_path):
+    class Router(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(inputs["input_ids"], output_router_logits=True).aux_loss
+
+    trainer = train(Router, mixtral(), tmp_path, prepare=LossTermsCallback)
+    first = trainer.state.log_history[0]
+    assert first["loss_aux_loss"] == pytest.approx(first["loss"])
+
+
 def loop(model: Any, optimizer: Any, loader: Any, accumulation: int, backward: Any) -> list[dict[str, float]]:
     terms, logs = LossTerms(model, num_steps=3), []
     for micro_batches in terms.steps(loader, accumulation):
