@@ -1,6 +1,7 @@
 """The terms of the loss arrive in the logger that a run reports to, in groups, in evaluations of several sets too."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def splits() -> dict[str, Split]:
 
 
 def train(folder: Path, splits: dict[str, Split], logger: str) -> None:
-    changes = {"eval_strategy": "steps", "eval_steps": 2, "eval_head_accuracy": True}
+    changes: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "eval_head_accuracy": True}
     trainer = tiny_trainer(str(folder), splits, report_to=logger, run_name="run", **changes)
     split = splits["validation"]
     trainer.eval_dataset = {

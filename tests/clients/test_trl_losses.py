@@ -155,14 +155,14 @@ def test_sft_on_two_processes_has_the_figures_of_our_trainer_on_one(launch, case
 
 def experts() -> Any:
     set_seed(0)
-    experts = {"num_local_experts": 4, "num_key_value_heads": 2, "output_router_logits": True}
-    ids = {"vocab_size": 256, "pad_token_id": 255, "eos_token_id": 254, "bos_token_id": None}
+    experts: dict[str, Any] = {"num_local_experts": 4, "num_key_value_heads": 2, "output_router_logits": True}
+    ids: dict[str, Any] = {"vocab_size": 256, "pad_token_id": 255, "eos_token_id": 254, "bos_token_id": None}
     return MixtralForCausalLM(MixtralConfig(**program.SIZES, **experts, **ids))
 
 
 def test_sft_of_a_model_without_auxiliary_losses_is_that_of_trl(tmp_path):
     logs = []
-    changes = {"gradient_accumulation_steps": 2, "per_device_eval_batch_size": 8}
+    changes: dict[str, Any] = {"gradient_accumulation_steps": 2, "per_device_eval_batch_size": 8}
     for kind in (trl.SFTTrainer, program.SFTTrainer):
         trainer = program.sft(tmp_path, experts(), kind=kind, eval=True, **changes)
         trainer.train()
