@@ -237,6 +237,7 @@ class AuxiliaryLossSettings(LossFields):
     prefix: str = field(default="intermediate", compare=False)
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.num_targets < 1:
             raise ValueError(f"num_targets is {self.num_targets}; it must be 1 or more")
         if self.target_weights is not None:
@@ -253,7 +254,6 @@ class AuxiliaryLossSettings(LossFields):
         if self.position_loss not in ("all", "last"):
             raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
         _check_position_share(self.position_share, self.position_loss)
-        self.position_share_text = repr(self.position_share)
         if self.loss_weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
         self._check_distillation()
@@ -263,10 +263,31 @@ class AuxiliaryLossSettings(LossFields):
                 raise ValueError(f"term_weights names {name!r}; the terms of this model are {names}")
             _check_weight(f"term_weights[{name!r}] is", weight)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "position_share":
+            # As a text, because torch.compile takes a number that differs between two models for one that varies.
+            self.position_share_text = repr(value)
+
+    def _check_types(self) -> None:
+        layers = self.intermediate_layers
+        if type(self.num_targets) is not int:
+            raise ValueError(f"num_targets is {self.num_targets!r}; it must be a whole number, 1 or more")
+        if not isinstance(self.target_weights, list | tuple | None):
+            raise ValueError(f"target_weights is {self.target_weights!r}; it must be a list of weights, or None")
+        if not isinstance(self.term_weights, dict | None):
+            raise ValueError(
+                f"term_weights is {self.term_weights!r}; it must be a mapping of terms to weights, or None"
+            )
+        if not isinstance(layers, str | list | tuple | None):
+            raise ValueError(f"{self.prefix}_layers is {layers!r}; it must be 'all', a list of layer numbers, or None")
+        if wrong := [layer for layer in layers or () if type(layer) is not int and not isinstance(layers, str)]:
+            raise ValueError(f"{self.prefix}_layers contains {wrong}; layers are whole numbers")
+
     def _check_schedules(self) -> None:
         fields = {"target_schedule": self.target_schedule, f"{self.prefix}_schedule": self.intermediate_schedule}
         for name, schedule in fields.items():
-            if schedule not in _SCHEDULES:
+            if not isinstance(schedule, str) or schedule not in _SCHEDULES:
                 raise ValueError(_unknown_schedule(name, schedule))
         if _chooses_layers(self.target_schedule):
             raise ValueError(
@@ -285,12 +306,22 @@ class AuxiliaryLossSettings(LossFields):
             (f"{self.prefix}_schedule", self.intermediate_schedule, of_layers),
             ("target_schedule", self.target_schedule, of_targets),
         ):
-            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps + 1) for term in terms)
+            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps) for term in terms)
             if terms and not any(scheduled(schedule, at) for at in moments):
                 raise ValueError(
                     f"{name} is {schedule!r}, whose factor is 0 at each of the {num_steps} steps: it would never train the"
                     f" terms that it weighs. Give one of {schedule_names()}, or leave these terms out"
                 )
+
+    def never_trained(self, num_steps: int) -> list[str]:
+        """The names of the terms whose weight is 0 at each step of a short training only because of a schedule."""
+        names = {term.name: None for term in self.terms if term.weight}
+        if num_steps > 1000:  # enough for each of the known schedules
+            return []
+        for step in range(num_steps):
+            weights = self.weights_at(step / num_steps, step)
+            names = {name: None for name in names if not weights[name]}
+        return list(names)
 
     def _check_distillation(self) -> None:
         _check_weight("distillation is", self.distillation)
@@ -420,14 +451,17 @@ def classifier_settings(
     )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_weight(field: str, weight: float) -> None:
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"{field} {weight}; a weight is a finite number that is 0 or more")
+    if not _is_number(weight) or not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{field} {weight!r}; a weight is a finite number that is 0 or more")
 
 
 def _check_position_share(share: float, position_loss: str | None) -> None:
-    is_number = isinstance(share, int | float) and not isinstance(share, bool)
-    if not is_number or not (math.isfinite(share) and 0 < share <= 1):
+    if not _is_number(share) or not (math.isfinite(share) and 0 < share <= 1):
         raise ValueError(f"position_share is {share!r}; it must be a number above 0, at most 1 (all positions)")
     if share < 1 and position_loss == "last":
         raise ValueError(

@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K number of targets.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -113,7 +114,7 @@ class CharformerModel(CharformerPreTrainedModel):
         last_mask = self._mask_of_last_positions(causal_mask, hidden_states, positions_to_keep)
         if num_layers is not None and not 1 <= num_layers <= len(self.layers):
             raise ValueError(f"num_layers is {num_layers}; it must be 1 to {len(self.layers)}")
-        layers = self.layers[:num_layers]
+        layers = self.layers if num_layers is None else self.layers[:num_layers]
         runs = rows_to_run(self.config, hidden_states, training_progress, self.training)
         for number, layer in enumerate(layers, start=1):
             is_last = number == len(layers)
@@ -204,7 +205,7 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
         blocks = [] if config.target_heads == "linear" else range(2, config.num_targets + 1)
         sequential = config.target_heads == "sequential"
         self.target_blocks = nn.ModuleDict(
-            {f"target_{k}": ResidualBlock(config.hidden_size, reads_previous=sequential) for k in blocks}
+            {f"target_{k}": ResidualBlock(config.hidden_size, config.hidden_size * sequential) for k in blocks}
         )
         self.loss_uncertainty = self._uncertainty_weighting()
         self.loss_watch = LossWatch(type(self).__name__, self.model, self.loss_settings)
@@ -415,6 +416,9 @@ class CharformerForTokenClassification(CharformerClassifier):
     def _loss(self, logits: Tensor, labels: Any, num_items_in_batch: Tensor | int | None) -> Tensor:
         return classification_loss(logits, labels, "single_label_classification", num_items_in_batch)
 
+
+# `generate` asks for it before each character; to work it out takes longer than a layer of a small model.
+CharformerForCausalLM.forward.__signature__ = inspect.signature(CharformerForCausalLM.forward)
 
 # A saved model includes its code.
 CharformerModel.register_for_auto_class("AutoModel")

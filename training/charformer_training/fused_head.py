@@ -21,7 +21,7 @@ from modeling_charformer.loss_settings import LossTerm
 
 from .added_losses import OWN_ARGUMENTS, output_class
 from .causal_lm import CausalLMWithLosses
-from .models import unwrap_peft
+from .models import targets_of, unwrap_peft
 
 
 def _all_rows(inputs: Mapping[str, Any], labels: Tensor) -> Tensor | None:
@@ -94,7 +94,7 @@ class FusedHead:
                 " TRL's fused head does not compute. It must be 0"
             )
         inputs = {**kwargs, "labels": labels}
-        targets = Targets(inputs, model.loss_settings.num_targets, None, told["target_counts"])
+        targets = targets_of(model, inputs, None, told["target_counts"])
         step = LossStep(
             model.loss_settings,
             True,
@@ -110,6 +110,7 @@ class FusedHead:
                 losses_of = functools.partial(model.losses_of_layer, step, targets)
                 outputs = self.fused(fused_lm_head=True, **kwargs, on_layer_output=step.on_layer_output(losses_of))
             else:
+                model.prepare(step)
                 outputs = self.fused(**{**kwargs, "fused_lm_head": True, "output_hidden_states": True})
         finally:
             hook.remove()

@@ -14,10 +14,9 @@ from accelerate.state import PartialState
 from accelerate.utils import extract_model_from_parallel, reduce
 from torch import Tensor, nn
 
-from modeling_charformer.auxiliary_losses import Targets
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, ScheduleContext, scheduled
 
-from .models import label_inputs, unwrap_peft
+from .models import targets_of, unwrap_peft
 from .running_means import TrainingTerms, group_by_layer
 
 
@@ -200,7 +199,7 @@ class LossTerms:
         if not all(isinstance(batch, Mapping) and "labels" in batch for batch in micro_batches):
             return None
         base = extract_model_from_parallel(self.model)
-        targets = [Targets(label_inputs(base, batch), self.settings.num_targets) for batch in micro_batches]
+        targets = [targets_of(base, batch) for batch in micro_batches]
         own = [of_batch.counts() for of_batch in targets]
         device = next(self.model.parameters()).device
         counts = torch.stack(own).sum(0).to(device)
@@ -252,7 +251,7 @@ class LossTerms:
         if self.settings is None or "target_counts" not in self.takes or inputs.get("labels") is None:
             return {}
         base = extract_model_from_parallel(self.model)
-        return self._by_term(Targets(label_inputs(base, inputs), self.settings.num_targets).counts())
+        return self._by_term(targets_of(base, inputs).counts())
 
     def _by_term(self, counts: Tensor) -> dict[str, Tensor]:
         terms = self.settings.terms if self.settings is not None else ()

@@ -1,6 +1,7 @@
 """What `AuxiliaryLossTrainer` adds, for any Trainer."""
 
 import contextlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -39,6 +40,9 @@ class Pass(NamedTuple):
         """The loss and its terms."""
         loss = self.outputs.get("loss") if isinstance(self.outputs, Mapping) else None
         return [*loss_dict_of(self.outputs).values(), *([loss] if isinstance(loss, Tensor) else [])]
+
+
+logger = logging.getLogger(__name__)
 
 
 class AuxiliaryLossMixin(EvaluatesTerms):
@@ -179,6 +183,11 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         if self.loss_terms.settings is not None:
             self.loss_terms.settings.check_schedules_are_on(self.state.max_steps)
+            missed = self.loss_terms.settings.never_trained(self.state.max_steps)
+            if missed and self.is_world_process_zero():
+                logger.warning(
+                    "%d steps are too few to train %s by its schedule", self.state.max_steps, ", ".join(missed)
+                )
             self._check_best_metric()
         return trained
 
