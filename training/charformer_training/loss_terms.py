@@ -64,11 +64,8 @@ class LossTerms:
     """
 
     def __init__(self, model: nn.Module, num_steps: int | None = None, seed: int = 0):
-        self.model, self.num_steps, self.seed = model, num_steps, seed
-        base = unwrap_peft(extract_model_from_parallel(model))
-        self.settings: AuxiliaryLossSettings | None = getattr(base, "loss_settings", None)
-        self.takes = frozenset(name for name in TRAINING_INPUTS if takes(base, name))
-        """The names among `TRAINING_INPUTS` that the model takes."""
+        self.num_steps, self.seed = num_steps, seed
+        self.use(model)
         self.step = 0
         """Optimizer steps done before the present one."""
         self.steps_done = 0
@@ -85,6 +82,14 @@ class LossTerms:
         self._held: list[tuple[dict[str, Tensor], float]] = []
         self._held_added: list[Tensor] = []
         self._sums = TrainingTerms()
+
+    def use(self, model: nn.Module) -> None:
+        """Take the terms of another model from now on; those of `add_term` stay."""
+        self.model = model
+        base = unwrap_peft(extract_model_from_parallel(model))
+        self.settings: AuxiliaryLossSettings | None = getattr(base, "loss_settings", None)
+        self.takes = frozenset(name for name in TRAINING_INPUTS if takes(base, name))
+        """The names among `TRAINING_INPUTS` that the model takes."""
 
     # ---- Terms of one's own ----
 

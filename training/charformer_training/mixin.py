@@ -177,6 +177,9 @@ class AuxiliaryLossMixin(EvaluatesTerms):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         # Training that begins again, with a smaller batch because memory ran out, logs no part of its first try.
         self.loss_terms.forget()
+        if (model := self.model) is not None and model is not self.loss_terms.model:
+            self.loss_terms.use(model)  # `model_init` has made it, for a trial of its own
+            self._lacks_losses = None
         trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         if self.loss_terms.settings is not None:
             self.loss_terms.settings.check_schedules_are_on(self.state.max_steps)
