@@ -315,13 +315,13 @@ class AuxiliaryLossSettings(LossFields):
 
     def never_trained(self, num_steps: int) -> list[str]:
         """The names of the terms whose weight is 0 at each step of a short training only because of a schedule."""
-        names = {term.name: None for term in self.terms if term.weight}
         if num_steps > 1000:  # enough for each of the known schedules
             return []
-        for step in range(num_steps):
+        names, step = [term.name for term in self.terms if term.weight], 0
+        while names and step < num_steps:
             weights = self.weights_at(step / num_steps, step)
-            names = {name: None for name in names if not weights[name]}
-        return list(names)
+            names, step = [name for name in names if not weights[name]], step + 1
+        return names
 
     def _check_distillation(self) -> None:
         _check_weight("distillation is", self.distillation)
