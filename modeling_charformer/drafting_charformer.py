@@ -117,6 +117,13 @@ class Pace:
         self.repeats = False
         """Whether the last pass verified text that was looked up, and all of it was right."""
 
+    def begin_again(self) -> None:
+        """Forget what passes cost, since from now on fewer rows go through them."""
+        for times in (self.plain, self.recent, self.of_draft):
+            times.clear()
+        self.passes = self.resting = self.losses = 0
+        self.known_thresholds = None
+
     def rests(self) -> bool:
         """Whether the next pass goes without drafts: the first, now and then one to be timed, and where drafts do not pay."""
         self.passes += 1

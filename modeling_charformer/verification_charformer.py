@@ -6,6 +6,7 @@ noise. So the text depends neither on the drafts nor on their number, and has ex
 and Suresh 2024, arXiv 2408.07978, section 4).
 """
 
+import copy
 import time
 from typing import Any
 
@@ -56,13 +57,14 @@ class GumbelNoise:
         self.drawn: Tensor | None = None
         self.begin = 0
 
-    def at(self, places: list[int], offset: int, count: int, like: Tensor) -> Tensor:
+    def at(self, places: list[int], numbers: list[int], offset: int, count: int, like: Tensor) -> Tensor:
         """`(B, count, V)`, in type like `like` `(B, ..., V)`, for the places from `offset` after each row's next one on.
 
-        The next places of a later call may not lie before the lowest of these.
+        `numbers` are those of the rows in the batch, all of which the first call holds. The next places of a later call may
+        not lie before the lowest of these.
         """
         low, high = min(places), max(places) + offset + count
-        rows, size = like.shape[0], like.shape[-1]
+        rows, size = like.shape[0] if self.drawn is None else self.drawn.shape[1], like.shape[-1]
         if self.drawn is None:
             self.generator = torch.Generator(like.device).manual_seed(self.seed)
             self.drawn = like.new_empty(0, rows, size)
@@ -72,11 +74,11 @@ class GumbelNoise:
             new = like.new_empty(places_at_once, rows, size).exponential_(generator=self.generator).log_().neg_()
             self.drawn, self.begin = torch.cat([self.drawn[low - self.begin :], new]), low
         if len(places) == 1:
-            first = low - self.begin + offset
-            return self.drawn[first : first + count].transpose(0, 1)
+            first, row = low - self.begin + offset, numbers[0]
+            return self.drawn[first : first + count, row : row + 1].transpose(0, 1)
         steps = torch.arange(offset, offset + count, device=like.device)
         at = torch.tensor(places, device=like.device)[:, None] - self.begin + steps
-        return self.drawn[at, torch.arange(len(places), device=like.device)[:, None]]
+        return self.drawn[at, torch.tensor(numbers, device=like.device)[:, None]]
 
 
 class Stops:
@@ -130,6 +132,10 @@ class VerifiedDecoding:
         self.pointwise = all(type(processor) in POINTWISE for processor in processors)
         self.kwargs, self.text, self.stops = model_kwargs, input_ids, Stops(criteria, int(config.max_length or 0))
         self.rows, self.prompt = input_ids.shape
+        self.processors_of = [[_of_row(one, row) for one in processors] for row in range(self.rows)]
+        self.is_batch, self.numbers = self.rows > 1, list(range(self.rows))
+        self.finished: dict[int, tuple[list[int], int]] = {}
+        """Text and end, by number, of the rows that are passed through the model no more."""
         self.strings = [as_string(row) for row in input_ids.tolist()]
         self.lengths, self.ends = [self.prompt] * self.rows, [0] * self.rows
         self.padding_id = int(getattr(config, "_pad_token_tensor", None) or 0)
@@ -161,6 +167,8 @@ class VerifiedDecoding:
 
     def _pass(self) -> None:
         """Draft, verify and write once, and take down what it cost."""
+        if self.is_batch and 2 * len(self._live()) <= self.rows:
+            self._leave_out_finished()
         begin, before, rows = time.perf_counter(), sum(self.lengths), len(self._live())
         if self.pace.rests():
             none = self.text[:, :0]
@@ -204,7 +212,7 @@ class VerifiedDecoding:
 
     def _live(self) -> list[int]:
         """The numbers of the rows that are still written."""
-        if self.stops.pads or self.rows == 1:
+        if self.stops.pads or not self.is_batch:
             return [row for row in range(self.rows) if not self.ends[row]]
         # Without an end-of-sequence token all rows are written until the last one may end.
         end = max(self.ends) if all(self.ends) else self.stops.max_length
@@ -260,14 +268,14 @@ class VerifiedDecoding:
         more: dict[str, Any] = {}
         if self.position is not None:
             more["position_ids"] = self.position + torch.arange(1, fed + 1, device=self.position.device)
-            if self.rows > 1:  # places that no text will reach may be outside the model's window
+            if self.is_batch:  # places that no text will reach may be outside the model's window
                 more["position_ids"] = torch.minimum(more["position_ids"], self.last_position)
         if self.token_type is not None:
             more["token_type_ids"] = self.token_type[:, -1:].expand(-1, fed)
-        if self.rows > 1 and any(self.padding):
+        if self.is_batch and any(self.padding):
             slots = torch.arange(int(self.cache.get_seq_length()) + fed, device=self.text.device)
             more["attention_mask"] = (slots >= torch.tensor(self.padding, device=slots.device)[:, None]).long()
-        elif self.rows == 1 and self.mask is not None:
+        elif not self.is_batch and self.mask is not None:
             more["attention_mask"] = mask_up_to(self.mask, self.seen + fed)
         if "logits_to_keep" in self.kwargs:
             more["logits_to_keep"] = fed
@@ -288,7 +296,7 @@ class VerifiedDecoding:
         for row, length in enumerate(self.lengths):
             for number in range(scores.shape[1]):
                 written, one = self.text[row : row + 1, : length + offset + number], scores[row : row + 1, number]
-                for processor in self.processors:
+                for processor in self.processors_of[self.numbers[row]]:
                     one = processor(written, one)
                 scores[row, number] = one[0]
         return scores
@@ -297,7 +305,7 @@ class VerifiedDecoding:
         """The tokens `(B, n)` that are picked by scores `(B, n, V)` of the places from `offset` after each row on."""
         if self.noise is not None:
             places = [length - self.prompt for length in self.lengths]
-            scores = scores + self.noise.at(places, offset, scores.shape[1], scores)
+            scores = scores + self.noise.at(places, self.numbers, offset, scores.shape[1], scores)
         return scores.argmax(-1)
 
     def _accept(self, logits: Tensor, drafts: Tensor) -> list[int]:
@@ -348,7 +356,7 @@ class VerifiedDecoding:
         new = new[: self.stops.max_length - length]
         if not self.ends[row]:
             end = self.stops.first(self.text[row : row + 1], length, new, tuple(self.scores) or None)
-            if end and (self.stops.pads or self.rows == 1):
+            if end and (self.stops.pads or not self.is_batch):
                 new = new[: end - length]
             self.ends[row] = end
         self.strings[row] += as_string(new)
@@ -380,7 +388,47 @@ class VerifiedDecoding:
                 kept_states = cached.reshape(-1, size).index_select(0, indices[heads, length])
                 setattr(layer, name, kept_states.view(rows, heads, -1, size))
 
+    def _leave_out_finished(self) -> None:
+        """Once half of a batch's rows are finished, pass the others alone through the model."""
+        live = self._live()
+        per_row = [self.position, self.token_type, *self.kwargs.values()]
+        if any(isinstance(one, Tensor) and one.dim() and one.shape[0] != self.rows for one in per_row[:2]) or any(
+            isinstance(one, Tensor) for one in per_row[2:]
+        ):
+            return
+        for row in range(self.rows):
+            if row not in live:
+                self.finished[self.numbers[row]] = (self.text[row, : self.lengths[row]].tolist(), self.ends[row])
+        index = torch.tensor(live, device=self.text.device)
+        spare = min(self.padding[row] for row in live)
+        self.numbers, self.lengths, self.ends, self.padding = (
+            [column[row] for row in live]
+            for column in (self.numbers, self.lengths, self.ends, [one - spare for one in self.padding])
+        )
+        self.strings = [self.strings[row] for row in live]
+        self.rows, self.text, self.state = len(live), self.text[index], self.state[index]
+        if self.position is not None:
+            self.position, self.last_position = self.position[index], self.last_position[index]
+        if self.token_type is not None:
+            self.token_type = self.token_type[index]
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[index][:, :, spare:], layer.values[index][:, :, spare:]
+        self.pace.begin_again()
+
+    def _bring_back_finished(self) -> None:
+        rows = self.finished | {
+            number: (self.text[row, : self.lengths[row]].tolist(), self.ends[row])
+            for row, number in enumerate(self.numbers)
+        }
+        self.lengths, self.ends = [len(rows[row][0]) for row in sorted(rows)], [rows[row][1] for row in sorted(rows)]
+        self.text = self.text.new_zeros(len(rows), max(self.lengths))
+        for row in sorted(rows):
+            self.text[row, : self.lengths[row]] = torch.tensor(rows[row][0])
+
     def _result(self) -> Any:
+        if self.finished:
+            self._bring_back_finished()
         end = max(self.ends)
         if self.stops.pads:
             for row, length in enumerate(self.ends):
@@ -397,7 +445,7 @@ class VerifiedDecoding:
             sequences=text,
             scores=tuple(self.scores[:count]) if self.config.output_scores else None,
             logits=tuple(self.logits[:count]) if self.config.output_logits else None,
-            **{CACHE: self.cache if self.rows == 1 else None},
+            **{CACHE: None if self.is_batch else self.cache},
         )
 
 
@@ -405,6 +453,15 @@ def _length_of_match(ids: list[int], others: list[int]) -> int:
     return next(
         (number for number, (one, other) in enumerate(zip(ids, others, strict=True)) if one != other), len(ids)
     )
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    """The processor for one row of a batch: the repetition penalty knows how many tokens of each row are padding."""
+    padding = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(padding, Tensor):
+        processor = copy.copy(processor)
+        processor.prompt_ignore_length = padding[row : row + 1]
+    return processor
 
 
 def mask_up_to(prompt_mask: Tensor, length: int) -> Tensor:

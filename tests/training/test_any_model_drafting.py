@@ -97,6 +97,24 @@ def test_rows_of_a_batch_are_accepted_each_at_its_own_pace(kind, eos):
     assert forward is type(model).forward
 
 
+def test_finished_rows_are_not_passed_through_the_model(drafts_in_every_pass):
+    model, sizes = half_trained("llama"), []
+    settings = BATCH | {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(**settings)
+    handle = model.model.embed_tokens.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    drafted = model.generate(use_extra_targets=True, **settings)
+    handle.remove()
+    assert drafted.tolist() == plain.tolist()
+    assert sizes[0] == 4
+    assert sizes[-1] <= 2
+
+
+def test_a_repetition_penalty_leaves_the_padding_of_each_row_out():
+    model = half_trained("llama")
+    settings = BATCH | {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "repetition_penalty": 1.3}
+    assert model.generate(use_extra_targets=True, **settings).tolist() == model.generate(**settings).tolist()
+
+
 def test_several_texts_of_one_prompt():
     model = half_trained("llama")
     settings = {"max_new_tokens": 20, "eos_token_id": None, "do_sample": True, "use_extra_targets": True, "top_k": 0}
