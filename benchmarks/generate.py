@@ -1,14 +1,16 @@
-"""The speed of generation at batch 1: with and without drafting, with and without a rolling window, T12 and GPT-2.
+"""The speed of generation: with and without drafting, in batches, with and without a rolling window, T12 and GPT-2.
 
     python benchmarks/generate.py runs/drafting [--prompts 8] [--output benchmarks/results/generate_cpu.json]
 
 The model is one trained by `charformer-train training/configs/drafting.yaml`. Prompts are parts of the validation split of
 its text, a quarter of the window long. All methods take turns, prompt by prompt, so that other load on the machine affects
-all of them equally. Figures for drafting are totals over all prompts. Without a model, only what needs no trained model is
-measured.
+all of them equally. Figures for drafting are totals over all prompts. `bad_drafts` is the speed, as a ratio to plain
+generation, of models whose heads are untrained, or sure of what is wrong. Without a model, only what needs no trained model
+is measured.
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -27,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.measure import in_own_process
 from benchmarks.train_step import Shape, build
+from charformer_training import add_auxiliary_losses
 from charformer_training.arguments import DataArguments
 from charformer_training.data import load_corpus, split_corpus
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
@@ -103,6 +106,52 @@ def drafting(
             for way in DRAFTING
         }
     hook.remove()
+    return report
+
+
+def drafted_beside_plain(model: Any, prompts: list[torch.Tensor], length: int, **settings: Any) -> float:
+    """How many times as fast as plain generation drafting is, by turns over batches of prompts `(B, S)`; median of ratios."""
+    ratios = []
+    for number, prompt in enumerate(prompts):
+        seconds = []
+        for more in ({}, {"use_extra_targets": True}):
+            set_seed(number)
+            settings = {"eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)} | settings
+            seconds.append(write(model, prompt, length, **settings, **more)[0])
+        ratios.append(seconds[0] / seconds[1])
+    return round(statistics.median(ratios), 3)
+
+
+def in_batches(
+    model: Any, prompts: list[torch.Tensor], repeats: int, decodings: Iterable[str] = tuple(DECODING)
+) -> dict[str, Any]:
+    """The speed with drafts beside plain generation, by decoding method and size of the batch, to the end of the window."""
+    report: dict[str, Any] = {}
+    length = model.config.max_position_embeddings - prompts[0].shape[1]
+    for decoding in decodings:
+        report[decoding] = {}
+        for size in (1, 4, 16):
+            batches = [
+                torch.cat([prompts[(first * size + row) % len(prompts)] for row in range(size)])
+                for first in range(repeats)
+            ]
+            ratio = drafted_beside_plain(model, batches, length, **DECODING[decoding])
+            report[decoding][f"batch {size}"] = ratio
+    return report
+
+
+def with_bad_drafts(repeats: int, model: Any = None, prompts: list[torch.Tensor] | None = None) -> dict[str, Any]:
+    """The greedy speed beside plain generation of models whose heads are untrained, or sure of what is wrong."""
+    gpt2 = add_auxiliary_losses(build("gpt2", Shape(4, 1, 128, 256), "cpu"), heads="own", num_targets=8).eval()
+    models = {"gpt2": gpt2} if model is None else {"gpt2": gpt2, "charformer": copy.deepcopy(model)}
+    prompts = prompts or [torch.randint(0, 256, (1, 32)) for _ in range(16)]
+    report: dict[str, Any] = {}
+    for name, one in models.items():
+        for kind, deviation in (("untrained", 0.02), ("sure", 1.0)):
+            heads: Any = one.auxiliary_heads
+            for weight in heads.parameters():
+                torch.nn.init.normal_(weight, std=deviation)
+            report[f"{name}, {kind}"] = in_batches(one, prompts, repeats, ["greedy"])["greedy"]
     return report
 
 
@@ -224,6 +273,10 @@ def main() -> None:
         if results["drafting"]["greedy"]["use_extra_targets"]["prompts_with_the_same_text"] < len(prompts):
             raise AssertionError("drafting changed greedy text")
         results["rolling"] = rolling(model, arguments.rolling_length)
+        results["batches"] = in_batches(model, prompts, arguments.repeats)
+        results["bad_drafts"] = with_bad_drafts(arguments.repeats, model, prompts)
+    else:
+        results["bad_drafts"] = with_bad_drafts(arguments.repeats)
     results["t12"] = beside_gpt2(arguments.repeats, 256)
     results["t12_loading"] = loading(arguments.repeats)
     print(json.dumps(results, indent=2))

@@ -55,12 +55,13 @@ class ZeroLinear(nn.Linear):
 class ResidualBlock(nn.Module):
     """`h + SiLU(W h)` on hidden states `(..., hidden_size)`; the identity at first (Medusa, section 2.1.1).
 
-    With `reads_previous`, `h + SiLU(W [h; e])` with the embedding `e` of the character before the one to predict.
+    With `embedding_size`, `h + SiLU(W [h; e])` with the embedding `e`, of that size, of the token before the one to predict
+    (like Hydra, Ankner et al. 2024, arXiv 2402.05109, section 3).
     """
 
-    def __init__(self, hidden_size: int, reads_previous: bool = False):
+    def __init__(self, hidden_size: int, embedding_size: int = 0):
         super().__init__()
-        self.linear = ZeroLinear(hidden_size * (2 if reads_previous else 1), hidden_size)
+        self.linear = ZeroLinear(hidden_size + embedding_size, hidden_size)
 
     def forward(self, hidden_states: Tensor, previous: Tensor | None = None) -> Tensor:
         inputs = hidden_states if previous is None else torch.cat([hidden_states, previous], dim=-1)

@@ -24,8 +24,9 @@ LOOK_UP_TRUST = 0.9
 # The most drafts of an early exit. Each costs a pass through some layers.
 MAX_EARLY_DRAFTS = 8
 # So many passes with drafts are compared with plain ones. If they did not pay, so many passes go without: at first, and at most.
-# `TOLERANCE` is how much slower than plain passes they may be, since times are noisy.
-PATIENCE, SHORTEST_REST, LONGEST_REST, TOLERANCE = 8, 8, 64, 1.03
+# `TOLERANCE` is how much slower than plain passes they may be, since times are noisy. `TRIAL` passes tell what drafts cost, and
+# are enough if no draft was right.
+PATIENCE, TRIAL, SHORTEST_REST, LONGEST_REST, TOLERANCE = 8, 3, 8, 128, 1.03
 # How many ranges of a drafter's probabilities are told apart.
 BINS = 5
 # After this many passes one without drafts is timed.
@@ -103,7 +104,8 @@ class Pace:
     a probability of at least seconds times `rate`. All counts of tokens are means over the rows of a batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, samples: bool = False) -> None:
+        self.samples = samples
         self.plain: deque[float] = deque(maxlen=9)
         # Of each recent pass with drafts: how many tokens it verified and wrote; seconds of drafting and in all.
         self.recent: deque[tuple[int, float, float, float]] = deque(maxlen=4 * PATIENCE)
@@ -111,6 +113,16 @@ class Pace:
         # By the drafter's probability of a draft: how often it was right, of how many.
         self.right = [[0.0, 0.0] for _ in range(BINS)]
         self.passes = self.resting = self.losses = 0
+        self.known_thresholds: tuple[float, float] | None = None
+        self.repeats = False
+        """Whether the last pass verified text that was looked up, and all of it was right."""
+
+    def begin_again(self) -> None:
+        """Forget what passes cost, since from now on fewer rows go through them."""
+        for times in (self.plain, self.recent, self.of_draft):
+            times.clear()
+        self.passes = self.resting = self.losses = 0
+        self.known_thresholds = None
 
     def rests(self) -> bool:
         """Whether the next pass goes without drafts: the first, now and then one to be timed, and where drafts do not pay."""
@@ -121,10 +133,12 @@ class Pace:
     def chance(self, probability: float) -> float:
         """How likely a draft is right that the drafter gives this probability.
 
-        At first the probability itself. When sampling, drafts share their noise with the text and are right more often.
+        At first the probability itself. When sampling, drafts share their noise with the text: even one that is improbable is
+        right wherever drafter and model agree.
         """
         hits, trials = self.right[min(int(probability * BINS), BINS - 1)]
-        return (hits + 2 * probability) / (trials + 2)
+        at_first = (1 + probability) / 2 if self.samples else probability
+        return (hits + at_first) / (trials + 1)
 
     def verified(self, probabilities: list[float], matches: int) -> None:
         """Take down which drafts were right: the first `matches`, and not the one after them."""
@@ -133,18 +147,26 @@ class Pace:
             found[0] += number < matches
             found[1] += 1
 
+    def accuracy(self) -> float:
+        """How often drafts were right, where those before them were."""
+        return (sum(hits for hits, _ in self.right) + 1) / (sum(trials for _, trials in self.right) + 1)
+
     def thresholds(self) -> tuple[float, float]:
-        """The probabilities below which a draft, and a token that was looked up, do not pay."""
-        if len(self.recent) < PATIENCE:
-            return CONFIDENCE, CONFIDENCE
+        """The probabilities below which it does not pay to write one more draft, and to verify one that is there."""
+        if len(self.recent) < TRIAL:
+            return CONFIDENCE, LOWEST
+        if self.known_thresholds and self.passes % PATIENCE:
+            return self.known_thresholds
         counts, tokens, drafting, seconds = zip(*self.recent, strict=True)
         usual = 2 * statistics.median(seconds)
         verifying = [(n, all_ - some) for n, some, all_ in zip(counts, drafting, seconds, strict=True) if all_ < usual]
+        verifying += [(0, one) for one in self.plain if one < usual]
         rate, slope = sum(tokens) / sum(seconds), 0.0
         if len({n for n, _ in verifying}) > 1:
             slope = max(0.0, statistics.linear_regression(*zip(*verifying, strict=True)).slope)
         of_draft = statistics.median(self.of_draft) if self.of_draft else 0.0
-        return _bounded((slope + of_draft) * rate), _bounded(slope * rate)
+        self.known_thresholds = _bounded((slope + of_draft) * rate), _bounded(slope * rate)
+        return self.known_thresholds
 
     def passed(self, verified: int, drafts: int, tokens: float, drafting: float, seconds: float) -> None:
         """Take down one pass with drafting.
@@ -159,10 +181,11 @@ class Pace:
         self.recent.append((verified, tokens, drafting, seconds))
         if drafts:
             self.of_draft.append(drafting / drafts)
-        if len(self.recent) < PATIENCE:
+        written = sum(one[1] for one in self.recent)
+        hopeless = len(self.recent) >= TRIAL and written <= len(self.recent)
+        if len(self.recent) < PATIENCE and not hopeless:
             return
-        drafted, written = sum(one[0] for one in self.recent), sum(one[1] for one in self.recent)
-        if drafted and written * statistics.median(self.plain) * TOLERANCE >= sum(one[3] for one in self.recent):
+        if not hopeless and written * statistics.median(self.plain) * TOLERANCE >= sum(one[3] for one in self.recent):
             self.losses = 0
             return
         self.losses += 1
@@ -174,12 +197,22 @@ def _bounded(probability: float) -> float:
     return min(max(probability, LOWEST), HIGHEST)
 
 
-def continuation(ids: Tensor, length: int) -> list[int]:
-    """Up to `length` ids that followed the last earlier occurrence of the end of `ids` `(S,)`; none if there is none."""
-    # Searched as a string with one character for each id.
-    text = ids.to(torch.int32).cpu().numpy().tobytes().decode("utf-32-le", "surrogatepass")
-    start = text.rfind(text[-LOOK_UP_MATCH:], 0, -1) + LOOK_UP_MATCH
-    return [ord(one) for one in text[start : start + length]] if start >= LOOK_UP_MATCH else []
+def as_string(ids: list[int]) -> str:
+    """A text with one character for each id, in which Python searches fast."""
+    return "".join(map(chr, ids))
+
+
+def continuation(text: str, length: int) -> list[int]:
+    """`length` ids that followed the last earlier occurrence of the end of `text`; none if there is none.
+
+    Where they reach the end of `text`, it goes in circles, and so do they.
+    """
+    first = max(0, len(text) - LOOK_BACK)
+    start = text.rfind(text[-LOOK_UP_MATCH:], first, -1) + LOOK_UP_MATCH
+    if start < LOOK_UP_MATCH or len(text) < LOOK_UP_MATCH:
+        return []
+    known = [ord(one) for one in text[start : start + length]]
+    return (known * length)[:length]
 
 
 Choose = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
@@ -199,41 +232,66 @@ class Drafts:
 
 
 def write_drafts(
-    draft: Draft, max_drafts: int, choose: Choose, texts: list[Tensor], limit: int, pace: Pace, live: list[int]
+    draft: Draft,
+    max_drafts: int,
+    choose: Choose,
+    texts: list[str],
+    last: Tensor,
+    limit: int,
+    pace: Pace,
+    live: list[int],
 ) -> Drafts:
     """Drafts, at most `limit`, of what follows the `texts`, of which those with the numbers `live` count.
 
     Where a text repeats itself, its earlier continuation is drafted (prompt look-up, Saxena 2023) until the drafter
-    contradicts it. It also extends beyond the drafter's last draft.
+    contradicts it. It also extends beyond the drafter's last draft. `last` `(B,)` holds the last token of each.
     """
-    looked_up = [continuation(text[-LOOK_BACK:], min(LOOK_UP, limit)) for text in texts]
+    looked_up = [continuation(text, min(LOOK_UP, limit)) for text in texts]
     agrees, confidence = [bool(known) for known in looked_up], [1.0] * len(texts)
-    of_draft, of_known = pace.thresholds()
-    previous = torch.stack([text[-1] for text in texts])
+    worth_drafting, worth_verifying = pace.thresholds()
+    accuracy = pace.accuracy()
     drafts: list[Tensor] = []
-    found = Drafts(previous[:, None][:, :0], [[] for _ in texts])
-    for number in range(min(max_drafts, limit)):
-        probabilities, choice = choose(drafts, draft(number, previous))
+    found = Drafts(last[:, None][:, :0], [[] for _ in texts])
+    # Text that repeats itself is looked up for as long as that goes well; the drafter is not asked.
+    asked = 0 if pace.repeats and all(agrees[row] for row in live) else min(max_drafts, limit)
+    for number in range(asked):
+        probabilities, choice = choose(drafts, draft(number, drafts[-1] if drafts else last))
         found.written += 1
-        for row, known in enumerate(looked_up):
-            # A looked-up draft does not lower the confidence: the text, not the drafter, proposed it.
-            agrees[row] = agrees[row] and number < len(known) and float(probabilities[row, known[number]]) >= AGREEMENT
-            if agrees[row]:
-                choice[row] = known[number]
-            else:
-                found.probabilities[row].append(float(probabilities[row, choice[row]]))
-                confidence[row] *= pace.chance(found.probabilities[row][-1])
-        if sum(confidence[row] for row in live) < of_draft * len(live):
+        if any(agrees):
+            choice = _agreed(looked_up, agrees, number, probabilities, choice)
+        if not all(agrees):
+            chosen = probabilities.gather(1, choice[:, None])[:, 0].tolist()
+            for row, probability in enumerate(chosen):
+                # A looked-up draft does not lower the confidence: the text, not the drafter, proposed it.
+                if not agrees[row]:
+                    found.probabilities[row].append(probability)
+                    confidence[row] *= pace.chance(probability)
+        mean = sum(confidence[row] for row in live) / len(live)
+        if mean < worth_verifying:
             break
         drafts.append(choice)
-        previous = choice
-    else:
-        width = max((len(known) for known, agreed in zip(looked_up, agrees, strict=True) if agreed), default=0)
-        trust = sum(confidence[row] for row in live if agrees[row]) / len(live)
-        while len(drafts) < width and trust >= of_known:
-            now = [known[len(drafts)] if len(drafts) < len(known) else 0 for known in looked_up]
-            drafts.append(torch.tensor(now, device=previous.device))
-            trust *= LOOK_UP_TRUST
+        if not any(agrees) and mean * accuracy < worth_drafting:
+            break
+    width = max((len(known) for known, agreed in zip(looked_up, agrees, strict=True) if agreed), default=0)
+    trust = sum(confidence[row] for row in live if agrees[row]) / len(live)
+    while len(drafts) < width and trust >= worth_verifying:
+        now = [known[len(drafts)] if len(drafts) < len(known) else 0 for known in looked_up]
+        drafts.append(torch.tensor(now, device=last.device))
+        trust *= LOOK_UP_TRUST
     if drafts:
         found.tokens = torch.stack(drafts, dim=1)
     return found
+
+
+def _agreed(
+    looked_up: list[list[int]], agrees: list[bool], number: int, probabilities: Tensor, choice: Tensor
+) -> Tensor:
+    """`choice` `(B,)` with the `number`-th looked-up token in the rows that have one and whose drafter agrees with it.
+
+    In `agrees` the other rows become false.
+    """
+    known = torch.tensor([ids[number] if number < len(ids) else 0 for ids in looked_up], device=choice.device)
+    given = probabilities.gather(1, known[:, None])[:, 0].tolist()
+    for row, ids in enumerate(looked_up):
+        agrees[row] = agrees[row] and number < len(ids) and given[row] >= AGREEMENT
+    return torch.where(torch.tensor(agrees, device=choice.device), known, choice)

@@ -23,7 +23,7 @@ from .compatibility import CACHE, check_ids, one_cache
 from .configuration_charformer import CharformerConfig
 from .drafting_charformer import EarlyExitDrafter
 from .loss_settings import AuxiliaryLossSettings
-from .self_drafting_charformer import SelfDraftingMixin, check_processors
+from .self_drafting_charformer import SelfDraftingMixin, check_processors, quantized_over_tokens
 from .verification_charformer import VerifiedDecoding, mask_up_to
 
 
@@ -262,6 +262,8 @@ class CharformerGenerationMixin(SelfDraftingMixin):
             )
         check_processors(logits_processor)
         if generation_config.assistant_early_exit is not None:
+            if obstacle := quantized_over_tokens(self):
+                raise ValueError(f"assistant_early_exit cannot be used with this model: {obstacle}; leave it out")
             drafter = EarlyExitDrafter(self, generation_config.assistant_early_exit)
             call = (input_ids, logits_processor, stopping_criteria, generation_config, kwargs.pop("streamer", None))
             model_kwargs = {name: value for name, value in kwargs.items() if name not in OF_ASSISTED_DECODING}
@@ -363,14 +365,19 @@ class FirstStop(StoppingCriteria):
     """Whether a text `(1, S)` or a beginning of it meets `criteria`. `length` is that of the shortest one that does."""
 
     def __init__(self, criteria: StoppingCriteriaList, prompt: Tensor):
-        self.criteria, self.seen = criteria, prompt.shape[1]
+        self.criteria, self.text = criteria, prompt
         self.length: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        while self.length is None and self.seen < input_ids.shape[1]:
-            self.seen += 1
-            if bool(self.criteria(cast(Any, input_ids[:, : self.seen]), scores, **kwargs).all()):
-                self.length = self.seen
+        # Transformers 5.17 asks about drafts before they are verified, so what was seen may have changed.
+        shorter = min(self.text.shape[1], input_ids.shape[1])
+        same = int((self.text[0, :shorter] == input_ids[0, :shorter]).cumprod(0).sum())
+        if self.length is not None and self.length > same:
+            self.length = None
+        self.text = input_ids
+        for length in range(same + 1, input_ids.shape[1] + 1):
+            if self.length is None and bool(self.criteria(cast(Any, input_ids[:, :length]), scores, **kwargs).all()):
+                self.length = length
         return torch.full((1,), self.length is not None, device=input_ids.device)
 
 

@@ -53,6 +53,11 @@ def to_autocast_dtype(hidden_states: Tensor) -> Tensor:
     return hidden_states
 
 
+def _last(hidden_states: Tensor, positions: int) -> Tensor:
+    """The last `positions` of `(B, S, hidden_size)`; 0 means all, which are not even sliced."""
+    return hidden_states[:, -positions:] if positions else hidden_states
+
+
 class CharformerAttention(nn.Module):
     """Causal multi-head self-attention, computed by Transformers' attention interface."""
 
@@ -83,7 +88,7 @@ class CharformerAttention(nn.Module):
         """
         hidden_states = to_autocast_dtype(hidden_states)
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        queries = hidden_states[:, -positions_to_keep:]  # 0 keeps all positions, because -0 is 0
+        queries = _last(hidden_states, positions_to_keep)
         query = self.q_proj(queries).view(*queries.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
@@ -120,8 +125,11 @@ class CharformerMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
-        return hidden_states
+        hidden_states = self.activation(self.fc1(hidden_states))
+        if self.dropout.training:  # a call that does nothing takes its time in generation
+            hidden_states = self.dropout(hidden_states)
+        output: Tensor = self.fc2(hidden_states)
+        return output
 
 
 def rows_to_run(
@@ -190,14 +198,14 @@ class CharformerLayer(GradientCheckpointingLayer):
         else:
             hidden_states, attended = self._with_positions(hidden_states, position_ids)
         attended = self.self_attn(attended, positions_to_keep=positions_to_keep, **kwargs)[0]
-        hidden_states = hidden_states[:, -positions_to_keep:] + attended  # 0 keeps all positions, because -0 is 0
+        hidden_states = _last(hidden_states, positions_to_keep) + attended
         if self.norm_first:
             hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
         else:
             hidden_states = self.attention_norm(hidden_states)
             hidden_states = self.mlp_norm(hidden_states + self.mlp(hidden_states))
         if runs is not None:
-            hidden_states = torch.where(runs, hidden_states, layer_input[:, -positions_to_keep:])
+            hidden_states = torch.where(runs, hidden_states, _last(layer_input, positions_to_keep))
         return hidden_states
 
     def _with_positions(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,10 @@ def _choosing(schedule: Schedule) -> Schedule:
     return schedule
 
 
+def _chooses_layers(name: str) -> bool:
+    return getattr(_SCHEDULES.get(name), "chooses_layers", False)
+
+
 def _check_chooses(name: str, at: ScheduleContext) -> None:
     if at.layer not in at.layers:
         raise ValueError(
@@ -285,7 +289,7 @@ class AuxiliaryLossSettings(LossFields):
         for name, schedule in fields.items():
             if not isinstance(schedule, str) or schedule not in _SCHEDULES:
                 raise ValueError(_unknown_schedule(name, schedule))
-        if getattr(_SCHEDULES[self.target_schedule], "chooses_layers", False):
+        if _chooses_layers(self.target_schedule):
             raise ValueError(
                 f"target_schedule is {self.target_schedule!r}, which chooses among the intermediate layers and would never"
                 " train the final layer's targets; give it as intermediate_schedule, or take 'constant' or 'forward' here"
@@ -302,12 +306,22 @@ class AuxiliaryLossSettings(LossFields):
             (f"{self.prefix}_schedule", self.intermediate_schedule, of_layers),
             ("target_schedule", self.target_schedule, of_targets),
         ):
-            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps + 1) for term in terms)
+            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps) for term in terms)
             if terms and not any(scheduled(schedule, at) for at in moments):
                 raise ValueError(
                     f"{name} is {schedule!r}, whose factor is 0 at each of the {num_steps} steps: it would never train the"
                     f" terms that it weighs. Give one of {schedule_names()}, or leave these terms out"
                 )
+
+    def never_trained(self, num_steps: int) -> list[str]:
+        """The names of the terms whose weight is 0 at each step of a short training only because of a schedule."""
+        if num_steps > 1000:  # enough for each of the known schedules
+            return []
+        names, step = [term.name for term in self.terms if term.weight], 0
+        while names and step < num_steps:
+            weights = self.weights_at(step / num_steps, step)
+            names, step = [name for name in names if not weights[name]], step + 1
+        return names
 
     def _check_distillation(self) -> None:
         _check_weight("distillation is", self.distillation)
@@ -382,6 +396,18 @@ class AuxiliaryLossSettings(LossFields):
         Raises:
             ValueError: If `progress` is outside 0..1 or a schedule returns a value that is negative or not finite.
         """
+        return self._weights_at(progress, step, chosen=False)
+
+    def evaluated_at(self, progress: float | None, step: int | None = None) -> list[str]:
+        """The auxiliary terms that an evaluation at that moment reports: those with a weight.
+
+        Schedules that choose among the layers at each step, like `"random"`, choose all of them here.
+        """
+        weights = self._weights_at(progress, step, chosen=True)
+        return [term.name for term in self.terms if not term.is_main and weights[term.name]]
+
+    def _weights_at(self, progress: float | None, step: int | None, chosen: bool) -> dict[str, float]:
+        """The weights; with `chosen`, as if a schedule that chooses among layers chose each of them."""
         progress = 0.0 if progress is None else progress
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"training_progress is {progress}; it is the share of training done, from 0 to 1")
@@ -390,7 +416,11 @@ class AuxiliaryLossSettings(LossFields):
             at = self._moment(term.layer, term.offset, progress, step or 0)
             factor = 1.0 if term.offset == 1 else scheduled(self.target_schedule, at)
             if term.layer < self.num_layers:
-                factor *= scheduled(self.intermediate_schedule, at)
+                factor *= (
+                    1.0
+                    if chosen and _chooses_layers(self.intermediate_schedule)
+                    else scheduled(self.intermediate_schedule, at)
+                )
             weights[term.name] = term.weight * factor
         return weights
 

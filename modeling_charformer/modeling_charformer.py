@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence (of queries), H heads, D head size, V vocabulary, K number of targets.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -113,7 +114,7 @@ class CharformerModel(CharformerPreTrainedModel):
         last_mask = self._mask_of_last_positions(causal_mask, hidden_states, positions_to_keep)
         if num_layers is not None and not 1 <= num_layers <= len(self.layers):
             raise ValueError(f"num_layers is {num_layers}; it must be 1 to {len(self.layers)}")
-        layers = self.layers[:num_layers]
+        layers = self.layers if num_layers is None else self.layers[:num_layers]
         runs = rows_to_run(self.config, hidden_states, training_progress, self.training)
         for number, layer in enumerate(layers, start=1):
             is_last = number == len(layers)
@@ -204,7 +205,7 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
         blocks = [] if config.target_heads == "linear" else range(2, config.num_targets + 1)
         sequential = config.target_heads == "sequential"
         self.target_blocks = nn.ModuleDict(
-            {f"target_{k}": ResidualBlock(config.hidden_size, reads_previous=sequential) for k in blocks}
+            {f"target_{k}": ResidualBlock(config.hidden_size, config.hidden_size * sequential) for k in blocks}
         )
         self.loss_uncertainty = self._uncertainty_weighting()
         self.loss_watch = LossWatch(type(self).__name__, self.model, self.loss_settings)
@@ -241,7 +242,8 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
                 rows no target lies in another document, see `packed_documents`.
             logits_to_keep: Number of last positions to compute logits for (0 means all), or their indices.
             training_progress: Share of training done, 0 to 1, for the schedules; `None` means 0. In evaluation mode
-                the loss is that of the language model alone.
+                the loss is that of the language model alone; `loss_dict` has the terms that are active then too, and
+                with `None` it has not.
             training_step: Number of optimizer steps done, for the schedules that change at each step; `None` means 0.
             training_seed: With `training_step`, determines the positions of the terms if `position_share` is below 1.
             target_counts: `(2, K)` counts over the whole optimizer step, see `Targets`.
@@ -313,8 +315,8 @@ class CharformerClassifier(CharformerPreTrainedModel):
     """The base of the sequence and the token classification model: layers, a head, and auxiliary heads for training.
 
     Like Inception (Szegedy et al. 2015, section 5), the model has an auxiliary head of the same kind on each of
-    `config.classifier_layers`. The heads are in `auxiliary_classifiers`; they run in training only, where their weighted
-    losses are added. In a pre-norm model they read their layer's output after the final norm.
+    `config.classifier_layers`. The heads are in `auxiliary_classifiers`; their weighted losses are added in training.
+    In evaluation `loss_dict` reports them if `training_progress` is given. In a pre-norm model they read their layer's output after the final norm.
     """
 
     def __init__(self, config: CharformerConfig):
@@ -414,6 +416,9 @@ class CharformerForTokenClassification(CharformerClassifier):
     def _loss(self, logits: Tensor, labels: Any, num_items_in_batch: Tensor | int | None) -> Tensor:
         return classification_loss(logits, labels, "single_label_classification", num_items_in_batch)
 
+
+# `generate` asks for it before each character; to work it out takes longer than a layer of a small model.
+CharformerForCausalLM.forward.__signature__ = inspect.signature(CharformerForCausalLM.forward)
 
 # A saved model includes its code.
 CharformerModel.register_for_auto_class("AutoModel")

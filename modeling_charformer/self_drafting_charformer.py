@@ -112,7 +112,7 @@ class SelfDraftingMixin:
         call = (input_ids, logits_processor, stopping_criteria, generation_config)
         if getattr(generation_config, "use_extra_targets", False):
             check_processors(logits_processor)
-            obstacle = obstacle_to_drafts(*call, synced_gpus, streamer, model_kwargs)
+            obstacle = quantized_over_tokens(self) or obstacle_to_drafts(*call, synced_gpus, streamer, model_kwargs)
             if obstacle is None:
                 return VerifiedDecoding(self, HeadDrafter(self), *call, streamer, model_kwargs).run()
             warnings.warn(f"the text is generated without drafts: {obstacle}", stacklevel=2)
@@ -128,6 +128,22 @@ def check_processors(processors: LogitsProcessorList) -> None:
             " twice; leave them out, or use_extra_targets, assistant_early_exit, prompt_lookup_num_tokens and"
             " assistant_model"
         )
+
+
+def quantized_over_tokens(model: Any) -> str | None:
+    """Which modules of a quantized model compute a token's output from the other tokens of the pass too; `None` if none do.
+
+    Such a model has no text of its own that could be verified: it depends on how many tokens a pass holds.
+    """
+    for module in model.modules():
+        kind = type(module)
+        # One scale for all tokens, and columns that are chosen by the largest value of any token.
+        one_scale = kind.__module__.startswith("torch.ao.nn.quantized.dynamic")
+        if one_scale or (kind.__name__ == "Linear8bitLt" and getattr(module.state, "threshold", 0) > 0):
+            return (
+                f"its {kind.__name__} modules quantize all tokens of a pass together, so drafts would change the text"
+            )
+    return None
 
 
 def obstacle_to_drafts(

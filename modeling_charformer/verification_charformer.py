@@ -6,6 +6,7 @@ noise. So the text depends neither on the drafts nor on their number, and has ex
 and Suresh 2024, arXiv 2408.07978, section 4).
 """
 
+import copy
 import time
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .compatibility import CACHE
-from .drafting_charformer import Drafts, EarlyExitDrafter, HeadDrafter, Pace, write_drafts
+from .drafting_charformer import Drafts, EarlyExitDrafter, HeadDrafter, Pace, as_string, write_drafts
 
 
 # Processors that look at the scores of one place alone.
@@ -41,6 +42,10 @@ POINTWISE = (
 )
 
 
+# Noise is drawn for so many places of a text at once, or for fewer, so that these are no more numbers than this.
+PLACES_AT_ONCE, NUMBERS_AT_ONCE = 16, 2**18
+
+
 class GumbelNoise:
     """Noise whose maximum, added to log-probabilities, is a sample of them; one draw for each row and place in the text.
 
@@ -52,25 +57,28 @@ class GumbelNoise:
         self.drawn: Tensor | None = None
         self.begin = 0
 
-    def at(self, places: list[int], offset: int, count: int, like: Tensor) -> Tensor:
+    def at(self, places: list[int], numbers: list[int], offset: int, count: int, like: Tensor) -> Tensor:
         """`(B, count, V)`, in type like `like` `(B, ..., V)`, for the places from `offset` after each row's next one on.
 
-        The next places of a later call may not lie before the lowest of these.
+        `numbers` are those of the rows in the batch, all of which the first call holds. The next places of a later call may
+        not lie before the lowest of these.
         """
         low, high = min(places), max(places) + offset + count
+        rows, size = like.shape[0] if self.drawn is None else self.drawn.shape[1], like.shape[-1]
         if self.drawn is None:
             self.generator = torch.Generator(like.device).manual_seed(self.seed)
-            self.drawn = like.new_empty(0, like.shape[0], like.shape[-1])
-        kept = self.drawn[low - self.begin :]
-        missing = max(0, high - low - kept.shape[0])
-        # Drawn one place after the other, so that the numbers do not depend on how many are drawn at once.
-        new = [kept.new_empty(kept.shape[1:]).exponential_(generator=self.generator) for _ in range(missing)]
-        self.drawn, self.begin = torch.cat([kept, torch.stack(new).log_().neg_()]) if new else kept, low
+            self.drawn = like.new_empty(0, rows, size)
+        while self.begin + self.drawn.shape[0] < high:
+            # So many places at once, whatever is asked for: the numbers must not depend on how many are drafted.
+            places_at_once = max(1, min(PLACES_AT_ONCE, NUMBERS_AT_ONCE // (rows * size)))
+            new = like.new_empty(places_at_once, rows, size).exponential_(generator=self.generator).log_().neg_()
+            self.drawn, self.begin = torch.cat([self.drawn[low - self.begin :], new]), low
         if len(places) == 1:
-            return self.drawn[offset : offset + count].transpose(0, 1)
+            first, row = low - self.begin + offset, numbers[0]
+            return self.drawn[first : first + count, row : row + 1].transpose(0, 1)
         steps = torch.arange(offset, offset + count, device=like.device)
-        at = torch.tensor(places, device=like.device)[:, None] - low + steps
-        return self.drawn[at, torch.arange(len(places), device=like.device)[:, None]]
+        at = torch.tensor(places, device=like.device)[:, None] - self.begin + steps
+        return self.drawn[at, torch.tensor(numbers, device=like.device)[:, None]]
 
 
 class Stops:
@@ -124,10 +132,15 @@ class VerifiedDecoding:
         self.pointwise = all(type(processor) in POINTWISE for processor in processors)
         self.kwargs, self.text, self.stops = model_kwargs, input_ids, Stops(criteria, int(config.max_length or 0))
         self.rows, self.prompt = input_ids.shape
+        self.processors_of = [[_of_row(one, row) for one in processors] for row in range(self.rows)]
+        self.is_batch, self.numbers = self.rows > 1, list(range(self.rows))
+        self.finished: dict[int, tuple[list[int], int]] = {}
+        """Text and end, by number, of the rows that are passed through the model no more."""
+        self.strings = [as_string(row) for row in input_ids.tolist()]
         self.lengths, self.ends = [self.prompt] * self.rows, [0] * self.rows
         self.padding_id = int(getattr(config, "_pad_token_tensor", None) or 0)
         self.noise = GumbelNoise() if config.do_sample else None
-        self.pace = Pace()
+        self.pace = Pace(config.do_sample)
         self.states = torch.empty(0)
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -138,6 +151,7 @@ class VerifiedDecoding:
         try:
             self.kwargs[CACHE].activate_past_recording()
             outputs = self.model._prefill(self.text, self.config, self.kwargs)
+            self.vocab_size = outputs.logits.shape[-1]
             self._start(outputs)
             drafts = self.text[:, :0]
             self._accept(outputs.logits[:, -1:], drafts)
@@ -153,6 +167,8 @@ class VerifiedDecoding:
 
     def _pass(self) -> None:
         """Draft, verify and write once, and take down what it cost."""
+        if self.is_batch and 2 * len(self._live()) <= self.rows:
+            self._leave_out_finished()
         begin, before, rows = time.perf_counter(), sum(self.lengths), len(self._live())
         if self.pace.rests():
             none = self.text[:, :0]
@@ -167,6 +183,8 @@ class VerifiedDecoding:
             first = drafts.written - len(probabilities)
             if matches[row] >= first:
                 self.pace.verified(probabilities[: drafts.tokens.shape[1] - first], matches[row] - first)
+        looked_up = drafts.tokens.shape[1] - drafts.written
+        self.pace.repeats = looked_up > 0 and all(one == drafts.tokens.shape[1] for one in matches)
         tokens = (sum(self.lengths) - before) / rows
         seconds = time.perf_counter() - begin
         self.pace.passed(drafts.tokens.shape[1], drafts.written, tokens, drafting, seconds)
@@ -184,6 +202,8 @@ class VerifiedDecoding:
         self.padding = [0] * self.rows
         if self.mask is not None and self.rows > 1:
             self.padding = (self.mask == 0).sum(-1).tolist()
+        elif self.mask is not None and bool(self.mask.all()):
+            self.mask = None  # models make no mask of nothing but text faster than they look through it
         self.position = self.kwargs.pop("position_ids", None)
         if self.position is not None:
             self.position = self.position[..., -1:] - 1
@@ -192,7 +212,7 @@ class VerifiedDecoding:
 
     def _live(self) -> list[int]:
         """The numbers of the rows that are still written."""
-        if self.stops.pads or self.rows == 1:
+        if self.stops.pads or not self.is_batch:
             return [row for row in range(self.rows) if not self.ends[row]]
         # Without an end-of-sequence token all rows are written until the last one may end.
         end = max(self.ends) if all(self.ends) else self.stops.max_length
@@ -213,14 +233,18 @@ class VerifiedDecoding:
             return Drafts(self.text[:, :0], [])
         self._reserve(limit)
         mask = None if self.mask is None else mask_up_to(self.mask, self.seen + 1)
-        texts = [self.text[row, :length] for row, length in enumerate(self.lengths)]
+        last = torch.tensor([ord(text[-1]) for text in self.strings], device=self.text.device)
         with self.drafter.drafts(self.kwargs, mask, self.state) as draft:
-            return write_drafts(draft, self.drafter.max_drafts, self._choose, texts, limit, self.pace, live)
+            return write_drafts(
+                draft, self.drafter.max_drafts, self._choose, self.strings, last, limit, self.pace, live
+            )
 
     def _choose(self, drafts: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
         if drafts and not self.pointwise:
             for row, length in enumerate(self.lengths):
                 self.text[row, length + len(drafts) - 1] = drafts[-1][row]
+        if logits.shape[-1] != self.vocab_size:  # that of the model was resized after its heads were made
+            logits = torch.nn.functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-torch.inf)
         scores = self._processed(logits[:, None].to(self.text.device, torch.float32), len(drafts))
         return scores[:, 0].softmax(-1), self._picked(scores, len(drafts))[:, 0]
 
@@ -234,26 +258,24 @@ class VerifiedDecoding:
         """Logits `(B, n + 1, V)` of what follows the last token and each of the drafts `(B, n)`."""
         fed = drafts.shape[1] + 1
         self._reserve(fed)
+        if fed > 1:
+            self._put(drafts)
         if self.rows == 1:
-            length = self.lengths[0]
-            self.text[:, length : length + fed - 1] = drafts
-            ids = self.text[:, : length + fed - 1]
+            ids = self.text[:, : self.lengths[0] + fed - 1]
         else:
-            rows = torch.arange(self.rows, device=self.text.device)[:, None]
-            places = torch.tensor(self.lengths, device=self.text.device)[:, None]
-            self.text[rows, places + torch.arange(fed - 1, device=self.text.device)] = drafts
-            ids = torch.cat([self.text[rows, places - 1], drafts], dim=-1)
+            last = torch.tensor(self.lengths, device=self.text.device)[:, None] - 1
+            ids = torch.cat([self.text.gather(1, last), drafts], dim=-1)
         more: dict[str, Any] = {}
         if self.position is not None:
             more["position_ids"] = self.position + torch.arange(1, fed + 1, device=self.position.device)
-            if self.rows > 1:  # places that no text will reach may be outside the model's window
+            if self.is_batch:  # places that no text will reach may be outside the model's window
                 more["position_ids"] = torch.minimum(more["position_ids"], self.last_position)
         if self.token_type is not None:
             more["token_type_ids"] = self.token_type[:, -1:].expand(-1, fed)
-        if self.rows > 1 and any(self.padding):
+        if self.is_batch and any(self.padding):
             slots = torch.arange(int(self.cache.get_seq_length()) + fed, device=self.text.device)
             more["attention_mask"] = (slots >= torch.tensor(self.padding, device=slots.device)[:, None]).long()
-        elif self.rows == 1 and self.mask is not None:
+        elif not self.is_batch and self.mask is not None:
             more["attention_mask"] = mask_up_to(self.mask, self.seen + fed)
         if "logits_to_keep" in self.kwargs:
             more["logits_to_keep"] = fed
@@ -265,16 +287,16 @@ class VerifiedDecoding:
         """Scores `(B, n, V)` of the places from `offset` after each row on, as the processors leave them."""
         if not self.processors:
             return scores
-        scores = scores.clone()
         if self.pointwise:
             flat = scores.flatten(0, 1)
             for processor in self.processors:
                 flat = processor(self.text, flat)
             return flat.view_as(scores)
+        scores = scores.clone()
         for row, length in enumerate(self.lengths):
             for number in range(scores.shape[1]):
                 written, one = self.text[row : row + 1, : length + offset + number], scores[row : row + 1, number]
-                for processor in self.processors:
+                for processor in self.processors_of[self.numbers[row]]:
                     one = processor(written, one)
                 scores[row, number] = one[0]
         return scores
@@ -283,7 +305,7 @@ class VerifiedDecoding:
         """The tokens `(B, n)` that are picked by scores `(B, n, V)` of the places from `offset` after each row on."""
         if self.noise is not None:
             places = [length - self.prompt for length in self.lengths]
-            scores = scores + self.noise.at(places, offset, scores.shape[1], scores)
+            scores = scores + self.noise.at(places, self.numbers, offset, scores.shape[1], scores)
         return scores.argmax(-1)
 
     def _accept(self, logits: Tensor, drafts: Tensor) -> list[int]:
@@ -292,15 +314,17 @@ class VerifiedDecoding:
         logits = logits.to(self.text.device, torch.float32)
         scores = self._processed(logits, 0)
         picked = self._picked(scores, 0)
-        matches = picked[:, :-1].eq(drafts).cumprod(-1).sum(-1).tolist()
-        tokens, kept = picked.tolist(), [0] * self.rows
+        tokens = torch.cat([picked, drafts], dim=-1).tolist()
+        matches = [_length_of_match(row[: fed - 1], row[fed:]) for row in tokens]
+        kept = [0] * self.rows
         self._reserve(fed)
         if self.config.return_dict_in_generate and self.config.output_scores:
             self.scores.extend(scores[:, number] for number in range(matches[0] + 1))
         if self.config.return_dict_in_generate and self.config.output_logits:
             self.logits.extend(logits[:, number] for number in range(matches[0] + 1))
+        self._put(picked)
         for row in self._live():
-            kept[row] = self._write(row, tokens[row][: matches[row] + 1], picked[row])
+            kept[row] = self._extend(row, tokens[row][: matches[row] + 1])
         if self.streamer is not None:
             self.streamer.put(picked[:, : kept[0]].cpu())
         kept = [one or max(kept) for one in kept]
@@ -310,45 +334,101 @@ class VerifiedDecoding:
         if self.position is not None:
             self.position = self.position + torch.tensor(kept, device=self.position.device)[:, None]
         self._align(kept, fed)
-        return [int(one) for one in matches]
+        return matches
 
     def _of_each(self, states: Tensor, kept: list[int]) -> Tensor:
         numbers = torch.tensor(kept, device=states.device) - 1
         return states[torch.arange(self.rows, device=states.device), numbers]
 
-    def _write(self, row: int, new: list[int], picked: Tensor) -> int:
-        """Append tokens to a row, up to its end; returns how many."""
+    def _put(self, tokens: Tensor) -> None:
+        """Write `tokens` `(B, n)` after the end of each row. They do not belong to it yet."""
+        count = tokens.shape[1]
+        if self.rows == 1:
+            self.text[:, self.lengths[0] : self.lengths[0] + count] = tokens
+        else:
+            rows = torch.arange(self.rows, device=self.text.device)[:, None]
+            places = torch.tensor(self.lengths, device=self.text.device)[:, None]
+            self.text[rows, places + torch.arange(count, device=self.text.device)] = tokens
+
+    def _extend(self, row: int, new: list[int]) -> int:
+        """Make `new` tokens, which were put after the row's end, part of it, up to where it ends; returns how many."""
         length = self.lengths[row]
         new = new[: self.stops.max_length - length]
-        self.text[row, length : length + len(new)] = picked[: len(new)]
         if not self.ends[row]:
             end = self.stops.first(self.text[row : row + 1], length, new, tuple(self.scores) or None)
-            if end and (self.stops.pads or self.rows == 1):
+            if end and (self.stops.pads or not self.is_batch):
                 new = new[: end - length]
             self.ends[row] = end
+        self.strings[row] += as_string(new)
         self.lengths[row] = length + len(new)
         return len(new)
 
     def _align(self, kept: list[int], fed: int) -> None:
         """Take out of the cache the drafts that no row kept, and move each row's tokens to the right end."""
-        self.cache.crop(max(kept) - fed)
         shifts = [max(kept) - one for one in kept]
         if not any(shifts):
+            self.cache.crop(max(kept) - fed)
             return
         padding = [before + shift for before, shift in zip(self.padding, shifts, strict=True)]
         spare = min(padding)
         self.padding = [one - spare for one in padding]
+        indices: dict[tuple[int, int], Tensor] = {}
         for layer in self.cache.layers:
             if not layer.is_initialized:  # it reads another layer's
                 continue
             for name in ("keys", "values"):
                 cached = getattr(layer, name)
-                places = torch.arange(spare, cached.shape[-2], device=cached.device)
-                places = (places - torch.tensor(shifts, device=cached.device)[:, None]).clamp(min=0)
-                shape = (-1, cached.shape[1], -1, cached.shape[-1])
-                setattr(layer, name, cached.gather(2, places[:, None, :, None].expand(shape)))
+                rows, heads, length, size = cached.shape
+                if (heads, length) not in indices:
+                    places = torch.arange(spare, length - fed + max(kept), device=cached.device)
+                    places = (places - torch.tensor(shifts, device=cached.device)[:, None]).clamp(min=0)
+                    begins = length * torch.arange(rows * heads, device=cached.device).view(rows, heads, 1)
+                    indices[heads, length] = (begins + places[:, None]).flatten()
+                # As a matrix, since this is several times as fast as to gather in four dimensions.
+                kept_states = cached.reshape(-1, size).index_select(0, indices[heads, length])
+                setattr(layer, name, kept_states.view(rows, heads, -1, size))
+
+    def _leave_out_finished(self) -> None:
+        """Once half of a batch's rows are finished, pass the others alone through the model."""
+        live = self._live()
+        per_row = [self.position, self.token_type, *self.kwargs.values()]
+        if any(isinstance(one, Tensor) and one.dim() and one.shape[0] != self.rows for one in per_row[:2]) or any(
+            isinstance(one, Tensor) for one in per_row[2:]
+        ):
+            return
+        for row in range(self.rows):
+            if row not in live:
+                self.finished[self.numbers[row]] = (self.text[row, : self.lengths[row]].tolist(), self.ends[row])
+        index = torch.tensor(live, device=self.text.device)
+        spare = min(self.padding[row] for row in live)
+        self.numbers, self.lengths, self.ends, self.padding = (
+            [column[row] for row in live]
+            for column in (self.numbers, self.lengths, self.ends, [one - spare for one in self.padding])
+        )
+        self.strings = [self.strings[row] for row in live]
+        self.rows, self.text, self.state = len(live), self.text[index], self.state[index]
+        if self.position is not None:
+            self.position, self.last_position = self.position[index], self.last_position[index]
+        if self.token_type is not None:
+            self.token_type = self.token_type[index]
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[index][:, :, spare:], layer.values[index][:, :, spare:]
+        self.pace.begin_again()
+
+    def _bring_back_finished(self) -> None:
+        rows = self.finished | {
+            number: (self.text[row, : self.lengths[row]].tolist(), self.ends[row])
+            for row, number in enumerate(self.numbers)
+        }
+        self.lengths, self.ends = [len(rows[row][0]) for row in sorted(rows)], [rows[row][1] for row in sorted(rows)]
+        self.text = self.text.new_zeros(len(rows), max(self.lengths))
+        for row in sorted(rows):
+            self.text[row, : self.lengths[row]] = torch.tensor(rows[row][0])
 
     def _result(self) -> Any:
+        if self.finished:
+            self._bring_back_finished()
         end = max(self.ends)
         if self.stops.pads:
             for row, length in enumerate(self.ends):
@@ -365,8 +445,23 @@ class VerifiedDecoding:
             sequences=text,
             scores=tuple(self.scores[:count]) if self.config.output_scores else None,
             logits=tuple(self.logits[:count]) if self.config.output_logits else None,
-            **{CACHE: self.cache if self.rows == 1 else None},
+            **{CACHE: None if self.is_batch else self.cache},
         )
+
+
+def _length_of_match(ids: list[int], others: list[int]) -> int:
+    return next(
+        (number for number, (one, other) in enumerate(zip(ids, others, strict=True)) if one != other), len(ids)
+    )
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    """The processor for one row of a batch: the repetition penalty knows how many tokens of each row are padding."""
+    padding = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(padding, Tensor):
+        processor = copy.copy(processor)
+        processor.prompt_ignore_length = padding[row : row + 1]
+    return processor
 
 
 def mask_up_to(prompt_mask: Tensor, length: int) -> Tensor:

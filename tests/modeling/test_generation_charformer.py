@@ -140,6 +140,25 @@ def test_what_came_before_is_looked_up(make_model, drafts_in_every_pass, monkeyp
     assert count >= 400 / 2
 
 
+def test_text_that_goes_in_circles_is_looked_up_at_full_length():
+    circle = drafting_charformer.as_string([9, *[5, 6, 7] * 4])
+    assert drafting_charformer.continuation(circle, 7) == [5, 6, 7, 5, 6, 7, 5]
+    assert drafting_charformer.continuation(circle, 2) == [5, 6]
+    assert drafting_charformer.continuation(drafting_charformer.as_string([*range(40)]), 7) == []
+
+
+def test_drafts_that_are_never_right_are_given_up_and_others_are_not():
+    rests = []
+    for tokens in (1.0, 1.25):
+        pace = drafting_charformer.Pace()
+        pace.rests()
+        pace.plain.append(1.0)
+        for _ in range(3):
+            pace.passed(verified=4, drafts=4, tokens=tokens, drafting=0.1, seconds=1.1)
+        rests.append([pace.rests() for _ in range(10)])
+    assert rests == [[True] * 8 + [False] * 2, [False] * 10]
+
+
 def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     """Of a chi-squared test; the rare outcomes, fewer than five expected, are one."""
     counts, expected = counts.flatten(), counts.sum() * probabilities.detach().flatten()

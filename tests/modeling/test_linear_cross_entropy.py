@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from charformer_training import add_auxiliary_losses
 from modeling_charformer import linear_cross_entropy
+from modeling_charformer.cross_entropy import cross_entropy_sum
 from modeling_charformer.linear_cross_entropy import LinearClassifier, linear_classifier, row_cross_entropies
 
 
@@ -295,6 +296,19 @@ def test_classifier_with_an_entry_can_be_used_twice(small_pieces):
     classifier = classifier_of(inputs).with_entry()
     found, wanted = torch.zeros(()), torch.zeros(())
     for factor in (1.0, 2.0):
-        found = found + factor * row_cross_entropies(inputs[0] * factor, classifier, targets, torch.ones(N)).sum()
-        wanted = wanted + factor * reference([inputs[0] * factor, *inputs[1:]], targets, 1.0, None).sum()
-    torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, inputs))
+        rows = inputs[0] * factor
+        found = found + factor * row_cross_entropies(rows, classifier, targets, torch.ones(N)).sum()
+        wanted = wanted + factor * reference([rows, *inputs[1:]], targets, 1.0, None).sum()
+    gradients = torch.autograd.grad(found, inputs, retain_graph=True)
+    torch.testing.assert_close(gradients, torch.autograd.grad(wanted, inputs))
+
+
+def test_weighted_sum_under_autocast_is_one_of_single_precision():
+    """A sum in half precision would be infinite from 65,504 nats on."""
+    logits, targets = torch.randn(3000, 11) * 20, torch.randint(0, 11, (3000,))
+    whole = cross_entropy_sum(logits, targets)
+    assert whole > 65_504
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            weighted = cross_entropy_sum(logits, targets, torch.ones(3000))
+        torch.testing.assert_close(weighted, whole, rtol=1e-5, atol=0.0)

@@ -15,7 +15,7 @@ from modeling_charformer import (
     layers_charformer,
 )
 from modeling_charformer.compatibility import CACHE
-from modeling_charformer.drafting_charformer import continuation
+from modeling_charformer.drafting_charformer import as_string, continuation
 
 
 def reference_logits(model: CharformerForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -390,9 +390,9 @@ def test_every_head_follows_a_resized_vocabulary(make_model, make_ids, tmp_path,
 
 
 def test_drafts_look_up_added_tokens_too():
-    ids = torch.tensor([300, 44, 256, 0, 65, 66, 67, 68, 69, 7, 300 - 256, 300, 44, 256, 0, 65, 66, 67, 68, 69])
-    assert continuation(ids, 3) == [7, 44, 300]
-    assert continuation(torch.cat([ids[:-1], ids[-1:] + 256]), 3) == []
+    ids = [300, 44, 256, 0, 65, 66, 67, 68, 69, 7, 300 - 256, 300, 44, 256, 0, 65, 66, 67, 68, 69]
+    assert continuation(as_string(ids), 3) == [7, 44, 300]
+    assert continuation(as_string([*ids[:-1], ids[-1] + 256]), 3) == []
 
 
 @pytest.mark.slow

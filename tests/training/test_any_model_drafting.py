@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -94,6 +95,24 @@ def test_rows_of_a_batch_are_accepted_each_at_its_own_pace(kind, eos):
     assert max(kept[1:]) > 1
     assert len(kept) < 20
     assert forward is type(model).forward
+
+
+def test_finished_rows_are_not_passed_through_the_model(drafts_in_every_pass):
+    model, sizes = half_trained("llama"), []
+    settings = BATCH | {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(**settings)
+    handle = model.model.embed_tokens.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    drafted = model.generate(use_extra_targets=True, **settings)
+    handle.remove()
+    assert drafted.tolist() == plain.tolist()
+    assert sizes[0] == 4
+    assert sizes[-1] <= 2
+
+
+def test_a_repetition_penalty_leaves_the_padding_of_each_row_out():
+    model = half_trained("llama")
+    settings = BATCH | {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "repetition_penalty": 1.3}
+    assert model.generate(use_extra_targets=True, **settings).tolist() == model.generate(**settings).tolist()
 
 
 def test_several_texts_of_one_prompt():
@@ -246,6 +265,58 @@ def test_heads_draft_with_adapters_and_outlive_merging(tmp_path):
     for name, weight in half_trained("llama").auxiliary_heads.state_dict().items():
         assert loaded.auxiliary_heads.state_dict()[name].equal(weight)
     assert loaded.generate(PROMPT, use_extra_targets=True, **settings).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("tokens", [50, 80])
+def test_heads_of_a_vocabulary_resized_since_draft_all_the_same(tokens):
+    model = copy.deepcopy(half_trained("llama", "own"))
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    expected, plain = passes(model)
+    found, count = passes(model, use_extra_targets=True)
+    assert found.tolist() == expected.tolist()
+    assert count < plain
+    drafted = model.generate(PROMPT, use_extra_targets=True, do_sample=True, max_new_tokens=20)
+    assert int(drafted.max()) < tokens
+
+
+@pytest.mark.parametrize("sizes", [{"vocab_size": 97}, {"hidden_size": 64}], ids=str)
+def test_heads_of_another_model_are_refused(tmp_path, sizes):
+    model = half_trained("llama", "own")
+    model.save_pretrained(tmp_path)
+    other = build("llama", **sizes)
+    other.config.auxiliary_losses = model.config.auxiliary_losses
+    with pytest.raises(
+        ValueError, match=r"another model: its auxiliary_heads\.target_2\.weight has the shape \(61, 16\)"
+    ):
+        load_auxiliary_losses(other, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
+def test_one_scale_for_all_tokens_is_plain_text_with_one_warning():
+    model = copy.deepcopy(half_trained("llama"))
+    torch.ao.quantization.quantize_dynamic(model.model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    settings = BATCH | {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(**settings)
+    with pytest.warns(UserWarning, match="quantize all tokens of a pass together"):
+        drafted = model.generate(use_extra_targets=True, **settings)
+    assert drafted.tolist() == plain.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_heads_are_saved_beside_an_adapter(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    model: Any = add_auxiliary_losses(get_peft_model(build("llama"), lora), num_targets=3, intermediate_layers=None)
+    for weight in model.get_base_model().auxiliary_heads.parameters():
+        torch.nn.init.normal_(weight)
+    copy.deepcopy(pickle.loads(pickle.dumps(model))).save_pretrained(tmp_path)
+    loaded: Any = load_auxiliary_losses(PeftModel.from_pretrained(build("llama"), tmp_path), tmp_path)
+    expected = model.get_base_model().auxiliary_heads.state_dict()
+    found = loaded.get_base_model().auxiliary_heads.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(weight) for name, weight in expected.items())
 
 
 @pytest.mark.slow

@@ -67,14 +67,18 @@ class ModelWithLosses(SavesHeads):
         heads: str,
         checked: dict[str, Any],
         heads_only: bool = False,
+        draft_vocabulary: Tensor | None = None,
     ) -> None:
         self.loss_settings, self.heads_only = settings, heads_only
         self._anatomy, self._own_heads = anatomy, heads == "own"
         for name, value in checked.items():
             setattr(self, name, value)
         terms = [term for term in settings.terms if not term.is_main]
-        modules = {term.name: self._make_head(term, index, heads) for index, term in enumerate(terms, start=1)}
-        self.auxiliary_heads = nn.ModuleDict(modules).to(self.device, self.dtype)
+        self.auxiliary_heads = nn.ModuleDict()
+        if draft_vocabulary is not None:
+            self.auxiliary_heads.register_buffer("draft_vocabulary", draft_vocabulary)
+        self.auxiliary_heads.update({term.name: self._make_head(term, i, heads) for i, term in enumerate(terms, 1)})
+        self.auxiliary_heads.to(self.device, self.dtype)
         self.loss_uncertainty = None
         if settings.loss_weighting != "fixed":
             names = [term.name for term in settings.terms]
@@ -115,7 +119,7 @@ class ModelWithLosses(SavesHeads):
             return self._plain_forward(kwargs)
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
-        inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or self.training, "return_dict": True}
+        inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or step.runs_heads, "return_dict": True}
         self._check_heads_are_trained()
         self.prepare(step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_only):

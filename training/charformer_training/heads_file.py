@@ -1,13 +1,16 @@
 """The file of the auxiliary heads beside a saved plain model: writing, finding and loading it."""
 
 import contextlib
+import functools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -15,6 +18,9 @@ from modeling_charformer.auxiliary_heads import TRAINING_ONLY
 from modeling_charformer.loss_settings import LAST_POSITION, AuxiliaryLossSettings
 
 from .models import HEADS_FILE, OLD_HEADS_FILE, saved_heads
+
+
+VOCABULARY = "auxiliary_heads.draft_vocabulary"
 
 
 class SavesHeads(PreTrainedModel):
@@ -56,7 +62,9 @@ class SavesHeads(PreTrainedModel):
         path = Path(folder, HEADS_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}")
-        save_file(heads, unfinished, metadata={"format": "pt"})
+        # An adapter is saved without the configuration of its model.
+        settings = json.dumps(getattr(self.config, "auxiliary_losses", None))
+        save_file(heads, unfinished, metadata={"format": "pt", "auxiliary_losses": settings})
         os.replace(unfinished, path)
         Path(folder, OLD_HEADS_FILE).unlink(missing_ok=True)  # of an earlier version; engines would load it
 
@@ -75,11 +83,60 @@ class SavesHeads(PreTrainedModel):
         saved = load_file(path)
         if not self.loss_settings.has_last_position:  # a classifier's, saved by earlier versions but never trained
             saved.pop(f"loss_uncertainty.log_variances.{LAST_POSITION}", None)
-        expected = {name for name in self.state_dict() if name.startswith(TRAINING_ONLY)}
-        if saved.keys() != expected:
-            different = sorted(saved.keys() ^ expected)
+        own = {name: weight for name, weight in self.state_dict().items() if name.startswith(TRAINING_ONLY)}
+        if saved.keys() != own.keys():
+            different = sorted(saved.keys() ^ own.keys())
             raise ValueError(f"{path} was saved with other auxiliary losses; {different[:4]} are not in both")
+        for name, weight in own.items():
+            if weight.shape != saved[name].shape:
+                raise ValueError(
+                    f"{path} was saved with another model: its {name} has the shape {tuple(saved[name].shape)}, that of this"
+                    f" model, by its width and vocabulary, {tuple(weight.shape)}"
+                )
+        if VOCABULARY in saved and not saved[VOCABULARY].equal(own[VOCABULARY].cpu()):
+            raise ValueError(f"{path} was saved with another draft_vocabulary, of {len(saved[VOCABULARY])} tokens")
         self.load_state_dict(saved, strict=False)
+
+
+def vocabulary_of_heads(path: Path) -> Tensor:
+    with safe_open(path, framework="pt") as saved:
+        if VOCABULARY not in saved.keys():  # noqa: SIM118  # it is no mapping
+            raise ValueError(f"{path} has no {VOCABULARY}; the model's configuration says that its heads have one")
+        return cast(Tensor, saved.get_tensor(VOCABULARY))
+
+
+class SavesHeadsBesideAdapter(nn.Module):
+    """A PEFT model that writes the auxiliary heads of the model in it beside its adapter."""
+
+    _made_of: type[nn.Module]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the adapters, like any PEFT model, and the auxiliary heads in a subfolder."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # the PEFT class's
+        if kwargs.get("is_main_process", True):
+            cast(Any, self).get_base_model().save_auxiliary_heads(save_directory)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return (_empty_beside_adapter, (self._made_of,), *cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:])
+
+
+@functools.cache
+def class_beside_adapter(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class, with the name of `kind`, of a PEFT model whose `save_pretrained` keeps auxiliary heads."""
+    content = {"__module__": kind.__module__, "_made_of": kind}
+    return type(kind.__name__, (SavesHeadsBesideAdapter, kind), content)
+
+
+def _empty_beside_adapter(kind: type[nn.Module]) -> nn.Module:
+    made: Any = class_beside_adapter(cast(Any, kind))
+    return cast(nn.Module, made.__new__(made))
+
+
+def saved_settings(path: Path) -> dict[str, Any] | None:
+    """The arguments of `add_auxiliary_losses` that a file of heads was saved with; `None` from earlier versions."""
+    with safe_open(path, "pt") as file:
+        settings: dict[str, Any] | None = json.loads((file.metadata() or {}).get("auxiliary_losses", "null"))
+    return settings
 
 
 def cached_heads(name_or_path: str) -> Path:
