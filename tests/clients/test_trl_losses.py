@@ -99,6 +99,19 @@ def test_sft_of_an_adapter_has_the_figures_of_our_trainer(kind, adapter, tmp_pat
     assert_same_logs([evaluated(trainer)], [metrics])
 
 
+@pytest.mark.parametrize(
+    "heads",
+    [{"heads": "own"}, {"heads": "sequential", "num_targets": 3}, {"draft_vocabulary": range(32, 128)}],
+    ids=lambda heads: next(iter(heads.values())) if "heads" in heads else "draft vocabulary",
+)
+def test_sft_of_other_heads_has_the_figures_of_our_trainer(heads, tmp_path):
+    trainer = program.sft(tmp_path, program.llama(**heads), eval=True, gradient_accumulation_steps=2)
+    trainer.train()
+    expected, metrics = ours(trainer, program.llama(**heads), tmp_path)
+    assert_same_logs(loss_logs(trainer), expected)
+    assert_same_logs([evaluated(trainer)], [metrics])
+
+
 CONFIGS = ROOT / "training" / "accelerate"
 # How the two processes are started, and what they train.
 LAUNCHES: dict[str, tuple[list[str], list[str]]] = {
