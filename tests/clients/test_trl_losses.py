@@ -25,7 +25,11 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 
-from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments  # noqa: E402
+from charformer_training import (  # noqa: E402
+    AuxiliaryLossMixin,
+    AuxiliaryLossTrainer,
+    AuxiliaryLossTrainingArguments,
+)
 from charformer_training.fused_head import check_same_heads  # noqa: E402
 from modeling_charformer import CharformerForSequenceClassification  # noqa: E402, F401
 from tests.clients import trl_program as program  # noqa: E402
@@ -367,6 +371,19 @@ def test_reward_is_refused_at_the_first_step(make_folder, tmp_path):
         processing_class=program.tokenizer(),
     )
     with pytest.raises(ValueError, match="compute_loss of RewardTrainer calls the model without labels"):
+        trainer.train()
+
+
+def test_distillation_is_refused_at_the_first_step(tmp_path):
+    mixed: Any = type("Distillation", (AuxiliaryLossMixin, trl.DistillationTrainer), {})
+    trainer = mixed(
+        program.llama(),
+        program.llama(),
+        args=trl.DistillationConfig(**program.settings(tmp_path)),
+        train_dataset=datasets.Dataset.from_dict({"prompt": TEXTS[:4]}),
+        processing_class=program.tokenizer(),
+    )
+    with pytest.raises(ValueError, match="Distillation runs a function of its own in place of the model's forward"):
         trainer.train()
 
 
