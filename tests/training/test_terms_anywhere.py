@@ -361,9 +361,10 @@ def test_a_loop_of_ones_own_has_the_figures_of_the_trainer(batch, with_accelerat
 
 def test_a_compiled_model_is_told_what_the_plain_one_is():
     model = add_auxiliary_losses(build("llama"))
-    plain, compiled = LossTerms(model, 2), LossTerms(torch.compile(model, backend="eager"), 2)
+    of_compiled: Any = torch.compile(model, backend="eager")
+    plain, compiled = LossTerms(model, 2), LossTerms(of_compiled, 2)
     for terms in (plain, compiled):
-        terms.begin_step([*DataLoader(Rows("next", 8), batch_size=4)])
+        terms.begin_step(list(DataLoader(Rows("next", 8), batch_size=4)))
     assert plain.model_inputs().keys() == compiled.model_inputs().keys() >= {"training_progress", "target_counts"}
     assert plain.counts is not None and compiled.counts is not None and plain.counts.equal(compiled.counts)
 
