@@ -233,11 +233,14 @@ class VerifiedDecoding:
             return Drafts(self.text[:, :0], [])
         self._reserve(limit)
         mask = None if self.mask is None else mask_up_to(self.mask, self.seen + 1)
-        last = torch.tensor([ord(text[-1]) for text in self.strings], device=self.text.device)
         with self.drafter.drafts(self.kwargs, mask, self.state) as draft:
             return write_drafts(
-                draft, self.drafter.max_drafts, self._choose, self.strings, last, limit, self.pace, live
+                draft, self.drafter.max_drafts, self._choose, self.strings, self._last(), limit, self.pace, live
             )
+
+    def _last(self) -> Tensor:
+        """The last token `(B,)` of each row."""
+        return torch.tensor([ord(text[-1]) for text in self.strings], device=self.text.device)
 
     def _choose(self, drafts: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
         if drafts and not self.pointwise:
@@ -263,8 +266,7 @@ class VerifiedDecoding:
         if self.rows == 1:
             ids = self.text[:, : self.lengths[0] + fed - 1]
         else:
-            last = torch.tensor(self.lengths, device=self.text.device)[:, None] - 1
-            ids = torch.cat([self.text.gather(1, last), drafts], dim=-1)
+            ids = torch.cat([self._last()[:, None], drafts], dim=-1)
         more: dict[str, Any] = {}
         if self.position is not None:
             more["position_ids"] = self.position + torch.arange(1, fed + 1, device=self.position.device)
@@ -329,10 +331,12 @@ class VerifiedDecoding:
             self.streamer.put(picked[:, : kept[0]].cpu())
         kept = [one or max(kept) for one in kept]
         states = self.states[:, -fed:]
-        self.state = states[:, kept[0] - 1] if self.rows == 1 else self._of_each(states, kept)
+        alike = len(set(kept)) == 1
+        self.state = states[:, kept[0] - 1] if alike else self._of_each(states, kept)
         self.seen += kept[0]
         if self.position is not None:
-            self.position = self.position + torch.tensor(kept, device=self.position.device)[:, None]
+            more = kept[0] if alike else torch.tensor(kept, device=self.position.device)[:, None]
+            self.position = self.position + more
         self._align(kept, fed)
         return matches
 
@@ -346,9 +350,8 @@ class VerifiedDecoding:
         if self.rows == 1:
             self.text[:, self.lengths[0] : self.lengths[0] + count] = tokens
         else:
-            rows = torch.arange(self.rows, device=self.text.device)[:, None]
-            places = torch.tensor(self.lengths, device=self.text.device)[:, None]
-            self.text[rows, places + torch.arange(count, device=self.text.device)] = tokens
+            places = [[*range(length, length + count)] for length in self.lengths]
+            self.text.scatter_(1, torch.tensor(places, device=self.text.device), tokens)
 
     def _extend(self, row: int, new: list[int]) -> int:
         """Make `new` tokens, which were put after the row's end, part of it, up to where it ends; returns how many."""
