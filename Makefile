@@ -6,11 +6,12 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 CLIENTS := .venv-clients
 SERVING := .venv-serving
+WHEEL := .venv-wheel
 # Most of the tests' time goes into starting programs, a core each.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 DATA ?= data/tinyshakespeare.txt
 
-.PHONY: help quickstart shakespeare ablation gpu test test-fast test-oldest test-newest test-clients test-serving docs check format clean
+.PHONY: help quickstart shakespeare ablation gpu test test-fast test-oldest test-newest test-clients test-serving test-wheel docs check format clean
 
 help:
 	@echo "make quickstart   install, train on real text (about four minutes), show the result"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-newest  the same with the newest Transformers of today"
 	@echo "make test-clients other people's programs: TRL, lm-evaluation-harness, ONNX, 8 bits, loggers (a few minutes)"
 	@echo "make test-serving vLLM serves what we save: the same text (Python 3.11 or newer, about ten minutes)"
+	@echo "make test-wheel   builds the package, installs it anew, and runs the README from it (two minutes)"
 	@echo "make docs         the documentation site in build/site; a broken link or missing reference fails"
 	@echo "make check        lint, format and types"
 	@echo "make format       reformat the code"
@@ -65,6 +67,15 @@ test-clients: $(CLIENTS)/dev.stamp
 
 test-serving: $(SERVING)/dev.stamp
 	$(SERVING)/bin/python -m pytest -v -s tests/serving
+
+# The wheel is built from the source distribution, and used in a folder from which nothing of the repository is imported.
+test-wheel:
+	rm -rf dist
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --disable-pip-version-check -q build
+	$(WHEEL)/bin/python -m build
+	$(WHEEL)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt "$$(ls dist/*.whl)[train]"
+	cd / && $(CURDIR)/$(WHEEL)/bin/python $(CURDIR)/tests/installed_program.py
 
 # Every warning is an error, and every reference must exist.
 docs: $(VENV)/docs.stamp
@@ -114,4 +125,4 @@ $(SERVING)/dev.stamp: pyproject.toml tests/serving/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(CLIENTS) $(SERVING) .mypy_cache .pytest_cache .ruff_cache dist build
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(CLIENTS) $(SERVING) $(WHEEL) .mypy_cache .pytest_cache .ruff_cache dist build

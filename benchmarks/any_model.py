@@ -11,6 +11,7 @@ nothing, with these most of a step. `position_share` computes a term on some of 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def build(shape: str, window: int, variant: str) -> PreTrainedModel:
     return model if settings is None else add_auxiliary_losses(model, **settings)
 
 
-def cpu_seconds(step: Step) -> float:
+def cpu_seconds(step: Callable[[], object]) -> float:
     """Run a step; returns the seconds that it used the CPU, which other programs on the machine hardly change."""
     begin = time.process_time()
     step()

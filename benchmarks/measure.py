@@ -160,7 +160,7 @@ def times_by_turns(steps: Mapping[Key, Callable[[], float]], repeats: int, name:
     return {variant: statistics.median(values) for variant, values in times.items()}
 
 
-def peak_memory(make_step: Callable[[], Step], device: str) -> float:
+def peak_memory(make_step: Callable[[], Callable[[], object]], device: str) -> float:
     """Peak memory of two steps in MiB: of this process beyond its present memory, or of the tensors on the CUDA device."""
     if device == "cuda":
         release_memory()

@@ -1,14 +1,18 @@
 """What `position_share` does to learning: the same seconds of training, with auxiliary losses on all and on some positions.
 
-    python benchmarks/position_share.py [--text FILE] [--seconds 30] [--seeds 3] [--output FILE]
+    python benchmarks/position_share.py [--text FILE] [--seconds 60] [--seeds 3] [--output FILE] [--only "seed 0"]
 
 A model of GPT-2's kind (4 layers, width 128, 16,384 tokens) is trained on real text: FILE, or the sources of Python's standard
 library. Its tokens are those of a byte-pair encoding that is trained on the same text. Auxiliary losses are those of all layers
 and of 2 targets. All runs have the same seconds of one CPU thread, in which the learning rate falls to 0, so that dearer steps are fewer.
+The seconds are those that the process used the CPU, which other programs on the machine hardly change.
 
 - `validation`: the loss of the next token after training, in nats, and its standard deviation over seeds.
 - `gradient`: variance of the gradient of the weighted loss over draws of positions, on one batch, relative to the squared norm of the
-  gradient on all positions; `from batches` is its variance over batches on all positions. Both of a model that was trained for a while.
+  gradient on all positions; `from batches` is its variance over batches on all positions. Both of a model trained with auxiliary losses on 1/32 of the positions.
+
+What the output file holds already is not measured again. `--only "seed 0"` measures the parts whose names end so; the last part is
+called `gradient`.
 """
 
 import argparse
@@ -68,7 +72,7 @@ def build(variant: str, seed: int) -> Any:
 def train(variant: str, tokens: torch.Tensor, seconds: float, seed: int) -> tuple[Any, int]:
     """The trained model, and the number of steps."""
     model, batches, step = build(variant, seed), windows(tokens, seed), 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, fused=True)
     begin = time.process_time()
     while (progress := (time.process_time() - begin) / seconds) < 1:
         for group in optimizer.param_groups:
@@ -121,47 +125,72 @@ def gradient_variances(trained: Any, tokens: torch.Tensor, draws: int) -> dict[s
     return found
 
 
+def measured(part: str, tokens: torch.Tensor, seconds: float, draws: int) -> dict[str, float]:
+    """One part of the results: a run, called `VARIANT, seed N`, or `gradient`."""
+    training, held_out = tokens[: int(0.95 * len(tokens))], tokens[int(0.95 * len(tokens)) :]
+    if part == "gradient":
+        model, _ = train("1/32 of the positions", training, seconds, 0)
+        return {name: round(value, 4) for name, value in gradient_variances(model, training, draws).items()}
+    variant, _, seed = part.partition(", seed ")
+    model, steps = train(variant, training, seconds, int(seed))
+    return {"validation": round(validation_loss(model, held_out), 4), "steps": steps}
+
+
+def summary(parts: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Over the seeds of each variant: the mean loss with its standard deviation, and the mean number of steps."""
+    found = {}
+    for variant in VARIANTS:
+        runs = [run for part, run in parts.items() if part.startswith(f"{variant}, seed ")]
+        losses = [run["validation"] for run in runs]
+        if runs:
+            found[variant] = {
+                "validation": round(statistics.mean(losses), 4),
+                "deviation": round(statistics.stdev(losses), 4) if len(losses) > 1 else None,
+                "steps": round(statistics.mean(run["steps"] for run in runs)),
+            }
+    return found
+
+
+def parts_in(output: Path | None, settings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What an earlier call has measured with the same settings."""
+    if output is None or not output.exists():
+        return {}
+    before = json.loads(output.read_text(encoding="utf-8"))
+    if different := [name for name in settings if name not in ("runs", "gradient") and before[name] != settings[name]]:
+        raise SystemExit(f"{output} has other {', '.join(different)} than this call")
+    return dict(before["parts"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default="python-stdlib")
-    parser.add_argument("--bytes", type=int, default=8_000_000, help="of the text that are read")
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--bytes", type=int, default=3_000_000, help="of the text that are read")
+    parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--only", default="", help="measure only the parts whose names end so")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     corpus = load_corpus(DataArguments(data_path=arguments.text))
     text = bytes(corpus[: arguments.bytes]).decode("utf-8", "replace")
     tokens = tokens_of(text)
-    training, held_out = tokens[: int(0.95 * len(tokens))], tokens[int(0.95 * len(tokens)) :]
-    runs: dict[str, dict[str, Any]] = {}
-    for variant in VARIANTS:
-        losses, steps = [], []
-        for seed in range(arguments.seeds):
-            model, count = train(variant, training, arguments.seconds, seed)
-            losses.append(validation_loss(model, held_out))
-            steps.append(count)
-        deviation = statistics.stdev(losses) if len(losses) > 1 else None
-        runs[variant] = {
-            "validation": round(statistics.mean(losses), 4),
-            "deviation": None if deviation is None else round(deviation, 4),
-            "steps": round(statistics.mean(steps)),
-            "losses": [round(loss, 4) for loss in losses],
-        }
-        print(variant, runs[variant], flush=True)
-    variances = gradient_variances(model, training, arguments.draws)
-    print(variances)
-    results = {
+    results: dict[str, Any] = {
         "shape": f"4 layers, width 128, {VOCABULARY:,} tokens, window {WINDOW}, batch {BATCH}, f32, 1 thread",
         "text": f"{len(text):,} characters, {len(tokens):,} tokens of {arguments.text if arguments.text == 'python-stdlib' else 'a file'}",
         **machine("cpu"),
         "seconds": arguments.seconds,
-        "runs": runs,
-        "gradient": {name: round(value, 4) for name, value in variances.items()},
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    named = [f"{variant}, seed {seed}" for seed in range(arguments.seeds) for variant in VARIANTS] + ["gradient"]
+    parts = parts_in(arguments.output, results)
+    for part in [name for name in named if name not in parts and name.endswith(arguments.only)]:
+        found = measured(part, tokens, arguments.seconds, arguments.draws)
+        print(part, found, flush=True)
+        parts = {**parts, **parts_in(arguments.output, results), part: found}  # another call may have added some
+        results |= {"runs": summary(parts), "gradient": parts.get("gradient")}
+        if arguments.output:
+            arguments.output.write_text(json.dumps(results | {"parts": parts}, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(summary(parts), indent=2))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,18 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "pvt": {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 1, 1]},
     "poolformer": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "hybrid_layer_ids": [1, 3]},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
+    "zamba": {
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    },
+    "zamba2": {
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "hybrid_layer_ids": [1, 3],
+    },
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -96,6 +107,7 @@ BY_TYPE: dict[str, dict[str, Any]] = {
         "mamba_d_head": 16,
     },
     "mamba2": {"num_heads": 8, "n_groups": 2},
+    "mistral4": {"num_key_value_heads": 4, "head_dim": 16},
     "neomme": {"head_dim": 16},
     "perceiver": {
         "d_latents": 32,

@@ -1,12 +1,14 @@
-"""Every error message of the two packages, read from their source.
+"""Every error message of the two packages, read from their source, with what to do where the message does not say it.
 
-python docs/errors.py    # prints them all, by module
+python -m docs.errors    # prints them all, by module
 """
 
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from docs.cures import CURES
 
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +23,11 @@ class Message:
     line: int
     error: str
     text: str
+
+    @property
+    def cure(self) -> str | None:
+        """What to do; `None` where the message says it."""
+        return next((cure for part, cure in CURES.get(self.module, {}).items() if part in self.text), None)
 
 
 def messages(path: Path, functions: dict[str, ast.AST]) -> Iterator[Message]:
@@ -77,3 +84,5 @@ if __name__ == "__main__":
     for module, lines in all_messages().items():
         for message in lines:
             print(f"{module}:{message.line}  {message.error}: {message.text}")
+            if message.cure:
+                print(f"    {message.cure}")

@@ -7,9 +7,10 @@ from typing import Any
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
-from errors import all_messages
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+
+from docs.errors import all_messages
 
 
 DOCS = Path(__file__).parent
@@ -45,7 +46,10 @@ def _from_docs(folder: Path, link: str) -> str:
 
 
 class ErrorMessages(SphinxDirective):
-    """Lists the messages of the modules that are named; `others` stands for all that the page has not named before."""
+    """Lists the messages of the modules that are named, with their cures.
+
+    `others` stands for all modules that the page has not named before.
+    """
 
     required_arguments = 1
     final_argument_whitespace = True
@@ -60,10 +64,15 @@ class ErrorMessages(SphinxDirective):
             if module not in known:
                 raise self.error(f"no module {module} raises an error; those that do are {', '.join(known)}")
             named.add(module)
-            for message in known[module]:
+            once = {message.text: message for message in known[module]}  # a text may be raised in several places
+            for message in once.values():
                 item = nodes.paragraph()
                 item += [nodes.strong(text=message.error), nodes.Text(": "), nodes.literal(text=message.text)]
-                listed += nodes.list_item("", item)
+                entry = nodes.list_item("", item)
+                if message.cure is not None:
+                    cure, _ = self.parse_inline(message.cure)
+                    entry += nodes.paragraph("", "", *cure, classes=["cure"])
+                listed += entry
         return [listed]
 
 

@@ -21,7 +21,7 @@ from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArgum
 from modeling_charformer import CharformerForSequenceClassification, CharformerTokenizer
 
 
-PACKAGES = ("asyncio", "email", "json", "logging", "unittest", "xml")
+PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
 Examples = list[tuple[str, int]]
 
 
@@ -35,7 +35,15 @@ def snippets(length: int) -> tuple[Examples, Examples]:
             text = file.read_text(encoding="utf-8")
             pieces = [(text[start : start + length], label) for start in range(0, len(text) - length, length)]
             (test if number % 3 == 1 else train).extend(pieces)
-    return train, test
+    return balanced(train), balanced(test)
+
+
+def balanced(examples: Examples) -> Examples:
+    """As many examples of each label as the rarest one has, in random order."""
+    shuffled = random.Random(0).sample(examples, len(examples))
+    each = min(Counter(label for _, label in examples).values())
+    groups = [[example for example in shuffled if example[1] == label][:each] for label in range(len(PACKAGES))]
+    return [example for group in zip(*groups, strict=True) for example in group]
 
 
 def of_dataset(name: str) -> tuple[Examples, Examples]:
@@ -84,7 +92,7 @@ def main() -> None:
             max_steps=arguments.steps,
             per_device_train_batch_size=16,
             per_device_eval_batch_size=64,
-            learning_rate=5e-4,
+            learning_rate=2e-3,
             lr_scheduler_type="cosine",
             warmup_steps=arguments.steps // 10,
             logging_steps=max(1, arguments.steps // 6),

@@ -72,7 +72,7 @@ def main() -> None:
             max_steps=steps,
             per_device_train_batch_size=16,
             per_device_eval_batch_size=64,
-            learning_rate=5e-4,
+            learning_rate=2e-3,
             lr_scheduler_type="cosine",
             warmup_steps=steps // 10,
             logging_steps=max(1, steps // 6),

@@ -33,6 +33,16 @@ class AuxiliaryHead(nn.Linear):
         init.copy_(self.weight, drawn)
         init.zeros_(self.bias)
 
+    def resized(self, num_outputs: int, standard_deviation: float) -> "AuxiliaryHead":
+        """A head with another number of outputs and the weights of this one; those of new outputs are drawn."""
+        other = AuxiliaryHead(self.in_features, num_outputs, self.index)
+        other.draw(standard_deviation)
+        other = other.to(self.weight.device, self.weight.dtype).requires_grad_(self.weight.requires_grad)
+        rows = min(self.out_features, num_outputs)
+        with torch.no_grad():
+            other.weight[:rows], other.bias[:rows] = self.weight[:rows], self.bias[:rows]
+        return other.train(self.training)
+
 
 class ZeroLinear(nn.Linear):
     """A linear layer that begins with zeros."""
@@ -45,12 +55,13 @@ class ZeroLinear(nn.Linear):
 class ResidualBlock(nn.Module):
     """`h + SiLU(W h)` on hidden states `(..., hidden_size)`; the identity at first (Medusa, section 2.1.1).
 
-    With `reads_previous`, `h + SiLU(W [h; e])` with the embedding `e` of the character before the one to predict.
+    With `embedding_size`, `h + SiLU(W [h; e])` with the embedding `e`, of that size, of the token before the one to predict
+    (like Hydra, Ankner et al. 2024, arXiv 2402.05109, section 3).
     """
 
-    def __init__(self, hidden_size: int, reads_previous: bool = False):
+    def __init__(self, hidden_size: int, embedding_size: int = 0):
         super().__init__()
-        self.linear = ZeroLinear(hidden_size * (2 if reads_previous else 1), hidden_size)
+        self.linear = ZeroLinear(hidden_size + embedding_size, hidden_size)
 
     def forward(self, hidden_states: Tensor, previous: Tensor | None = None) -> Tensor:
         inputs = hidden_states if previous is None else torch.cat([hidden_states, previous], dim=-1)

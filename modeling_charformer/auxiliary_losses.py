@@ -75,6 +75,12 @@ def packed_documents(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | N
     return F.pad(torch.stack(starts).any(0).cumsum(-1), (1, 0))
 
 
+def _numbers(ids: Tensor, vocabulary: Tensor) -> Tensor:
+    """The places of `ids` in `vocabulary` `(n,)`, which rises; -100 for those that it does not hold."""
+    places = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
+    return torch.where(vocabulary[places] == ids, places, IGNORE_INDEX)
+
+
 class Targets:
     """The targets of a language model: for each position of `(B, S)` the symbols that follow it in its document.
 
@@ -87,6 +93,8 @@ class Targets:
         num_targets: `K`.
         num_items_in_batch: Number of next symbols in the whole optimizer step, as `transformers.Trainer` counts them.
         target_counts: `(2, K)`, the sum of `counts()` over the whole optimizer step.
+        draft_vocabulary: Ids `(n,)` in rising order, the only ones that heads of targets 2..K predict. Their targets are numbers
+            in this list; other symbols are no targets.
     """
 
     def __init__(
@@ -95,7 +103,9 @@ class Targets:
         num_targets: int,
         num_items_in_batch: Tensor | int | None = None,
         target_counts: Tensor | None = None,
+        draft_vocabulary: Tensor | None = None,
     ):
+        self.draft_vocabulary = draft_vocabulary
         labels, following = inputs.get("labels"), inputs.get("shift_labels")
         if following is None and labels is not None:
             following = shifted_targets(labels, 1)
@@ -129,7 +139,8 @@ class Targets:
     def ahead(self, offset: int) -> Tensor:
         """At each position of `(B, S)` the symbol `offset` (1..K) steps ahead; -100 where there is none in its document."""
         if offset not in self._ahead:
-            self._ahead[offset] = self._in_document(shifted_targets(self._following, offset - 1), offset)
+            wanted = self._in_document(shifted_targets(self._following, offset - 1), offset)
+            self._ahead[offset] = wanted if self.draft_vocabulary is None else _numbers(wanted, self.draft_vocabulary)
         return self._ahead[offset]
 
     def counts(self) -> Tensor:
@@ -178,10 +189,11 @@ class LossStep:
     It lives for one call and holds no parameters. Without labels no term is active, and `breakdown` is empty.
 
     Args:
-        settings: The terms of the model. In evaluation only those of the model's own head are active.
+        settings: The terms of the model. In evaluation the loss is that of the model's own head.
         labelled: Whether there are labels.
         training: Whether the model is in training mode.
-        progress, step: Share of training and number of optimizer steps done, for the schedules.
+        progress, step: Share of training and number of optimizer steps done, for the schedules. In evaluation the terms
+            that are active then are computed, too, and have no part in the loss; with `progress` `None` they are not.
         seed: With `step`, determines the positions of the terms if `settings.position_share` is below 1; see
             `PositionSampler`.
     """
@@ -195,21 +207,31 @@ class LossStep:
         step: int | None = None,
         seed: int | None = None,
     ):
-        weights = settings.weights_at(progress, step) if training else settings.evaluation_weights if labelled else {}
-        self.weights: dict[str, float] = weights if labelled else {}
+        self.runs_heads = training or progress is not None
+        """Whether auxiliary heads with a weight are run, as in training and in evaluations that report their terms."""
+        weights: dict[str, float] = {}
+        reported: list[str] = []
+        if training:
+            weights = settings.weights_at(progress, step)
+        elif labelled:
+            reported = settings.evaluated_at(progress, step) if self.runs_heads else []
+            weights = {**settings.evaluation_weights, **dict.fromkeys(reported, 0.0)}
+        self.weights = weights if labelled else {}
         # A head whose weight is 0 is not run. The model's own head runs anyway, so its losses are reported.
         self.terms = [
             term
             for term in settings.terms
-            if self.weights.get(term.name) or (term.is_main and term.name in self.weights)
+            if self.weights.get(term.name) or (term.name in self.weights and (term.is_main or term.name in reported))
         ]
         self.values: dict[str, Tensor] = {}
         self.reads: list[HeadInput] = []
         """What the auxiliary heads have read, recorded if they are to be distilled."""
+        self.classifiers: dict[str, LinearClassifier] = {}
+        """The classifiers of the terms that `linear_losses` can compute; terms with one matrix have one in common."""
         self._distillation = settings.distillation if training else 0.0
         self._distilled: list[str] = []
         self._num_layers = settings.num_layers
-        self._sampler = PositionSampler(settings, seed, step) if settings.position_share < 1 else None
+        self._sampler = PositionSampler(settings, seed, step) if training and settings.position_share < 1 else None
 
     def samples(self, terms: Sequence[LossTerm], targets: Targets) -> dict[LossTerm, SampledPositions] | None:
         """The positions on which each of the auxiliary `terms` is computed; `None` if they are computed on all."""
@@ -368,7 +390,7 @@ def linear_losses(
     values = row_cross_entropies(torch.cat(rows), classifier, torch.cat(wanted), torch.cat(expected))
     parts = values.split([len(one) for one in wanted])
     return {
-        one.term.name: part @ count / targets.denominator(one.term)
+        one.term.name: (part * count).sum() / targets.denominator(one.term)
         for one, part, count in zip(inputs, parts, counts, strict=True)
     }
 

@@ -22,7 +22,8 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = 
     logits, targets = logits.float().flatten(0, -2), targets.flatten()
     if weights is None:
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none") @ weights.flatten()
+    values = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    return (values * weights.flatten()).sum()  # no dot product, which autocast would run in half precision
 
 
 # The most logits computed at once: 64 MB in float32. Smaller pieces would save little; larger ones would raise the peak memory

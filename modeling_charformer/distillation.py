@@ -28,7 +28,8 @@ def add_distillation(
     """Add to `step` the term `<name>_distillation` of each head that it has recorded.
 
     Args:
-        logits: `(B, S, V)`, those of the model's own head at all positions.
+        logits: `(B, S, V)`, those of the model's own head at all positions. Where heads of further targets have a smaller
+            vocabulary, they learn from the distribution among its symbols.
         classify: Maps a term and what its head reads, `(..., hidden_size)`, to a list of its logits `(..., V)`; deterministic.
     """
     for read in step.reads:
@@ -53,9 +54,10 @@ def divergence(
     rows = torch.arange(batch, device=wanted.device)[:, None] * length
     # Where a position has no target, any teacher will do.
     teachers = (rows + (positions + term.offset - 1).clamp(max=length - 1)).flatten()
-    size = max(1, MAX_LOGITS // (2 * logits.shape[-1]))
+    vocabulary = targets.draft_vocabulary if term.offset > 1 else None
+    size = max(1, MAX_LOGITS // (2 * (logits.shape[-1] if vocabulary is None else len(vocabulary))))
     pieces = (one.split(size) for one in (states.flatten(0, 1), teachers, counts.flatten()))
-    of_piece = partial(_divergence_of_piece, logits.flatten(0, 1), classify)
+    of_piece = partial(_divergence_of_piece, logits.flatten(0, 1), vocabulary, classify)
     sums = [
         checkpoint(of_piece, *piece, use_reentrant=False, preserve_rng_state=False)
         for piece in zip(*pieces, strict=True)
@@ -64,9 +66,16 @@ def divergence(
 
 
 def _divergence_of_piece(
-    logits: Tensor, classify: Callable[[Tensor], Sequence[Tensor]], states: Tensor, teachers: Tensor, counts: Tensor
+    logits: Tensor,
+    vocabulary: Tensor | None,
+    classify: Callable[[Tensor], Sequence[Tensor]],
+    states: Tensor,
+    teachers: Tensor,
+    counts: Tensor,
 ) -> Tensor:
     """The sum over the positions of a piece, each as often as it counts; `teachers` are rows of `logits`."""
     found = classify(states)[0].float().log_softmax(-1)
-    wanted = logits[teachers].float().log_softmax(-1)
-    return torch.nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1) @ counts
+    taught = logits[teachers] if vocabulary is None else logits[teachers[:, None], vocabulary]
+    wanted = taught.float().log_softmax(-1)
+    values = torch.nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    return (values * counts).sum()

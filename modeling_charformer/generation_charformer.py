@@ -365,14 +365,19 @@ class FirstStop(StoppingCriteria):
     """Whether a text `(1, S)` or a beginning of it meets `criteria`. `length` is that of the shortest one that does."""
 
     def __init__(self, criteria: StoppingCriteriaList, prompt: Tensor):
-        self.criteria, self.seen = criteria, prompt.shape[1]
+        self.criteria, self.text = criteria, prompt
         self.length: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        while self.length is None and self.seen < input_ids.shape[1]:
-            self.seen += 1
-            if bool(self.criteria(cast(Any, input_ids[:, : self.seen]), scores, **kwargs).all()):
-                self.length = self.seen
+        # Transformers 5.17 asks about drafts before they are verified, so what was seen may have changed.
+        shorter = min(self.text.shape[1], input_ids.shape[1])
+        same = int((self.text[0, :shorter] == input_ids[0, :shorter]).cumprod(0).sum())
+        if self.length is not None and self.length > same:
+            self.length = None
+        self.text = input_ids
+        for length in range(same + 1, input_ids.shape[1] + 1):
+            if self.length is None and bool(self.criteria(cast(Any, input_ids[:, :length]), scores, **kwargs).all()):
+                self.length = length
         return torch.full((1,), self.length is not None, device=input_ids.device)
 
 

@@ -10,6 +10,9 @@ The product is a sum over all rows. How much each row counts is known for certai
 says what it expects, up to a factor that all rows share, like the scale of the loss. If the backward pass finds
 other proportions, it runs the classifier again: exact in any case, and slower only there. Second derivatives are refused.
 
+The gradient on the classifier has a node of its own in the graph, `_Entry`. The backward pass takes the youngest node that is
+ready. If that node is made before the model runs, its V x d gradient is formed when the activations are gone.
+
 Shapes: N rows, d their width, V vocabulary.
 """
 
@@ -36,23 +39,64 @@ class LinearClassifier(NamedTuple):
     bias: Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
+    entry: "ClassifierEntry | None" = None
+
+    def with_entry(self) -> "LinearClassifier":
+        """The same, with the node that its gradient will come from, for the first call of `row_cross_entropies`."""
+        return self._replace(entry=ClassifierEntry.of(self.weight, self.bias))
 
     def to(self, dtype: torch.dtype) -> "LinearClassifier":
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._replace(weight=self.weight.to(dtype), bias=bias)
 
 
+class _Waiting:
+    """What the gradient on a classifier is summed up from, handed over by one node of the graph to another."""
+
+    sums: "_Sums | None" = None
+    has_user = False
+
+
+class ClassifierEntry(NamedTuple):
+    """The node of the graph that the gradient on a classifier comes from."""
+
+    token: Tensor
+    """A scalar that stands for the classifier's parameters in the graph."""
+    waiting: _Waiting
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> "ClassifierEntry":
+        waiting = _Waiting()
+        return cls(cast(Tensor, _Entry.apply(waiting, weight, bias)), waiting)
+
+
+class _Entry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, waiting: _Waiting, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.waiting = waiting
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # The token has one user, whose backward pass has just set this. Taken, so that what it holds is free afterwards.
+        sums, ctx.waiting.sums = ctx.waiting.sums, None
+        with _without_autocast(gradient.device.type):
+            of_weight, of_bias = sums.total()
+        return None, of_weight if ctx.needs_input_grad[1] else None, of_bias if ctx.needs_input_grad[2] else None
+
+
 def linear_classifier(module: Any, scale: float = 1.0, cap: float | None = None) -> LinearClassifier | None:
     """What a module, followed by a scale and a cap, computes, if `row_cross_entropies` can take its place; else `None`.
 
     It can take the place of a linear layer with `MIN_VOCABULARY` or more outputs whose parameters are all that matters. That
-    excludes hooks (those of CPU offloading, or of FSDP 2 on this layer), adapters like LoRA's, quantized matrices, and
-    matrices that are split over devices. In a function that torch.compile traces it never can.
+    excludes hooks (those of CPU offloading, or of FSDP 2 on this layer), adapters like LoRA's, parametrizations, quantized
+    matrices, and matrices that are split over devices. In a function that torch.compile traces it never can.
     """
     if (
         torch.compiler.is_compiling()
         or getattr(type(module), "forward", None) is not nn.Linear.forward
         or "forward" in vars(module)
+        or hasattr(module, "parametrizations")  # its matrix is computed anew each time that it is read
         or any(getattr(module, hooks) for hooks in _HOOKS)
         or module.out_features < MIN_VOCABULARY
     ):
@@ -78,9 +122,14 @@ def row_cross_entropies(rows: Tensor, classifier: LinearClassifier, targets: Ten
     device = rows.device.type
     if rows.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         rows = rows.to(torch.get_autocast_dtype(device))
-    given = (rows, classifier.weight, classifier.bias, targets, expected, classifier.scale, classifier.cap)
+    weight, bias, scale, cap, entry = classifier
+    if entry is None or entry.waiting.has_user:
+        entry = ClassifierEntry.of(weight, bias)
+    entry.waiting.has_user = True
+    parameters = (weight.detach(), None if bias is None else bias.detach())  # their gradients take the entry
     with _without_autocast(device):
-        return cast(Tensor, _RowCrossEntropies.apply(*given, torch.is_grad_enabled()))
+        given = (*entry, *parameters, targets, expected, scale, cap, torch.is_grad_enabled())
+        return cast(Tensor, _RowCrossEntropies.apply(rows, *given))
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -92,6 +141,8 @@ class _RowCrossEntropies(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Tensor,
+        token: Tensor,
+        waiting: _Waiting,
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
@@ -100,13 +151,15 @@ class _RowCrossEntropies(torch.autograd.Function):
         cap: float | None,
         differentiable: bool,
     ) -> Tensor:
-        of_rows, of_weight, of_bias = (differentiable and needed for needed in ctx.needs_input_grad[:3])
+        of_rows, of_classifier = (differentiable and needed for needed in ctx.needs_input_grad[:2])
         classifier = LinearClassifier(weight, bias, scale, cap).to(rows.dtype)
         counted = scale * (targets != IGNORE_INDEX)  # 0 for a row without a target
+        # At most 1: small numbers, like 1 / N, would be lost in half precision.
+        expected = expected * counted / (expected * counted).abs().max().clamp(min=1e-30)
         row_gradient = torch.zeros_like(rows) if of_rows else None
         # For the gradient on the classifier: those on the logits, or their product with the rows.
         ctx.kept, ctx.product = [], None
-        if (of_weight or of_bias) and len(rows) * len(weight) > max(weight.numel(), MAX_LOGITS):
+        if of_classifier and len(rows) * len(weight) > max(weight.numel(), MAX_LOGITS):
             ctx.product = _ClassifierGradient(bias is not None)
         values = []
         for part, value, gradient in _pieces(rows, classifier, targets):
@@ -114,10 +167,11 @@ class _RowCrossEntropies(torch.autograd.Function):
             if row_gradient is not None:
                 row_gradient[part] = (gradient @ classifier.weight) * counted[part, None]
             if ctx.product is not None:
-                ctx.product.add(gradient, rows[part], (expected * counted)[part])
-            elif of_weight or of_bias:
-                ctx.kept.append((part, gradient))
-        ctx.form = (scale, cap)
+                ctx.product.add(gradient, rows[part], expected[part])
+            elif of_classifier:
+                ctx.kept.append((part, value, gradient))
+            del gradient  # before the next piece is computed
+        ctx.waiting, ctx.form = waiting, (scale, cap)
         ctx.save_for_backward(rows, weight, bias, targets, expected, counted, row_gradient)
         return torch.cat(values)
 
@@ -128,26 +182,44 @@ class _RowCrossEntropies(torch.autograd.Function):
                 "auxiliary losses over a large vocabulary have no second derivatives; leave create_graph=True out"
             )
         rows, weight, bias, targets, expected, counted, row_gradient = ctx.saved_tensors
-        of_rows, of_weight, of_bias = ctx.needs_input_grad[:3]
+        of_rows, of_classifier = ctx.needs_input_grad[:2]
         # Kept for the first backward pass alone: the node may outlive it, and what it gives away may change.
         (kept, product), ctx.kept, ctx.product = (ctx.kept, ctx.product), [], None
-        with _without_autocast(rows.device.type):
-            on_rows = (row_gradient * gradient[:, None]).to(rows.dtype) if of_rows else None
-            if not (of_weight or of_bias):
-                return on_rows, *[None] * 7
-            on_outputs = gradient * counted
-            factor = None if product is None else _factor(on_outputs, expected * counted)
-            if factor is not None:
-                found = product.times(factor)
-            else:
-                found = _ClassifierGradient(bias is not None)
-                classifier = LinearClassifier(weight, bias, *ctx.form).to(rows.dtype)
-                again = ((part, piece) for part, _, piece in _pieces(rows, classifier, targets))
-                for part, piece in kept or again:
-                    found.add(piece, rows[part], on_outputs[part])
-            on_weight = found.of_weight.to(weight.dtype) if of_weight else None
-            on_bias = found.of_bias.to(bias.dtype) if of_bias and found.of_bias is not None else None
-        return on_rows, on_weight, on_bias, *[None] * 5
+        if of_classifier:
+            classifier, rows = LinearClassifier(weight, bias, *ctx.form), rows.detach()
+            ctx.waiting.sums = _Sums(classifier, rows, targets, gradient * counted, expected, kept, product)
+        on_rows = (row_gradient * gradient[:, None]).to(rows.dtype) if of_rows else None
+        return on_rows, weight.new_zeros(()) if of_classifier else None, *[None] * 8
+
+
+class _Sums(NamedTuple):
+    """What the gradient on a classifier is summed up from, over N rows."""
+
+    classifier: LinearClassifier
+    rows: Tensor
+    targets: Tensor
+    on_outputs: Tensor
+    expected: Tensor
+    kept: list[tuple[slice, Tensor, Tensor]]
+    product: "_ClassifierGradient | None"
+
+    def total(self) -> tuple[Tensor, Tensor | None]:
+        """The gradients on the matrix and the bias. It may change `product`."""
+        weight, bias, *_ = self.classifier
+        factor = None if self.product is None else _factor(self.on_outputs, self.expected)
+        if self.product is not None and factor is not None:
+            found = self.product.times(factor)
+        else:
+            found = _ClassifierGradient(bias is not None)
+            again = _pieces(self.rows, self.classifier.to(self.rows.dtype), self.targets)
+            # At most 1, as in the forward pass: large numbers, like a scaled loss, would overflow in half precision.
+            largest = self.on_outputs.abs().max().clamp(min=1e-30)
+            for part, _, piece in self.kept or again:
+                found.add(piece, self.rows[part], self.on_outputs[part] / largest)
+                del piece
+            found = found.times(float(largest))
+        of_weight, of_bias = cast(Tensor, found.of_weight), found.of_bias
+        return of_weight.to(weight.dtype), None if bias is None or of_bias is None else of_bias.to(bias.dtype)
 
 
 class _ClassifierGradient:
@@ -199,7 +271,7 @@ def _pieces(rows: Tensor, classifier: LinearClassifier, targets: Tensor) -> Iter
 
 
 def _cross_entropies(rows: Tensor, classifier: LinearClassifier, targets: Tensor) -> tuple[Tensor, Tensor]:
-    weight, bias, scale, cap = classifier
+    weight, bias, scale, cap, _ = classifier
     logits = F.linear(rows, weight, bias).float()
     if scale != 1.0:
         logits *= scale

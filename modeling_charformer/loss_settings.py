@@ -87,6 +87,10 @@ def _choosing(schedule: Schedule) -> Schedule:
     return schedule
 
 
+def _chooses_layers(name: str) -> bool:
+    return getattr(_SCHEDULES.get(name), "chooses_layers", False)
+
+
 def _check_chooses(name: str, at: ScheduleContext) -> None:
     if at.layer not in at.layers:
         raise ValueError(
@@ -233,6 +237,7 @@ class AuxiliaryLossSettings(LossFields):
     prefix: str = field(default="intermediate", compare=False)
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.num_targets < 1:
             raise ValueError(f"num_targets is {self.num_targets}; it must be 1 or more")
         if self.target_weights is not None:
@@ -249,7 +254,6 @@ class AuxiliaryLossSettings(LossFields):
         if self.position_loss not in ("all", "last"):
             raise ValueError(f"position_loss is {self.position_loss!r}; it must be 'all' or 'last'")
         _check_position_share(self.position_share, self.position_loss)
-        self.position_share_text = repr(self.position_share)
         if self.loss_weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"loss_weighting is {self.loss_weighting!r}; it must be 'fixed' or 'uncertainty'")
         self._check_distillation()
@@ -259,12 +263,33 @@ class AuxiliaryLossSettings(LossFields):
                 raise ValueError(f"term_weights names {name!r}; the terms of this model are {names}")
             _check_weight(f"term_weights[{name!r}] is", weight)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "position_share":
+            # As a text, because torch.compile takes a number that differs between two models for one that varies.
+            self.position_share_text = repr(value)
+
+    def _check_types(self) -> None:
+        layers = self.intermediate_layers
+        if type(self.num_targets) is not int:
+            raise ValueError(f"num_targets is {self.num_targets!r}; it must be a whole number, 1 or more")
+        if not isinstance(self.target_weights, list | tuple | None):
+            raise ValueError(f"target_weights is {self.target_weights!r}; it must be a list of weights, or None")
+        if not isinstance(self.term_weights, dict | None):
+            raise ValueError(
+                f"term_weights is {self.term_weights!r}; it must be a mapping of terms to weights, or None"
+            )
+        if not isinstance(layers, str | list | tuple | None):
+            raise ValueError(f"{self.prefix}_layers is {layers!r}; it must be 'all', a list of layer numbers, or None")
+        if wrong := [layer for layer in layers or () if type(layer) is not int and not isinstance(layers, str)]:
+            raise ValueError(f"{self.prefix}_layers contains {wrong}; layers are whole numbers")
+
     def _check_schedules(self) -> None:
         fields = {"target_schedule": self.target_schedule, f"{self.prefix}_schedule": self.intermediate_schedule}
         for name, schedule in fields.items():
-            if schedule not in _SCHEDULES:
+            if not isinstance(schedule, str) or schedule not in _SCHEDULES:
                 raise ValueError(_unknown_schedule(name, schedule))
-        if getattr(_SCHEDULES[self.target_schedule], "chooses_layers", False):
+        if _chooses_layers(self.target_schedule):
             raise ValueError(
                 f"target_schedule is {self.target_schedule!r}, which chooses among the intermediate layers and would never"
                 " train the final layer's targets; give it as intermediate_schedule, or take 'constant' or 'forward' here"
@@ -281,12 +306,22 @@ class AuxiliaryLossSettings(LossFields):
             (f"{self.prefix}_schedule", self.intermediate_schedule, of_layers),
             ("target_schedule", self.target_schedule, of_targets),
         ):
-            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps + 1) for term in terms)
+            moments = (self._moment(*term, step / num_steps, step) for step in range(num_steps) for term in terms)
             if terms and not any(scheduled(schedule, at) for at in moments):
                 raise ValueError(
                     f"{name} is {schedule!r}, whose factor is 0 at each of the {num_steps} steps: it would never train the"
                     f" terms that it weighs. Give one of {schedule_names()}, or leave these terms out"
                 )
+
+    def never_trained(self, num_steps: int) -> list[str]:
+        """The names of the terms whose weight is 0 at each step of a short training only because of a schedule."""
+        if num_steps > 1000:  # enough for each of the known schedules
+            return []
+        names, step = [term.name for term in self.terms if term.weight], 0
+        while names and step < num_steps:
+            weights = self.weights_at(step / num_steps, step)
+            names, step = [name for name in names if not weights[name]], step + 1
+        return names
 
     def _check_distillation(self) -> None:
         _check_weight("distillation is", self.distillation)
@@ -361,6 +396,18 @@ class AuxiliaryLossSettings(LossFields):
         Raises:
             ValueError: If `progress` is outside 0..1 or a schedule returns a value that is negative or not finite.
         """
+        return self._weights_at(progress, step, chosen=False)
+
+    def evaluated_at(self, progress: float | None, step: int | None = None) -> list[str]:
+        """The auxiliary terms that an evaluation at that moment reports: those with a weight.
+
+        Schedules that choose among the layers at each step, like `"random"`, choose all of them here.
+        """
+        weights = self._weights_at(progress, step, chosen=True)
+        return [term.name for term in self.terms if not term.is_main and weights[term.name]]
+
+    def _weights_at(self, progress: float | None, step: int | None, chosen: bool) -> dict[str, float]:
+        """The weights; with `chosen`, as if a schedule that chooses among layers chose each of them."""
         progress = 0.0 if progress is None else progress
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"training_progress is {progress}; it is the share of training done, from 0 to 1")
@@ -369,7 +416,11 @@ class AuxiliaryLossSettings(LossFields):
             at = self._moment(term.layer, term.offset, progress, step or 0)
             factor = 1.0 if term.offset == 1 else scheduled(self.target_schedule, at)
             if term.layer < self.num_layers:
-                factor *= scheduled(self.intermediate_schedule, at)
+                factor *= (
+                    1.0
+                    if chosen and _chooses_layers(self.intermediate_schedule)
+                    else scheduled(self.intermediate_schedule, at)
+                )
             weights[term.name] = term.weight * factor
         return weights
 
@@ -400,14 +451,17 @@ def classifier_settings(
     )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_weight(field: str, weight: float) -> None:
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"{field} {weight}; a weight is a finite number that is 0 or more")
+    if not _is_number(weight) or not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{field} {weight!r}; a weight is a finite number that is 0 or more")
 
 
 def _check_position_share(share: float, position_loss: str | None) -> None:
-    is_number = isinstance(share, int | float) and not isinstance(share, bool)
-    if not is_number or not (math.isfinite(share) and 0 < share <= 1):
+    if not _is_number(share) or not (math.isfinite(share) and 0 < share <= 1):
         raise ValueError(f"position_share is {share!r}; it must be a number above 0, at most 1 (all positions)")
     if share < 1 and position_loss == "last":
         raise ValueError(

@@ -205,7 +205,7 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
         blocks = [] if config.target_heads == "linear" else range(2, config.num_targets + 1)
         sequential = config.target_heads == "sequential"
         self.target_blocks = nn.ModuleDict(
-            {f"target_{k}": ResidualBlock(config.hidden_size, reads_previous=sequential) for k in blocks}
+            {f"target_{k}": ResidualBlock(config.hidden_size, config.hidden_size * sequential) for k in blocks}
         )
         self.loss_uncertainty = self._uncertainty_weighting()
         self.loss_watch = LossWatch(type(self).__name__, self.model, self.loss_settings)
@@ -242,7 +242,8 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
                 rows no target lies in another document, see `packed_documents`.
             logits_to_keep: Number of last positions to compute logits for (0 means all), or their indices.
             training_progress: Share of training done, 0 to 1, for the schedules; `None` means 0. In evaluation mode
-                the loss is that of the language model alone.
+                the loss is that of the language model alone; `loss_dict` has the terms that are active then too, and
+                with `None` it has not.
             training_step: Number of optimizer steps done, for the schedules that change at each step; `None` means 0.
             training_seed: With `training_step`, determines the positions of the terms if `position_share` is below 1.
             target_counts: `(2, K)` counts over the whole optimizer step, see `Targets`.
@@ -314,8 +315,8 @@ class CharformerClassifier(CharformerPreTrainedModel):
     """The base of the sequence and the token classification model: layers, a head, and auxiliary heads for training.
 
     Like Inception (Szegedy et al. 2015, section 5), the model has an auxiliary head of the same kind on each of
-    `config.classifier_layers`. The heads are in `auxiliary_classifiers`; they run in training only, where their weighted
-    losses are added. In a pre-norm model they read their layer's output after the final norm.
+    `config.classifier_layers`. The heads are in `auxiliary_classifiers`; their weighted losses are added in training.
+    In evaluation `loss_dict` reports them if `training_progress` is given. In a pre-norm model they read their layer's output after the final norm.
     """
 
     def __init__(self, config: CharformerConfig):

@@ -52,7 +52,6 @@ class PositionSampler:
     """
 
     def __init__(self, settings: AuxiliaryLossSettings, seed: int | None, step: int | None):
-        # As a text, because torch.compile takes a number that differs between two models for one that varies.
         self._parts = max(1, int(float(settings.position_share_text) * _PARTS))
         self._seed, self._step = (seed or 0) % (_32_BITS + 1), step
         self._key: Tensor | None = None

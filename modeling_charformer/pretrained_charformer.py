@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -177,11 +176,5 @@ class CharformerPreTrainedModel(CharformerPushToHubMixin, PreTrainedModel):
         embeddings: nn.Embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         heads: Any = getattr(self, "auxiliary_heads", {})
         for name, head in list(heads.items()):
-            resized = AuxiliaryHead(head.in_features, self.config.vocab_size, head.index)
-            self._init_weights(resized)
-            resized = resized.to(head.weight.device, head.weight.dtype).requires_grad_(head.weight.requires_grad)
-            rows = min(head.out_features, resized.out_features)
-            with torch.no_grad():
-                resized.weight[:rows], resized.bias[:rows] = head.weight[:rows], head.bias[:rows]
-            heads[name] = resized.train(head.training)
+            heads[name] = head.resized(self.config.vocab_size, self.config.initializer_range)
         return embeddings

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import charformer_training
+import modeling_charformer
+from docs.cures import CURES
 from docs.errors import PACKAGES, all_messages
 from docs.figures.draw import PANELS, weights
 from modeling_charformer import CharformerConfig
@@ -16,6 +19,14 @@ MARKDOWN = sorted(
     path
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "training").glob("*.md"))
     if path.name != "model_card.md"
+)
+# Words by which a message says itself what to do, or what is accepted.
+ADVICE = re.compile(
+    r"\b(must|give|leave|choose|set|delete|lower|train (on|with)|start|install|unpack|merge|use|move|write|shorten|resume"
+    r"|generate them|build a new one|it (needs|takes|has)|needs|may hold|a schedule returns|or (more|less|fewer)"
+    r"|from 0 to 1|known schedules|knows|the most|the terms of|layers are|own are|end in|lines, like|text needs quotes"
+    r"|gives it|adds? (it|more)|measures the model|begins the run anew|those that do)\b",
+    re.IGNORECASE,
 )
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 
@@ -42,6 +53,12 @@ def test_every_page_is_in_the_navigation():
     assert set(map(str, missing)) <= {"index"}
 
 
+@pytest.mark.parametrize("package", [charformer_training, modeling_charformer], ids=lambda package: package.__name__)
+def test_the_reference_has_all_that_a_package_exports(package):
+    listed = re.findall(r"^.. auto\w+:: (\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(package.__all__) - {"__version__"} <= set(listed)
+
+
 def test_no_error_message_is_missing():
     """Each text that follows a `raise` in the source is in the list that the site shows."""
     shown = [message.text for messages in all_messages().values() for message in messages]
@@ -60,6 +77,18 @@ def test_messages_that_functions_compose_are_listed():
     shown = [message.text for messages in all_messages().values() for message in messages]
     assert any(text.startswith("saving") and "failed" in text for text in shown)
     assert any(text.startswith("pushing to") for text in shown)
+
+
+def test_every_message_has_a_cure():
+    """In its own words or in the list of cures, each of which belongs to a message."""
+    found = [message for messages in all_messages().values() for message in messages]
+    missing = [message for message in found if message.cure is None and not ADVICE.search(message.text)]
+    assert not missing, "say in the message what to do, or write a cure into docs/cures.py: " + str(missing)
+    for module, cures in CURES.items():
+        texts = [message.text for message in found if message.module == module]
+        used = {next((part for part in cures if part in text), None) for text in texts}
+        assert cures.keys() <= used, f"no message of {module} has these words, or an entry before takes it"
+    assert not ADVICE.search("num_heads is …, which is wrong")
 
 
 def test_troubleshooting_names_modules_that_raise_errors_once():

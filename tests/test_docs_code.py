@@ -116,7 +116,6 @@ class OpenAI:
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": datasets,
     "docs/trainer.md": datasets,
-    "docs/evaluation.md": lambda: {"model": tiny_charformer(), "text": Path("my_text.txt").read_text()[:200]},
 }
 
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from benchmarks import real_model
 from charformer_training import bits_per_character
 from modeling_charformer import CharformerForCausalLM, CharformerTokenizer
 from tests.conftest import ROOT
@@ -52,6 +53,7 @@ def test_no_example_is_left_out():
         "push_to_hub.py",
         "search_loss_weights.py",
         "tag_tokens.py",
+        "train_draft_heads.py",
         "train_with_trainer.py",
     }
 
@@ -205,3 +207,15 @@ def test_without_arguments_an_example_says_what_it_needs():
         assert (
             "sys.argv" not in text or "sys.exit(__doc__)" in text or path.name in ("compress.py", "classify_texts.py")
         )
+
+
+def test_train_draft_heads_as_the_benchmark_of_a_real_model_does(tmp_path):
+    """The toy size of `benchmarks.real_model` runs the example, then drafts with the heads."""
+    given = {"--folder": tmp_path / "runs", "--heads": "shared", "--output": tmp_path / "found.json", "--prompts": 2}
+    real_model.main(["--toy", *(str(one) for pair in given.items() for one in pair)])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {way["prompts_with_the_same_text"] for way in found["greedy"].values()} == {2}
+    assert found["heads"]["draft_vocabulary"] <= 64
+    assert "accuracy_target_4" in found["accuracies_on_held_out_files"]
+    exported = json.loads((tmp_path / "runs" / "shared" / "medusa" / "config.json").read_text())
+    assert exported["truncated_vocab_size"] == found["heads"]["draft_vocabulary"]

@@ -1,16 +1,30 @@
-"""The terms of the loss arrive in the logger that a run reports to."""
+"""The terms of the loss arrive in the logger that a run reports to, in groups, in evaluations of several sets too."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from charformer_training import Split
+from charformer_training import ConsecutiveWindows, Split
 from tests.helpers import tiny_trainer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TERMS = {"loss_terms/next_char", "loss_terms/target_2", "loss_terms/layer_1", "loss_weights/target_2"}
+TERMS = {
+    "train/loss",
+    "train/learning_rate",
+    "loss_terms/next_char",
+    "loss_terms/target_2",
+    "loss_terms/layer_2",
+    "loss_weights/target_2",
+    "eval/short_loss",
+    "eval/long_bpc",
+    "eval_short_loss_terms/next_char",
+    "eval_short_loss_terms/layer_2",
+    "eval_long_loss_terms/target_2",
+    "eval_long_loss_accuracies/target_2",
+}
 
 
 @pytest.fixture
@@ -20,7 +34,14 @@ def splits() -> dict[str, Split]:
 
 
 def train(folder: Path, splits: dict[str, Split], logger: str) -> None:
-    tiny_trainer(str(folder), splits, report_to=logger, run_name="run").train()
+    changes: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "eval_head_accuracy": True}
+    trainer = tiny_trainer(str(folder), splits, report_to=logger, run_name="run", **changes)
+    split = splits["validation"]
+    trainer.eval_dataset = {
+        "short": ConsecutiveWindows(Split("short", split.data[:100]), 24),
+        "long": ConsecutiveWindows(split, 24),
+    }
+    trainer.train()
 
 
 def test_tensorboard(splits, tmp_path, monkeypatch):
@@ -49,4 +70,15 @@ def test_mlflow_in_a_file(splits, tmp_path, monkeypatch):
     train(tmp_path / "run", splits, "mlflow")
     client = mlflow.MlflowClient(f"file://{tmp_path / 'mlruns'}")
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    assert run.data.metrics.keys() >= TERMS
+    of_mlflow = {name.replace("train/", "").replace("eval/", "eval_") for name in TERMS}  # it has no groups of its own
+    assert run.data.metrics.keys() >= of_mlflow
+
+
+def test_trackio_in_a_folder(splits, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    monkeypatch.setenv("TRACKIO_PROJECT", "terms")
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    train(tmp_path / "run", splits, "trackio")
+    [project] = storage.get_projects()
+    found = set().union(*storage.get_logs(project, "run"))
+    assert TERMS <= found

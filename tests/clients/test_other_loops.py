@@ -1,15 +1,19 @@
-"""The terms in sentence-transformers' Trainer, and in the page's snippet for TRL."""
+"""The terms in sentence-transformers' Trainer, and in the page's snippets for TRL, Lightning and Keras."""
 
 import importlib
 import re
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from charformer_training import AuxiliaryLossMixin
+from charformer_training import AuxiliaryLossMixin, LossTerms, add_auxiliary_losses
 from modeling_charformer import CharformerConfig, CharformerModel, CharformerTokenizer
 from tests.helpers import ROOT
+from tests.training.any_models import build
+from tests.training.test_terms_anywhere import EqualRows
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -78,3 +82,60 @@ def test_the_snippet_for_trl_runs(tmp_path, monkeypatch):
     small = "max_steps=2, use_cpu=True, bf16=False, report_to='none', save_strategy='no', max_length=32"
     exec(snippet("trl").replace("max_steps=1000", small), names)  # noqa: S102
     assert not names["model"].auxiliary_heads["target_2"].linear.weight.equal(before)
+
+
+def llama() -> Any:
+    return add_auxiliary_losses(build("llama"), intermediate_schedule="constant")
+
+
+def loop(optimizer_of: Any, accumulation: int) -> tuple[list[dict[str, float]], Any]:
+    """Three steps in a loop of one's own: what it logs, and the model."""
+    model = llama()
+    terms, optimizer, logs = LossTerms(model, num_steps=3), optimizer_of(model.parameters()), []
+    for micro_batches in terms.steps(DataLoader(EqualRows("next"), batch_size=4), accumulation):
+        for batch in micro_batches:
+            terms.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        logs.append(terms.means())
+    return logs, model
+
+
+def assert_same_weights(one: Any, other: Any) -> None:
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(weight, other.state_dict()[name], msg=name)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_snippet_for_lightning_trains_and_logs_like_a_loop(accumulation):
+    lightning = pytest.importorskip("lightning")
+    names: dict[str, Any] = {}
+    exec(snippet("lightning").replace("% 10", "% 1"), names)  # noqa: S102
+    trainer = lightning.Trainer(
+        max_steps=3,
+        accumulate_grad_batches=accumulation,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = names["Module"](llama(), 3)
+    trainer.fit(module, DataLoader(EqualRows("next"), batch_size=4))
+    logs, model = loop(lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), accumulation)
+    assert {name: value.item() for name, value in trainer.logged_metrics.items()} == pytest.approx(logs[-1], rel=1e-5)
+    assert_same_weights(module.model, model)
+
+
+def test_the_snippet_for_keras_trains_and_logs_like_a_loop(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    names: dict[str, Any] = {}
+    exec(snippet("keras"), names)  # noqa: S102
+    plain = llama()
+    model = names["Model"](plain, 3)
+    model.compile(optimizer=keras.optimizers.SGD(1e-2))
+    history = model.fit(DataLoader(EqualRows("next", 12), batch_size=4), verbose=0).history
+    logs, expected = loop(lambda parameters: torch.optim.SGD(parameters, lr=1e-2), 1)
+    assert {name: values[-1] for name, values in history.items()} == pytest.approx(logs[-1], rel=1e-5)
+    assert_same_weights(plain, expected)

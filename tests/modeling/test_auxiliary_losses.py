@@ -291,6 +291,15 @@ def test_rotating_schedule_takes_every_layer_once_an_interval(interval):
         assert chosen == sorted({*range(1 + step % interval, 9, interval)})
 
 
+def test_terms_that_a_short_training_never_reaches_are_named():
+    rotating = AuxiliaryLossSettings(num_layers=6, intermediate_schedule="rotate_4")
+    assert rotating.never_trained(2) == ["layer_3", "layer_3_target_2", "layer_4", "layer_4_target_2"]
+    assert rotating.never_trained(4) == []
+    forward = AuxiliaryLossSettings(num_layers=1, num_targets=3, target_schedule="forward")
+    assert forward.never_trained(1) == ["target_2", "target_3"]
+    assert forward.never_trained(2) == []
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -8,6 +8,8 @@ from transformers import AutoModelForMaskedLM
 
 from charformer_training import add_auxiliary_losses
 from modeling_charformer import CharformerConfig, distillation
+from modeling_charformer.auxiliary_losses import HeadInput, Targets
+from modeling_charformer.loss_settings import LossTerm
 from tests.training.any_models import build
 from tests.training.any_models import make_ids as make_tokens
 
@@ -149,3 +151,15 @@ def test_masked_language_models_learn_at_the_positions_that_have_a_label():
     wanted = output.logits.detach().log_softmax(-1)
     each = F.kl_div(lower.log_softmax(-1), wanted, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(output.loss_dict["layer_2_distillation"], each[labels != -100].mean())
+
+
+def test_sum_under_autocast_is_one_of_single_precision():
+    states, labels = torch.randn(1, 3000, 11) * 20, torch.randint(0, 11, (1, 3000))
+    teacher = torch.randn(1, 3000, 11) * 20
+    term, targets = LossTerm("target_2", 2, 2, 1.0, False), Targets({"labels": labels}, 2)
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found.append(distillation.divergence(HeadInput(term, states), targets, teacher, lambda rows: [rows]))
+    assert found[0] * 2998 > 65_504  # the largest number in half precision
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0.0)

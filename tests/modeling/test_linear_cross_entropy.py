@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from charformer_training import add_auxiliary_losses
 from modeling_charformer import linear_cross_entropy
+from modeling_charformer.cross_entropy import cross_entropy_sum
 from modeling_charformer.linear_cross_entropy import LinearClassifier, linear_classifier, row_cross_entropies
 
 
@@ -129,6 +130,22 @@ def test_autocast_runs_the_classifier_in_its_dtype(small_pieces):
     assert (found[1] - exact[1]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("pieces", ["one", "small"])
+def test_small_weights_are_not_lost_in_half_precision(request, pieces):
+    """Weights like those of a mean over a large batch, and the scaled loss with which fp16 is trained."""
+    if pieces == "small":
+        request.getfixturevalue("small_pieces")
+    inputs, targets = given(bias=False)
+    expected, scale = torch.full((N,), 1e-7), 2.0**16
+    classifier = LinearClassifier(inputs[1])
+    with torch.autocast("cpu", torch.float16):
+        values = row_cross_entropies(inputs[0], classifier, targets, expected)
+    found = torch.autograd.grad(values, inputs, scale * expected)
+    wanted = torch.autograd.grad(reference(inputs, targets, 1.0, None), inputs, scale * expected)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.01 * float(other.abs().max()))
+
+
 def test_gradients_of_gradients_are_refused(small_pieces):
     inputs, targets = given()
     values = row_cross_entropies(inputs[0], classifier_of(inputs), targets, torch.ones(N))
@@ -155,7 +172,8 @@ def test_what_is_more_than_its_parameters_is_left_to_the_module(monkeypatch):
     empty.weight.data = torch.empty(0)
     quantized.weight = nn.Parameter(torch.zeros(V, D, dtype=torch.int8), requires_grad=False)
     adapted = type("Adapted", (nn.Linear,), {"forward": lambda self, states: states})(D, V)
-    for module in (hooked, replaced, empty, quantized, adapted, nn.Identity(), nn.Conv1d(D, V, 1)):
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, V))
+    for module in (hooked, replaced, empty, quantized, adapted, normed, nn.Identity(), nn.Conv1d(D, V, 1)):
         assert linear_classifier(module) is None, module
     monkeypatch.setattr(linear_cross_entropy, "MIN_VOCABULARY", V + 1)
     assert linear_classifier(plain) is None
@@ -220,3 +238,77 @@ def test_single_term_reaches_the_layers_below_alone():
     model(input_ids=ids, labels=ids).loss_dict["layer_1"].backward()
     weights = [layer.mlp.up_proj.weight.grad for layer in model.model.layers]
     assert weights[0].any() and not any(weight.any() for weight in weights[1:] if weight is not None)
+
+
+@pytest.mark.parametrize("pieces", ["one", "small"])
+def test_gradient_on_the_classifier_can_be_left_out(request, pieces):
+    """As `term_gradients` does: what the backward pass for the rows left behind belongs to no later one."""
+    if pieces == "small":
+        request.getfixturevalue("small_pieces")
+    inputs, targets = given()
+    values, wanted = (
+        row_cross_entropies(inputs[0], classifier_of(inputs), targets, torch.ones(N)),
+        reference(inputs, targets, 1.0, None),
+    )
+    weights = torch.rand(N)
+    for gradient, asked in ((weights, inputs[:1]), (2 * weights, inputs), (weights, inputs[1:])):
+        found = torch.autograd.grad(values, asked, gradient, retain_graph=True)
+        torch.testing.assert_close(found, torch.autograd.grad(wanted, asked, gradient, retain_graph=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"position_share": 0.3}, {"heads": "own"}], ids=str)
+def test_gradient_on_a_matrix_is_formed_after_the_backward_pass_of_the_layers(settings, monkeypatch):
+    """By then their activations are gone."""
+    events: list[str] = []
+    total = linear_cross_entropy._Sums.total
+
+    def formed(self: Any) -> Any:
+        events.append("formed")
+        return total(self)
+
+    monkeypatch.setattr(linear_cross_entropy._Sums, "total", formed)
+    ids, model = torch.randint(0, 61, (2, 12)), llama(**settings)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.register_post_accumulate_grad_hook(lambda _: events.append("layer"))
+    model(input_ids=ids, labels=ids, training_step=0).loss.backward()
+    assert events[:3] == ["layer"] * 3 and "formed" in events[3:]
+
+
+def test_labels_of_no_target_give_zeros():
+    ids, model = torch.randint(0, 61, (2, 12)), llama()
+    model(input_ids=ids, labels=torch.full_like(ids, -100)).loss_dict["layer_1"].backward()
+    assert not any(w.grad.any() for w in model.parameters() if w.grad is not None)
+    assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_under_autocast_are_summed_in_single_precision(dtype, monkeypatch):
+    ids, results = torch.randint(0, 61, (4, 20)), []
+    for least in (1, 10**6):
+        monkeypatch.setattr(linear_cross_entropy, "MIN_VOCABULARY", least)
+        with torch.autocast("cpu", dtype):
+            results.append(dict(llama()(input_ids=ids, labels=ids).loss_dict))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0.0)
+
+
+def test_classifier_with_an_entry_can_be_used_twice(small_pieces):
+    inputs, targets = given()
+    classifier = classifier_of(inputs).with_entry()
+    found, wanted = torch.zeros(()), torch.zeros(())
+    for factor in (1.0, 2.0):
+        rows = inputs[0] * factor
+        found = found + factor * row_cross_entropies(rows, classifier, targets, torch.ones(N)).sum()
+        wanted = wanted + factor * reference([rows, *inputs[1:]], targets, 1.0, None).sum()
+    gradients = torch.autograd.grad(found, inputs, retain_graph=True)
+    torch.testing.assert_close(gradients, torch.autograd.grad(wanted, inputs))
+
+
+def test_weighted_sum_under_autocast_is_one_of_single_precision():
+    """A sum in half precision would be infinite from 65,504 nats on."""
+    logits, targets = torch.randn(3000, 11) * 20, torch.randint(0, 11, (3000,))
+    whole = cross_entropy_sum(logits, targets)
+    assert whole > 65_504
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            weighted = cross_entropy_sum(logits, targets, torch.ones(3000))
+        torch.testing.assert_close(weighted, whole, rtol=1e-5, atol=0.0)

@@ -219,3 +219,12 @@ def test_share_does_not_fit_a_loss_at_the_last_position(make_model):
     with pytest.raises(StrictDataclassClassValidationError, match="position_share is 0.5 and position_loss 'last'"):
         make_model(position_loss="last", position_share=0.5)
     assert CharformerConfig(position_loss="last", position_share=1).position_share == 1
+
+
+def test_share_can_change_in_training(make_model, make_ids):
+    model, ids = make_model(position_share=0.5), make_ids()
+    sampled = model(ids, labels=ids, training_step=0).loss_dict["layer_1"]
+    model.loss_settings.position_share = 0.2
+    other = make_model(position_share=0.2)
+    expected = other(ids, labels=ids, training_step=0).loss_dict["layer_1"]
+    assert model(ids, labels=ids, training_step=0).loss_dict["layer_1"] == expected != sampled

@@ -26,8 +26,12 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 
+import yaml
+
 from charformer_training import data, evaluate_cli, train  # imported once: each run is a fork of this process
+from charformer_training.shipped import shipped_path
 from tests.helpers import small_command
+from tests.training.distributed_program import use_fsdp_on_cpus
 
 
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate")
@@ -178,7 +182,7 @@ def trained_folder(folder: Path) -> dict[str, Any]:
         if path.is_dir() or name in ("command.txt", "_run.lock"):
             continue
         content: Any = path.read_bytes()
-        if path.suffix in (".png", ".pt", ".pth"):
+        if path.suffix in (".png", ".pt", ".pth", ".bin"):
             content = "a file"  # pickles and pictures hold names of places and times
         elif path.name in ("manifest.json", "_result.json", "trainer_state.json", "metrics.json", "running_sums.json"):
             content = _without_times(json.loads(content))
@@ -215,6 +219,12 @@ def cases(folder: Path) -> dict[str, Case]:
     def pair(out: Path) -> int:
         return training(text, out, per_device_train_batch_size=2)
 
+    def sharded(out: Path) -> int:
+        settings = yaml.safe_load(shipped_path("accelerate/fsdp2.yaml").read_text())["fsdp_config"]
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in settings.items()}}
+        use_fsdp_on_cpus()
+        return pair(out)
+
     def cached(out: Path) -> int:
         return training(texts, out, cache=out.parent / f"{out.name}-cache", max_steps=2, save_steps=2, eval_steps=2)
 
@@ -228,6 +238,7 @@ def cases(folder: Path) -> dict[str, Case]:
         "last_save": Case(single, trained_folder, last_events=160),
         "signal": Case(single, trained_folder, signals=signals),
         "signal_to_pair": Case(pair, trained_folder, processes=2, signals=signals),
+        "sharded": Case(sharded, trained_folder, processes=2),
         "corpus": Case(cached, trained_folder),
         "evaluation": Case(evaluation, evaluation_folder),
     }

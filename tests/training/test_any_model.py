@@ -18,7 +18,9 @@ from transformers import (
 
 from charformer_training import (
     add_auxiliary_losses,
+    load_auxiliary_losses,
 )
+from modeling_charformer.loss_settings import AuxiliaryLossSettings
 from tests.training.any_models import DEPRECATED, KINDS, build, make_ids, norm_of
 
 
@@ -320,3 +322,65 @@ def test_shift_labels_are_followed_by_every_term():
     other[:, 3] = 4
     changed = model(ids, labels=ids, shift_labels=other).loss_dict
     assert all(changed[name] != value for name, value in expected.items() if name != "last_position")
+
+
+@pytest.mark.parametrize("heads", ["shared", "own"])
+def test_heads_follow_a_vocabulary_resized_after_they_were_added(heads, tmp_path):
+    model = add_auxiliary_losses(build("llama"), num_targets=2, heads=heads)
+    old = {name: weight.clone() for name, weight in model.auxiliary_heads.state_dict().items()}
+    model.resize_token_embeddings(70, mean_resizing=False)
+    for name, weight in model.auxiliary_heads.state_dict().items():
+        assert weight[: len(old[name])].equal(old[name]), name
+    added = torch.full((1, 6), 69)
+    output = model(input_ids=added, labels=added, training_progress=0.0)
+    output.loss.backward()
+    assert len(output.loss_dict) > 5 and model.get_output_embeddings().weight.grad[69].any()
+    if heads == "own":
+        assert all(head.weight.grad[69].any() for head in model.auxiliary_heads.values())
+    model.save_pretrained(tmp_path)
+    loaded = load_auxiliary_losses(type(build("llama")).from_pretrained(tmp_path), tmp_path).train()
+    again = loaded(input_ids=added, labels=added, training_progress=0.0).loss_dict
+    torch.testing.assert_close(dict(again), dict(output.loss_dict))
+
+
+def test_own_head_in_an_adapter_is_still_its_terms_head():
+    """PEFT's `target_modules="all-linear"` puts one around each head."""
+    model, ids = add_auxiliary_losses(build("llama"), heads="own", num_targets=2), make_ids()
+    before = model(input_ids=ids, labels=ids, training_progress=0.0).loss_dict
+    for name, head in list(model.auxiliary_heads.items()):
+        model.auxiliary_heads[name] = torch.nn.Sequential(head)
+    torch.testing.assert_close(dict(model(input_ids=ids, labels=ids, training_progress=0.0).loss_dict), dict(before))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("num_targets", 2.0, "a whole number, 1 or more"),
+        ("num_targets", True, "a whole number, 1 or more"),
+        ("target_weights", 0.5, "a list of weights, or None"),
+        ("term_weights", [1], "a mapping of terms to weights, or None"),
+        ("term_weights", {"layer_1": "1"}, "a finite number that is 0 or more"),
+        ("intermediate_layers", 2, "'all', a list of layer numbers, or None"),
+        ("intermediate_layers", ["1"], "layers are whole numbers"),
+        ("intermediate_weight", True, "a finite number that is 0 or more"),
+        ("intermediate_schedule", ["random"], "known schedules: "),
+        ("distillation", "1", "a finite number that is 0 or more"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_type_are_refused_with_what_is_accepted(field, value, accepted):
+    with pytest.raises(ValueError, match=f"^{field}.*{accepted}"):
+        AuxiliaryLossSettings(num_layers=4, **{field: value})
+
+
+def test_frozen_heads_are_reported_once(caplog):
+    model, ids = add_auxiliary_losses(build("llama"), num_targets=2), make_ids()
+    for parameter in model.auxiliary_heads.parameters():
+        parameter.requires_grad_(False)  # as get_peft_model does
+    for _ in range(2):
+        model(input_ids=ids, labels=ids)
+    assert caplog.text.count("are frozen") == 1 and "call add_auxiliary_losses after get_peft_model" in caplog.text
+    caplog.clear()
+    model = add_auxiliary_losses(build("llama"), num_targets=2)
+    model(input_ids=ids, labels=ids)
+    assert "frozen" not in caplog.text

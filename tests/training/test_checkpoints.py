@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, add_auxiliary_losses
-from charformer_training.manifest import inspect, newest_good
+from charformer_training.manifest import inspect, newest_good, write_manifest
 from charformer_training.stopping import StoppedBySignal
 from tests.helpers import loss_logs
 
@@ -80,6 +80,29 @@ class TestWhole:
         assert inspect(checkpoint).faults == () and "notes.txt is not of this run" in inspect(checkpoint).warnings[0]
         (checkpoint / "scaler.pt").write_bytes(b"")
         assert inspect(checkpoint).faults == ("scaler.pt is not of this run",)
+        os.mkfifo(checkpoint / "model-x.safetensors")  # reading it would wait forever
+        assert inspect(checkpoint).faults == ("model-x.safetensors is no regular file",)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("optimizer.pt", b"junk", ""),
+            ("scheduler.pt", 5, ""),
+            ("rng_state.pth", {}, ""),
+            ("running_sums.json", b"[]", ""),
+            ("trainer_state.json", b"{}", "it was written after step 0; it must be 1 to max_steps, 8"),
+            ("trainer_state.json", b'{"global_step": 9}', "it was written after step 9"),
+        ],
+    )
+    def test_what_cannot_be_read_is_one_sentence(self, make_trainer, checkpoint, name, content, message):
+        if isinstance(content, bytes):
+            (checkpoint / name).write_bytes(content)
+        else:
+            torch.save(content, checkpoint / name)
+        settings = inspect(checkpoint).settings or {}
+        write_manifest(checkpoint, settings)  # as if the run had written it
+        with pytest.raises(ValueError, match=f"resume_from_checkpoint: .*checkpoint-6 cannot be read: .*{message}"):
+            make_trainer(**SAVING).train(resume_from_checkpoint=str(checkpoint))
 
     @pytest.mark.slow
     def test_the_newest_good_one_is_taken_or_named(self, make_trainer, checkpoint, caplog):

@@ -114,6 +114,8 @@ def test_a_figure_that_is_not_a_number_is_never_the_best(tmp_path, capsys):
         ('{"log_history": [{"st', "trainer_state.json cannot be read: "),
         ("\x00\xff", "trainer_state.json cannot be read: "),
         ("[1]", "holds no JSON object"),
+        ("[" * 100_000, "trainer_state.json cannot be read: "),
+        ('{"log_history": [{"step": 1' + "0" * 400 + ', "loss": 2.0}]}', "is not that of a Trainer"),
         ("{}", "the log_history of its trainer_state.json is not that of a Trainer"),
         ('{"log_history": [{"step": 1, "loss": "2"}]}', "is not that of a Trainer"),
         ('{"log_history": [], "logging_steps": 500}', "has logged no loss yet (logging_steps=500)"),

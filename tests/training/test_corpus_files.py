@@ -106,3 +106,12 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_a_path_that_can_be_no_text_is_refused_with_the_field(path, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_corpus(DataArguments(data_path=path))
+
+
+def test_a_column_that_would_not_be_read_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("body,id\nsome text,1\n")
+    load_corpus(DataArguments(data_path=str(tmp_path), text_column="body"))  # the control
+    (tmp_path / "b.txt").write_text("text")
+    for path in (tmp_path, tmp_path / "b.txt"):
+        with pytest.raises(ValueError, match="text_column is 'body'; it must be left out: .* (tables|table)"):
+            load_corpus(DataArguments(data_path=str(path), text_column="body"))

@@ -272,6 +272,7 @@ def test_files_as_people_have_them_are_their_text(tmp_path, name, make):
         ("a.xz", lzma.compress(b"text" * 99)[:30], "a.xz cannot be read"),
         ("a.docx", zipped(b"x", "1", "2"), "a.docx is a zip archive of 2 files"),
         ("a.zip", b"PK\x03\x04" + b"x" * 99, "a.zip cannot be read"),
+        ("a.zip", b"PK\x05\x06" + b"\0" * 18, "a.zip is a zip archive of 0 files"),
         ("a.tar", b"name".ljust(257, b"\0") + b"ustar" + b"\0" * 250, "a.tar is a tar archive"),
         (
             "a.tar.gz",

@@ -110,3 +110,42 @@ def test_heads_that_a_layout_cannot_hold_are_refused_before_anything_is_written(
 def test_a_plain_model_has_no_heads_to_export(tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM has no heads of further targets"):
         export_draft_heads(build("llama"), tmp_path)
+
+
+def test_a_draft_vocabulary_is_written_as_a_map_of_tokens(tmp_path):
+    model = add_auxiliary_losses(
+        build("llama"), num_targets=3, intermediate_layers=None, draft_vocabulary=[50, 3, 7, 21]
+    ).eval()
+    for head in model.auxiliary_heads.values():
+        torch.nn.init.normal_(head.linear.weight)
+    export_draft_heads(model, tmp_path / "heads")
+    config = json.loads((tmp_path / "heads" / "config.json").read_text())
+    weights = load_file(tmp_path / "heads" / "model.safetensors")
+    assert (config["vocab_size"], config["truncated_vocab_size"]) == (61, 4)
+    assert weights["token_map"].tolist() == [3, 7, 21, 50]
+    assert "They draft 4 of the model's tokens" in (tmp_path / "heads" / "README.md").read_text()
+    states = torch.randn(5, 16)
+    for target in (2, 3):
+        name = f"blocks.{target - 2}.layers.0"
+        block = states + silu(states @ weights[f"{name}.weight"].T + weights[f"{name}.bias"])
+        logits = block @ weights["lm_heads.0.weight"].T
+        expected, _ = model.draft(target, states, torch.zeros(5, dtype=torch.long))
+        torch.testing.assert_close(logits, expected[:, weights["token_map"]])
+    with pytest.warns(UserWarning, match="no draft vocabulary: heads trained to draft 4 tokens will draft any"):
+        export_draft_heads(model, tmp_path / "v2", format="medusa-v2")
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ("own", "only where all heads share one vocabulary matrix"),
+        ("sequential", "also reads the tokens drafted before"),
+    ],
+)
+def test_heads_of_any_model_that_the_layout_cannot_hold_are_refused(tmp_path, heads, message):
+    model = add_auxiliary_losses(
+        build("llama"), heads=heads, num_targets=3, intermediate_layers=None, draft_vocabulary=[3, 7, 21]
+    )
+    with pytest.raises(ValueError, match=message):
+        export_draft_heads(model, tmp_path / "heads")
+    assert not (tmp_path / "heads").exists()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 
 import evaluate
 import numpy as np
@@ -216,6 +217,8 @@ class TestProgram:
             (["--stride", "8", "25"], "stride is 25; it must be 1 to the window, 24"),
             (["--device", "no_such"], "device is 'no_such', which is not available or not known"),
             (["--device", "meta:x"], "device is 'meta:x'"),
+            (["--device", "meta"], "device is 'meta', which is not available or not known: it holds shapes"),
+            (["--output", "a.png", "--plots", "a.png"], "plots is a.png, which is output; give another file"),
             (["--strid", "8"], "there is no option --strid; meant --stride?"),
             (["--batch_size", "-1"], "batch_size is -1; it must be 1 or more"),
             (["--max_bytes", "1"], "max_bytes is 1; it must be 2 or more"),
@@ -232,7 +235,8 @@ class TestProgram:
         assert main([model_folder]) == 1
         assert "give a model and a text" in capsys.readouterr().err
         assert main([model_folder, str(tmp_path / "gone"), "--device", "cpu"]) == 1
-        assert "there is no file or folder" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert "TEXT: there is no file or folder" in shown and "--dataset_name" not in shown
         assert main([model_folder, ""]) == 1
         assert "TEXT is empty" in capsys.readouterr().err
 
@@ -246,6 +250,14 @@ class TestProgram:
             main(["--help"])
         assert left.value.code == 0
         assert "--max_bytes" in capsys.readouterr().out
+
+    def test_text_and_model_are_not_replaced_by_results(self, model_folder, text_file, tmp_path, capsys):
+        weights = tmp_path / "model" / "model.safetensors"
+        before = weights.read_bytes(), text_file.read_bytes()
+        for place, message in ((weights, "which is a file of MODEL"), (text_file, "which is TEXT")):
+            assert main([model_folder, str(text_file), "--output", str(place)]) == 1
+            assert f"output is {place}, {message}; give another file" in capsys.readouterr().err
+        assert (weights.read_bytes(), text_file.read_bytes()) == before
 
     @pytest.mark.parametrize("option", ["--output", "--plots", "--state_file"])
     def test_places_that_cannot_be_written_are_refused_before_the_work(self, tmp_path, capsys, option):
@@ -331,8 +343,24 @@ class TestProgram:
             assert main([model_folder, str(tmp_path / "text")]) == 1
             assert "are damaged or truncated" in capsys.readouterr().err
         weights.unlink()
-        assert main([model_folder, str(tmp_path / "text")]) == 1
-        assert "cannot be read" in capsys.readouterr().err
+        for name, content in (
+            ("gone", b""),
+            ("pytorch_model.bin", b"\x80\x04"),
+            ("model.safetensors.index.json", b"{}"),
+        ):
+            (tmp_path / "model" / name).write_bytes(content)
+            assert main([model_folder, str(tmp_path / "text")]) == 1
+            shown = capsys.readouterr().err
+            assert "cannot be read" in shown and "Traceback" not in shown
+            (tmp_path / "model" / name).unlink()
+
+    def test_weights_that_are_not_finite_have_no_result(self, make_model, tmp_path, capsys):
+        model = make_model()
+        model.lm_head.weight.data[7] = float("nan")
+        model.save_pretrained(tmp_path / "model")
+        (tmp_path / "text").write_bytes(TEXT)
+        assert main([str(tmp_path / "model"), str(tmp_path / "text")]) == 1
+        assert "the model's prediction of byte 1 is not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["koi8-r", "cp866", "utf-16"])
@@ -353,15 +381,17 @@ def test_text_that_is_not_utf8_has_bits_per_byte_alone(make_model, tmp_path, cap
     )  # cut characters are no fault
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"x" * 99, b"\x93NUMPY", "pickle", "object", "shape"])
+@pytest.mark.parametrize("content", [b"", b"PK", b"x" * 99, b"\x93NUMPY", "pickle", "object", "shape", "nan", "pipe"])
 def test_a_damaged_state_file_is_named(make_model, tmp_path, content):
     state = tmp_path / "state.0"
     values = {"key": "k", "bits": np.zeros(1), "done": 1, "seconds": 1.0}
     if content == "pickle":
         np.save(state.with_suffix(".npy"), np.array([{}], dtype=object))
         state.with_suffix(".npy").rename(state)
+    elif content == "pipe":
+        os.mkfifo(state)
     elif isinstance(content, str):
-        wrong = {"object": np.array([None]), "shape": np.zeros(1, dtype=int)}[content]
+        wrong = {"object": np.array([None]), "shape": np.zeros(1, dtype=int), "nan": np.array([np.nan])}[content]
         with state.open("wb") as file:
             np.savez(file, **(values | {"bits": wrong}))  # type: ignore[arg-type]
     else:

@@ -125,7 +125,7 @@ def test_what_keeps_gradients_from_being_computed_is_refused(make_trainer, setti
     [
         ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, "does not work with torch_compile"),
         ({"optim": "lomo"}, "does not work with optim='lomo'"),
-        ({}, r'needs the package torchjd; install it with pip install "torchjd\[quadprog_projector\]"'),
+        ({}, r'needs the package torchjd; install it with pip install "torchjd\[quadprog-projector\]"'),
     ],
 )
 def test_what_does_not_fit_an_aggregator_is_refused(make_trainer, monkeypatch, changes, message):

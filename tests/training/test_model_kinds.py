@@ -1,9 +1,11 @@
 """`add_auxiliary_losses` on masked language models, encoder-decoders, and classifiers of tokens and images."""
 
+import json
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -16,10 +18,10 @@ from transformers import (
     set_seed,
 )
 
-from benchmarks.model_table import attempt
+from benchmarks.model_table import attempt, table
 from benchmarks.tiny_models import classes
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, add_auxiliary_losses
-from tests.helpers import loss_logs
+from tests.helpers import ROOT, loss_logs
 from tests.training.any_models import build, make_ids
 
 
@@ -62,6 +64,17 @@ def test_classes_of_each_kind_work(kind, name):
     (model_type,) = {listed[1] for listed in classes() if (listed[0], listed[2]) == (kind, name)}
     result, why = attempt(kind, model_type, name)
     assert result == "works", why
+
+
+def test_page_of_models_holds_the_results_of_every_class():
+    results = json.loads((ROOT / "benchmarks/results/models.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert page.endswith(f"\n\n{table(results)}")
+    assert {row["result"] for row in results["models"]} == {"works", "refused", "not tried"}
+    tried = {(row["kind"], row["class"]) for row in results["models"]}
+    assert len(tried) == len(results["models"])
+    if results["transformers"] == transformers.__version__:
+        assert tried == {(kind, name) for kind, _, name in classes()}
 
 
 @pytest.mark.parametrize("heads", ["shared", "own"])

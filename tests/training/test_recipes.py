@@ -21,6 +21,7 @@ from charformer_training.arguments import (
 )
 from charformer_training.pretrained import load_language_model, read_config
 from charformer_training.recipes import field_types, parse_arguments
+from charformer_training.strict_yaml import read_yaml, write_yaml
 from charformer_training.train import build_model, main
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 from modeling_charformer.configuration_charformer import OWN_FIELDS
@@ -103,6 +104,12 @@ def test_every_field_of_the_configuration_is_a_field_of_recipes_and_the_command_
         ({"pad_token_id": 256}, "pad_token_id is 256; it must be null or from 0 to below vocab_size, 256"),
         ({"eos_token_id": [1, -3]}, "eos_token_id is [1, -3]; it must be null or from 0 to below vocab_size, 256"),
         ({"num_target": 3}, "there is no field 'num_target'; meant num_targets?"),
+        ({"do_train": False}, "do_train is false; it must be true or left out: charformer-train trains"),
+        ({"do_eval": False}, "do_eval is false; it must be true or left out: a run ends with an evaluation"),
+        ({"eval_steps": 5}, "eval_steps is 5; it has an effect only with eval_strategy 'steps'"),
+        ({"hub_model_id": "a/b"}, "hub_model_id is 'a/b'; it has an effect only with push_to_hub true"),
+        ({"dataset_split": "test"}, "dataset_split is 'test'; it has an effect only with dataset_name"),
+        ({"warmup_steps": 6}, "warmup_steps is 6, and max_steps=5 ends before the learning rate is reached; give 5"),
     ],
     ids=str,
 )
@@ -112,9 +119,12 @@ def test_recipe_values_are_checked_for_their_type(recipe, fields, message):
 
 
 def test_yaml_numbers_without_a_point_and_words_for_choices_are_taken_as_meant(recipe):
-    text = "data_path: a\noutput_dir: b\nmax_steps: 5\nlearning_rate: 1e-3\neval_strategy: 'no'\n"
-    training = parse_arguments([recipe(text)]).training
-    assert training.learning_rate == 0.001 and training.eval_strategy == "no"
+    text = "data_path: a\noutput_dir: b\nmax_steps: 5\nlearning_rate: 1e-3\neval_strategy: 'no'\nterm_weights: {layer_1: 2e-1}\n"
+    settings = parse_arguments([recipe(text)])
+    assert settings.training.learning_rate == 0.001 and settings.training.eval_strategy == "no"
+    assert settings.model.config_fields()["term_weights"] == {"layer_1": 0.2}
+    written = {"output_dir": "1e3", "learning_rate": 1e-5, "run_name": "12:30", "seed": 7}
+    assert read_yaml(write_yaml(written), "recipe") == written  # text that looks like a number stays text
 
 
 @pytest.mark.parametrize(
@@ -129,6 +139,8 @@ def test_yaml_numbers_without_a_point_and_words_for_choices_are_taken_as_meant(r
         ("seed: 010\n", "line 1, column 7: a whole number must be decimal and not begin with 0"),
         ("seed: 12:30\n", "a whole number must be decimal"),
         ("seed: 0x10\n", "a whole number must be decimal"),
+        ("learning_rate: 1:30.5\n", "line 1, column 16: a number must be decimal"),
+        ("<<: {seed: 1}\n", "a merge (<<) is not accepted; write its fields out"),
         ("x: !!python/object:os.system y\n", "could not determine a constructor"),
         (b"sample_prompt: caf\xe9\n", "is not text in UTF-8 (byte 18)"),
         ("max_steps: 3\0\n", "not valid YAML"),
@@ -177,7 +189,7 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
         ("--data_path=", "data_path is empty"),
         ("--dataset_name=", "dataset_name is empty"),
         ("--model_name_or_path=", "model_name_or_path is empty"),
-        ("--metric_for_best_model eval_loss_target_2", "it must be one of eval_loss,"),  # not in evaluation
+        ("--metric_for_best_model eval_loss_other", "it must be one of eval_loss,"),
         ("--report_to nonsense", "report_to is 'nonsense'"),
         ("--metric_for_best_model f1", "metric_for_best_model is 'f1'; it must be one of eval_loss,"),
         (
@@ -190,6 +202,17 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
         ("--optim adamw_bnb_8bit", "optim is 'adamw_bnb_8bit'"),
         ("--dataloader_persistent_workers true", "it needs dataloader_num_workers of 1 or more"),
         ("--ignore_data_skip true", "ignore_data_skip is true; it must be false"),
+        ("--do_predict", "do_predict is true; it must be left out: charformer-evaluate measures a text"),
+        ("--num_train_epochs 5", "num_train_epochs is 5.0; it must be left out: windows are drawn at random"),
+        ("--eval_strategy epoch", "eval_strategy is 'epoch'; it must be 'steps' or 'no'"),
+        ("--include_for_metrics loss", "include_for_metrics is ['loss']; it must be left out: it serves metrics"),
+        ("--bf16_full_eval", "bf16_full_eval is true; it must be left out: evaluations during training"),
+        ("--use_cpu --fp16", "fp16 is true; on a CPU it would have no effect"),
+        ("--lr_scheduler_type constant", "lr_scheduler_type is 'constant', which has no warm-up; warmup_steps is 100"),
+        ("--load_best_model_at_end --eval_strategy no", "it needs eval_strategy 'steps', and save_strategy"),
+        ("--load_best_model_at_end --save_steps 1700", "save_steps is 1700; it must be eval_steps, 850"),
+        ("--load_best_model_at_end --eval_delay 1701", "the first evaluation would be at step 2550"),
+        ("--save_strategy best --metric_for_best_model eval_bpb --eval_steps 2e3", "max_steps=1700 ends before it"),
         ("--train_sampling_strategy group_by_length", "train_sampling_strategy is 'group_by_length'; leave it out"),
         (f"--output_dir {QUICKSTART}", "a file; give a folder"),
         ("--torch_compile_mode fast", "torch_compile_mode is 'fast'; it must be one of"),
@@ -205,6 +228,22 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
 def test_values_on_the_command_line_are_checked_for_their_range(words, message):
     found = refused([QUICKSTART, *words.split()])
     assert message in found and "SECRET" not in found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eval_strategy": "no", "eval_steps": 5, "save_strategy": "no", "save_steps": 9},  # what is off is off
+        {"push_to_hub": False, "hub_model_id": "a/b"},
+        {"warmup_steps": 5, "do_train": True, "do_predict": False, "dataset_split": "train", "num_train_epochs": 3.0},
+        {"lr_scheduler_type": "constant", "warmup_steps": 0, "include_num_input_tokens_seen": "all"},
+        {"eval_strategy": "steps", "eval_steps": 0.4, "save_steps": 0.4, "load_best_model_at_end": True},
+    ],
+    ids=str,
+)
+def test_fields_that_do_what_they_say_are_accepted(recipe, fields):
+    settings = parse_arguments([recipe(**fields)])
+    assert all(getattr(settings.training, name, value) == value for name, value in fields.items())
 
 
 def weights_field() -> str:

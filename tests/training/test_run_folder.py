@@ -34,7 +34,7 @@ class TestFolder:
         return shown
 
     @pytest.mark.parametrize(
-        "name", ["metrics.json", "samples.jsonl", "command.txt", "_run.lock", "recipe.yaml", "README.md"]
+        "name", ["metrics.json", "samples.jsonl", "command.txt", "_run.lock", "recipe.yaml", "README.md", "hub.py"]
     )
     @pytest.mark.parametrize(
         ("kind", "message"),
@@ -50,6 +50,14 @@ class TestFolder:
         shown = self.refused(command(), capsys)
         assert f"{place} is a" in shown and message in shown
         assert kept.read_text() == "mine" and [path.name for path in place.parent.iterdir()] == [name]
+
+    @pytest.mark.parametrize("text", [b"\xff# Mine", b"---\n[a: {\n---\n# Mine\n"])
+    def test_a_card_that_cannot_be_kept_is_refused_before_the_work(self, command, tmp_path, capsys, text):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "README.md").write_bytes(text)
+        shown = self.refused(command(), capsys)
+        assert "README.md cannot be read, so its text could not be kept" in shown and "repair or delete it" in shown
+        assert (tmp_path / "run" / "README.md").read_bytes() == text
 
     def test_a_place_that_can_be_no_folder_is_refused(self, command, tmp_path, capsys):
         (tmp_path / "loop").symlink_to("loop")

@@ -121,6 +121,34 @@ class TestMixin:
         assert_same_logs(found, expected)
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("kind", [AuxiliaryLossTrainer, mixed(Trainer)])
+    def test_each_model_of_model_init_is_trained_on_its_own_terms(self, kind, tmp_path):
+        targets = iter([1, 3, 2])  # the first model is made before training
+
+        def make() -> Any:
+            return add_auxiliary_losses(build("llama"), num_targets=next(targets))
+
+        def trainer_of(model: Any, **more: Any) -> Any:
+            args = TrainingArguments(
+                str(tmp_path),
+                train_sampling_strategy="sequential",
+                max_steps=2,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,
+                disable_tqdm=True,
+            )
+            return kind(model, args, train_dataset=Rows("next"), data_collator=default_data_collator, **more)
+
+        trainer = trainer_of(None, model_init=make)
+        for number in (3, 2):
+            trainer.train()
+            expected = trainer_of(add_auxiliary_losses(build("llama"), num_targets=number))
+            expected.train()
+            assert f"loss_target_{number}" in loss_logs(trainer)[0]
+            assert_same_logs(loss_logs(trainer), loss_logs(expected))
+
     def test_t5_logs_the_terms_that_are_added(self, tmp_path):
         sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 61}
         config = AutoConfig.for_model("t5", **sizes, dropout_rate=0.0, decoder_start_token_id=0)
@@ -282,9 +310,20 @@ class TestCallback:
         assert_same_logs(loss_logs(plain), loss_logs(expected))
         assert any(name.startswith("loss_terms/") for name in seen.found)
         metrics, ours = plain.evaluate(), expected.evaluate()
-        assert {name: metrics[name] for name in ours if "_loss_" in name} == pytest.approx(
-            {name: value for name, value in ours.items() if "_loss_" in name}, rel=1e-4
-        )
+        # It tells the model nothing, so that an evaluation runs no auxiliary heads.
+        found = {name: value for name, value in metrics.items() if "_loss_" in name}
+        assert found == pytest.approx({name: ours[name] for name in found}, rel=1e-4)
+        assert found.keys() == {name for name in ours if "_loss_" in name} or found.keys() == {"eval_loss_next_token"}
+
+
+def test_the_callback_logs_what_a_model_without_labels_returns(tmp_path):
+    class Router(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(inputs["input_ids"], output_router_logits=True).aux_loss
+
+    trainer = train(Router, mixtral(), tmp_path, prepare=LossTermsCallback)
+    first = trainer.state.log_history[0]
+    assert first["loss_aux_loss"] == pytest.approx(first["loss"])
 
 
 def loop(model: Any, optimizer: Any, loader: Any, accumulation: int, backward: Any) -> list[dict[str, float]]:
@@ -340,3 +379,18 @@ def test_a_loop_without_labels_is_refused():
     terms = LossTerms(add_auxiliary_losses(build("gpt2")))
     with pytest.raises(ValueError, match=r"returned no loss for the inputs \['input_ids'\]"):
         terms.loss({"input_ids": Rows("next")[0]["input_ids"][None]})
+
+
+class TestBases:
+    @pytest.mark.parametrize("base", [Trainer, OwnLossTrainer])
+    def test_a_trainer_before_the_mixin_is_refused(self, base):
+        with pytest.raises(
+            TypeError, match=rf"put the mixin first: class Mine\(AuxiliaryLossMixin, {base.__name__}\)"
+        ):
+            type("Mine", (base, AuxiliaryLossMixin), {})
+
+    def test_the_mixin_without_a_trainer_is_refused(self):
+        with pytest.raises(
+            TypeError, match=r"AuxiliaryLossMixin is no Trainer.* class Mine\(AuxiliaryLossMixin, Trainer"
+        ):
+            AuxiliaryLossMixin(build("gpt2"))

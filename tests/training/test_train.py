@@ -51,7 +51,8 @@ def test_a_run_leaves_a_folder_that_explains_and_loads_itself(command, tmp_path,
     assert tokenizer.decode(ids[0]).startswith("Zeile")
     assert tokenizer.model_max_length == model.config.max_position_embeddings
     symbols = [(one.pad_token_id, one.eos_token_id) for one in (tokenizer, model.config, model.generation_config)]
-    assert symbols == [(255, 254)] * 3
+    # The Trainer of Transformers 5.17 makes a list of it.
+    assert symbols[:2] == [(255, 254)] * 2 and symbols[2] in [(255, 254), (255, [254])]
 
     final_layer, layers = figures[-1].axes
     logged = training_entries(folder)
@@ -315,10 +316,20 @@ class TestWrongInput:
         assert shown.startswith(f"\ncharformer-evaluate: error: {message}") and "Traceback" not in shown
 
     @pytest.mark.slow
-    def test_damaged_results_of_a_complete_run(self, command, tmp_path, capsys):
+    def test_damaged_results_of_a_complete_run(self, command, tmp_path, capsys, caplog):
         assert main(command(resume="auto")) == 0
-        (tmp_path / "run" / "metrics.json").write_text("{")
-        assert "metrics.json is damaged" in self.refused(capsys, command(resume="auto"))
+        metrics = tmp_path / "run" / "metrics.json"
+        expected = json.loads(metrics.read_text())
+        for content in ("{", "[1]"):
+            metrics.write_text(content)
+            assert "metrics.json is damaged; delete it, and the same" in self.refused(capsys, command(resume="auto"))
+        metrics.unlink()
+        assert main(command(resume="auto")) == 0
+        assert json.loads(metrics.read_text()) == expected  # measured again, without training
+        (tmp_path / "run" / "config.json").write_text("{}")
+        assert main(command(resume="auto")) == 0
+        assert "config.json has 2 bytes, not the" in caplog.text
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "charformer"
 
     @pytest.mark.slow
     def test_bits_per_character_of_text_that_is_not_utf8(self, command, tmp_path, capsys):

@@ -75,7 +75,7 @@ def recipe(tmp_path: Path):
             "gradient_checkpointing_kwargs has no entry",
         ),
         ("--save_strategy best", "save_strategy is 'best'; it needs metric_for_best_model"),
-        ("--save_strategy best --metric_for_best_model eval_bpc --eval_strategy no", "it needs an eval_strategy"),
+        ("--save_strategy best --metric_for_best_model eval_bpc --eval_strategy no", "it needs eval_strategy 'steps'"),
         (
             '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":100000}',
             "more than max_steps=",

@@ -6,7 +6,7 @@
 from .any_model import add_auxiliary_losses, load_auxiliary_losses
 from .arguments import AuxiliaryLossTrainingArguments
 from .data import ConsecutiveWindows, RandomWindows, Split, load_corpus, split_corpus
-from .draft_heads import export_draft_heads
+from .draft_heads import export_draft_heads, frequent_tokens
 from .evaluation import Evaluation, bits_per_character
 from .loss_terms import LossTerms
 from .mixin import AuxiliaryLossMixin
@@ -29,6 +29,7 @@ __all__ = [
     "add_auxiliary_losses",
     "bits_per_character",
     "export_draft_heads",
+    "frequent_tokens",
     "load_auxiliary_losses",
     "load_corpus",
     "plot_loss_terms",

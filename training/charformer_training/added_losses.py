@@ -5,6 +5,7 @@
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +25,7 @@ from .probe import Anatomy, Trace, through
 from .probe_loss import OwnLoss
 
 
+logger = logging.getLogger(__name__)
 OWN_ARGUMENTS = ("training_progress", "training_step", "training_seed", "target_counts")
 # The fields of an output that hold the outputs of layers.
 STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states", "reshaped_hidden_states")
@@ -40,6 +42,7 @@ class ModelWithLosses(SavesHeads):
     _own_loss = OwnLoss(None, False, False)
     heads_only = False
     """Whether nothing but the heads is trained."""
+    _heads_checked = False
     # Set on the class made for a model: the arguments that made it, and the output class with a breakdown of the loss.
     _made_of: tuple[type, type, type[ModelOutput]]
     _output_class: type[ModelOutput]
@@ -64,14 +67,18 @@ class ModelWithLosses(SavesHeads):
         heads: str,
         checked: dict[str, Any],
         heads_only: bool = False,
+        draft_vocabulary: Tensor | None = None,
     ) -> None:
         self.loss_settings, self.heads_only = settings, heads_only
-        self._anatomy = anatomy
+        self._anatomy, self._own_heads = anatomy, heads == "own"
         for name, value in checked.items():
             setattr(self, name, value)
         terms = [term for term in settings.terms if not term.is_main]
-        modules = {term.name: self._make_head(term, index, heads) for index, term in enumerate(terms, start=1)}
-        self.auxiliary_heads = nn.ModuleDict(modules).to(self.device, self.dtype)
+        self.auxiliary_heads = nn.ModuleDict()
+        if draft_vocabulary is not None:
+            self.auxiliary_heads.register_buffer("draft_vocabulary", draft_vocabulary)
+        self.auxiliary_heads.update({term.name: self._make_head(term, i, heads) for i, term in enumerate(terms, 1)})
+        self.auxiliary_heads.to(self.device, self.dtype)
         self.loss_uncertainty = None
         if settings.loss_weighting != "fixed":
             names = [term.name for term in settings.terms]
@@ -96,10 +103,13 @@ class ModelWithLosses(SavesHeads):
         raise NotImplementedError
 
     def linear_head(self, num_outputs: int, index: int, width: int | None = None) -> nn.Module:
-        deviation = getattr(self.config.get_text_config(), "initializer_range", 0.02)
         head = AuxiliaryHead(width or self._anatomy.width, num_outputs, index)
-        head.draw(deviation)
+        head.draw(self._deviation)
         return head
+
+    @property
+    def _deviation(self) -> float:
+        return float(getattr(self.config.get_text_config(), "initializer_range", 0.02))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         progress, number, seed, counts = (kwargs.pop(name, None) for name in OWN_ARGUMENTS)
@@ -109,7 +119,9 @@ class ModelWithLosses(SavesHeads):
             return self._plain_forward(kwargs)
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
-        inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or self.training, "return_dict": True}
+        inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or step.runs_heads, "return_dict": True}
+        self._check_heads_are_trained()
+        self.prepare(step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_only):
             outputs = self._plain_forward(inputs)
         share_of_step = self.add_losses(step, outputs, kwargs, counts)
@@ -117,6 +129,23 @@ class ModelWithLosses(SavesHeads):
         values = {name: value for name, value in outputs.items() if name not in dropped}
         losses = step.breakdown(self.loss_uncertainty if self.training else None, share_of_step)
         return self._output_class(**values, **self.loss_watch.watched(losses))
+
+    def _check_heads_are_trained(self) -> None:
+        """Say once if the heads are frozen while others train: a model would be fitted to heads that nobody has trained."""
+        if self._heads_checked or not self.training or torch.compiler.is_compiling():
+            return
+        self._heads_checked = True
+        heads = [*self.auxiliary_heads.parameters()]
+        if (
+            heads
+            and not any(weight.requires_grad for weight in heads)
+            and any(w.requires_grad for w in self.parameters())
+        ):
+            logger.warning(
+                "The auxiliary heads of this %s are frozen, so they stay as they are. PEFT freezes what a model has when it"
+                " adds adapters. To train the heads, call add_auxiliary_losses after get_peft_model",
+                type(self).__name__,
+            )
 
     def _plain_forward(self, inputs: dict[str, Any]) -> Any:
         """The plain model's output, with what its own head read as `head_input` where that is no hidden state."""
@@ -137,6 +166,9 @@ class ModelWithLosses(SavesHeads):
         if self._own_loss.follows_num_items:
             return inputs
         return {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
+
+    def prepare(self, step: LossStep) -> None:
+        """Make the nodes of the graph that are to run after the model's own in the backward pass."""
 
     def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None

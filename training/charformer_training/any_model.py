@@ -2,8 +2,10 @@
 
 import inspect
 import os
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -12,8 +14,9 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 from .added_losses import ModelWithLosses, class_with_losses
 from .causal_lm import CausalLMWithLosses
+from .checks import shown
 from .classifiers import ImageClassifierWithLosses, SequenceClassifierWithLosses, TokenClassifierWithLosses
-from .heads_file import cached_heads, class_beside_adapter, saved_settings
+from .heads_file import cached_heads, class_beside_adapter, saved_settings, vocabulary_of_heads
 from .language_models import MaskedLMWithLosses, Seq2SeqLMWithLosses
 from .models import is_causal_lm, unwrap_peft
 from .probe import Anatomy, Trace, anatomy_of, trace_of
@@ -28,7 +31,13 @@ KINDS = "causal and masked language models, encoder-decoders that predict text, 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: bool = False, **settings: Any) -> Model:
+def add_auxiliary_losses(
+    model: Model,
+    heads: str | None = None,
+    heads_only: bool = False,
+    draft_vocabulary: Sequence[int] | Tensor | None = None,
+    **settings: Any,
+) -> Model:
     """Add auxiliary losses to `model`: a language model (causal, masked, encoder-decoder) or a classification model.
 
     Classification models of sequences, tokens and images are accepted. The model is changed and returned. In training,
@@ -44,13 +53,17 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: boo
 
     Args:
         model: The model, or a PEFT model around it.
-        heads: `"shared"` or `"own"`. `"shared"`, the default for language models, uses the model's output embeddings on
+        heads: `"shared"`, `"own"` or `"sequential"`. `"shared"`, the default for language models, uses the model's output embeddings on
             intermediate layers (like LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710). Further targets have a residual
             block before them, which begins as the identity (like Medusa, Cai et al. 2024, arXiv 2401.10774). `"own"`
-            gives each term a separate linear head, like Al-Rfou et al. (2018). Classification models accept `"own"` only.
+            gives each term a separate linear head, like Al-Rfou et al. (2018). `"sequential"` is `"shared"` with blocks that
+            also read the tokens between their position and their target, one block after the other (like Hydra, Ankner et
+            al. 2024, arXiv 2402.05109); causal language models accept it. Classification models accept `"own"` only.
         heads_only: Train the heads alone, on a frozen model that may be quantized (like Medusa-1, Cai et al. 2024, section
             2.2.1). No other weight is trained, the model runs without a backward pass and without dropout, and its own
             loss is only reported. Each term needs weights of its own: with shared heads, further targets alone have any.
+        draft_vocabulary: Ids of the only tokens that the heads of further targets predict, like those of `frequent_tokens`: with
+            a large vocabulary, drafts then cost less. Other tokens are no targets of theirs. For causal language models.
         settings: The fields of `LossFields`, with the defaults that they have there. A masked language model does not accept
             `position_loss` and those of targets. A classification model accepts `intermediate_layers` (default
             `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule` (`"constant"`), `term_weights` and
@@ -74,14 +87,17 @@ def add_auxiliary_losses(model: Model, heads: str | None = None, heads_only: boo
     losses.weights_at(0.0)  # a schedule that returns an impossible value raises here, not after hours of training
     losses.weights_at(1.0)
     checked = mixin.check(base, anatomy, trace, heads)
+    vocabulary = None if draft_vocabulary is None else _checked_vocabulary(base, mixin, losses, draft_vocabulary)
     _check_layers(base, anatomy, losses.layers, "num_targets" in accepted)
     if heads_only:
         _check_heads_alone(losses, heads)
     base.__class__ = class_with_losses(cast(Any, type(base)), cast(Any, mixin), anatomy.output_kind)
-    cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked, heads_only)
+    cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked, heads_only, vocabulary)
     if model is not base:
         model.__class__ = cast(Any, class_beside_adapter(cast(Any, type(model))))
-    base.config.auxiliary_losses = {"heads": heads, **({"heads_only": True} if heads_only else {}), **settings}
+    more = {"heads_only": heads_only or None, "draft_vocabulary": None if vocabulary is None else len(vocabulary)}
+    given = {name: value for name, value in more.items() if value is not None}
+    base.config.auxiliary_losses = {"heads": heads, **given, **settings}
     return model
 
 
@@ -101,9 +117,41 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) ->
         settings = saved_settings(cached_heads(str(name_or_path)))
     if not settings:
         raise ValueError(f"{name_or_path} was saved without auxiliary losses; add_auxiliary_losses gives it new ones")
+    file = cached_heads(str(name_or_path))
+    if settings.get("draft_vocabulary"):  # the configuration has their number, the file of the heads which they are
+        settings = settings | {"draft_vocabulary": vocabulary_of_heads(file)}
     add_auxiliary_losses(model, **settings)
-    cast(ModelWithLosses, base).load_heads_file(cached_heads(str(name_or_path)))
+    cast(ModelWithLosses, base).load_heads_file(file)
     return model
+
+
+def _checked_vocabulary(
+    model: PreTrainedModel, mixin: type[ModelWithLosses], losses: AuxiliaryLossSettings, vocabulary: Any
+) -> Tensor:
+    """The ids of a draft vocabulary, in rising order."""
+    if mixin is not CausalLMWithLosses or losses.num_targets < 2:
+        raise ValueError(
+            f"draft_vocabulary is what heads of further targets predict; this {type(model).__name__} has"
+            f" num_targets={losses.num_targets}. Leave it out, or give a causal language model num_targets of 2 or more"
+        )
+    size = cast(Tensor, model.get_output_embeddings().weight).shape[0]
+    try:
+        ids = torch.as_tensor(vocabulary)
+        is_right = ids.dim() == 1 and not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    except (TypeError, ValueError, RuntimeError):
+        is_right = False
+    if not is_right:
+        raise ValueError(
+            f"draft_vocabulary is {shown('draft_vocabulary', vocabulary)}; it must be a list of ids of tokens"
+        )
+    kept: Tensor = ids.unique().long()
+    if not 1 < len(kept) < size or len(kept) != len(ids) or kept[0] < 0 or kept[-1] >= size:
+        raise ValueError(
+            f"draft_vocabulary has {len(ids)} ids, {len(kept)} different ones, from {min(ids.tolist(), default=None)} to"
+            f" {max(ids.tolist(), default=None)}; it must have at least 2, fewer than the {size} tokens of the model, each once,"
+            f" in 0..{size - 1}"
+        )
+    return kept
 
 
 def _check_layers(model: PreTrainedModel, anatomy: Anatomy, layers: tuple[int, ...], has_other_terms: bool) -> None:
@@ -129,10 +177,10 @@ def _check_heads_alone(losses: AuxiliaryLossSettings, heads: str) -> None:
         raise ValueError(
             "heads_only is true, and these settings give no heads to train; set num_targets or intermediate_layers"
         )
-    shared = [term.name for term in terms if heads == "shared" and term.offset == 1]
+    shared = [term.name for term in terms if heads != "own" and term.offset == 1]
     if shared:
         raise ValueError(
-            f"heads_only is true, and with heads='shared' the terms {shared} have no weights of their own to train; choose"
+            f"heads_only is true, and with heads={heads!r} the terms {shared} have no weights of their own to train; choose"
             " heads='own', or intermediate_layers=None"
         )
 

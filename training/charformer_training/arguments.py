@@ -286,6 +286,13 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
             " pass of drafting by the heads would yield. It takes one more forward pass, and that of the heads."
         },
     )
+    eval_loss_terms: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether an evaluation also reports the terms of the auxiliary heads that are active then, as"
+            " eval_loss_target_2. It takes the forward pass of these heads; eval_loss is that of the main head either way."
+        },
+    )
     log_group_prefix: str = field(
         default="loss_",
         metadata={

@@ -277,9 +277,12 @@ class SampleText(TrainerCallback):
         model: CharformerForCausalLM | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or model is None:
+        if model is None:
             return
+        # All processes write together, since the weights may be spread over them.
         text = sample_text(model, self.tokenizer, self.prompt, self.length, self.seed)
+        if not state.is_world_process_zero:
+            return
         print(f"\n--- text written at step {state.global_step} ---\n{printable(text)}\n---", flush=True)
         line = _json_line({"step": state.global_step, "text": text})
         try:
@@ -297,7 +300,7 @@ def _lines_up_to(path: Path, step: int) -> str:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
+            except (KeyError, RecursionError, TypeError, ValueError):
                 continue
     return "".join(kept)
 

@@ -19,9 +19,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from .files import SCRATCH_PREFIX, give_default_permissions, remove, saving_failed_message
 from .manifest import RUNNING_SUMS, inspect, is_scheduled, newest_good, write_manifest
-from .models import unwrap_peft
+from .models import unwrap_peft, with_own_class
 from .pushing import HubTrainer
-from .resuming import changed, check_same_weights, find_checkpoint, let_lower_be_better, only_run
+from .resuming import (
+    changed,
+    check_same_weights,
+    find_checkpoint,
+    let_lower_be_better,
+    only_run,
+    read_sums,
+    reading,
+)
 from .run_settings import OPTIMIZER_FIELDS, check_accepted, check_same_settings, run_settings
 from .stopping import StoppedBySignal, StopSignals, random_states
 
@@ -205,7 +213,8 @@ class SafeTrainer(HubTrainer):
         return self.state.global_step >= self.state.max_steps or bool(stopped_early and not self._accepted)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
         self._catch_up()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -228,7 +237,8 @@ class SafeTrainer(HubTrainer):
         return str(self._scratch or super()._get_output_dir(trial))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with with_own_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+            super()._save(output_dir, state_dict)
         base: Any = unwrap_peft(cast(nn.Module, self.model))
         folder = Path(output_dir or str(self.args.output_dir))
         if base is not self.model and hasattr(base, "save_auxiliary_heads"):  # PEFT saves its adapter alone
@@ -348,6 +358,7 @@ class SafeTrainer(HubTrainer):
                 if isinstance(self.model, nn.Module):
                     answer[2] = check_same_settings(found.path, found.settings or {}, self.run_settings(), accepted)
                     check_same_weights(found.path, self.model)
+                read_sums(found.path, self.args.max_steps)
                 answer[0] = str(found.path)
             except ValueError as error:
                 answer[1] = error
@@ -355,10 +366,8 @@ class SafeTrainer(HubTrainer):
         folder, refusal, self._accepted = answer
         if refusal is not None:
             raise refusal
-        sums = Path(folder, RUNNING_SUMS)
-        if sums.exists():
-            self._resumed = json.loads(sums.read_text(encoding="utf-8"))
-            self._to_catch_up = cast(dict[str, Any], self._resumed)["pending"]
+        self._resumed = read_sums(Path(folder), self.args.max_steps)
+        self._to_catch_up = None if self._resumed is None else self._resumed["pending"]
         return str(folder)
 
     def take_up_sums(self) -> None:
@@ -409,7 +418,8 @@ class SafeTrainer(HubTrainer):
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
         rates = list(getattr(scheduler, "base_lrs", ()))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if not renewed:
             return
         for group, values in zip(optimizer.param_groups, fresh, strict=True):
@@ -423,8 +433,9 @@ class SafeTrainer(HubTrainer):
                 group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_auxiliary_heads(resume_from_checkpoint)
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_auxiliary_heads(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         folder = str(self.state.best_model_checkpoint)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import types
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -12,8 +11,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 from .terminal import one_line
 
 
-# PyYAML, which reads YAML 1.1, takes 1e-3 for text; people mean a number.
-_NUMBER_IN_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # of Linux; other systems take less or the same
 _NAMES = {
     bool: "true or false",
@@ -97,8 +94,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Literal:
         return any(value is choice or (isinstance(choice, str) and value == choice) for choice in get_args(hint))
     if kind is float:
-        if isinstance(value, str):
-            return bool(_NUMBER_IN_TEXT.fullmatch(value))
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind in (bool, int, str):
         return type(value) is kind

@@ -50,6 +50,7 @@ _COMMON = (
     "log_loss_terms",
     "log_term_gradients",
     "eval_head_accuracy",
+    "eval_loss_terms",
     "gradient_aggregator",
     "log_group_prefix",
     "report_to",
@@ -71,7 +72,10 @@ _HELP = {
     "output_dir": "Folder for the trained model, its checkpoints and results; required",
     "max_steps": "Number of optimizer steps to train for; required",
     "resume_from_checkpoint": "Not accepted: give --resume",
-    "num_train_epochs": "Has no effect: windows are drawn at random for max_steps",
+    "num_train_epochs": "Not accepted: windows are drawn at random for max_steps",
+    "do_train": "Always on",
+    "do_eval": "Always on: a run ends with an evaluation, and --eval_strategy steps adds others",
+    "do_predict": "Not accepted: charformer-evaluate measures a text",
     "gradient_accumulation_steps": "Number of batches whose gradients are added up for one optimizer step",
 }
 
@@ -127,7 +131,7 @@ def _group(title: str, items: dict[str, "Field[Any]"]) -> str:
 
 
 def _entry(item: "Field[Any]") -> str:
-    default = "" if item.default in (MISSING, None, -1) else f" [{_plain(item.default)}]"
+    default = "" if item.name in _HELP or item.default in (MISSING, None, -1) else f" [{_plain(item.default)}]"
     text = _HELP.get(item.name) or " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
     first = re.split(r"(?<! al)\.\s", text)[0].rstrip(".")
     return f"  --{item.name}{default}\n" + textwrap.fill(first, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .checks import checked_path
 from .history import Curve, Entry, curve, is_training, term_curves, terms
 from .running_means import group_by_layer
-from .terminal import error_message, one_line, use_safe_streams
+from .terminal import USER_ERRORS, error_message, one_line, use_safe_streams
 
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
 
 def _is_entry(entry: Any) -> bool:
     """Whether `entry` is a mapping with a step whose losses are numbers."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int) or not 0 <= entry["step"] < 2**53:
         return False
     used = [value for name, value in entry.items() if "loss" in name or name in (*EVALUATIONS, "learning_rate")]
-    return all(isinstance(value, int | float) for value in used)
+    return all(isinstance(value, float) or isinstance(value, int) and abs(value) < 2**53 for value in used)
 
 
 def _whole(state: Mapping[str, Any], name: str) -> int:
@@ -81,7 +81,7 @@ def _whole(state: Mapping[str, Any], name: str) -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{one_line(path)} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{one_line(path)} holds no JSON object")
@@ -101,7 +101,8 @@ def _settings(folder: Path, state: Mapping[str, Any], log: Sequence[Entry]) -> d
     if (metrics := folder / "metrics.json").is_file():
         results = _read_json(metrics)
         settings["data"] = results.get("data")
-        for split, facts in (results.get("splits") or {}).items():
+        splits = results.get("splits")
+        for split, facts in splits.items() if isinstance(splits, dict) else ():
             if isinstance(facts, list) and len(facts) == 2:
                 settings[f"{split} split"] = f"{facts[0]} bytes, sha256 {str(facts[1])[:12]}..."
     return settings
@@ -236,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [read_run(run) for run in arguments.runs]
         print(table(runs))
         save(draw(runs), arguments.output)
-    except (OSError, ValueError) as error:
+    except USER_ERRORS as error:
         print(f"charformer-compare: error: {error_message(error)}", file=sys.stderr)
         return 1
     print(f"\nLearning curves: {one_line(arguments.output)}")

@@ -156,7 +156,7 @@ def _opener(start: bytes) -> Callable[[Path], IO[bytes]] | None:
         return lambda path: cast(IO[bytes], lzma.open(path))
     if start.startswith(b"\x28\xb5\x2f\xfd"):
         return _open_zstd
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):  # the second of an empty archive
         return _open_zip
     return None
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX
 
 from .arguments import SPLIT_NAMES, STANDARD_LIBRARY, DataArguments
-from .checks import checked_path
+from .checks import checked_path, shown
 from .corpus_files import described, documents, files_of_folder, is_plain, is_table, readable, text_of_row
 from .terminal import one_line
 from .units import is_utf8
@@ -106,7 +106,9 @@ def check_unchanged(data: np.ndarray, when: str = "") -> None:
         data.check(when)
 
 
-def load_corpus(arguments: DataArguments, write: bool = True, output_dir: str | None = None) -> np.ndarray:
+def load_corpus(
+    arguments: DataArguments, write: bool = True, output_dir: str | None = None, field: str = "data_path"
+) -> np.ndarray:
     """The bytes of the corpus, `(num_bytes,)` uint8, memory-mapped.
 
     A text file is mapped directly. Anything else is first written into one file of the cache, which lies in HF_HOME and is
@@ -117,12 +119,13 @@ def load_corpus(arguments: DataArguments, write: bool = True, output_dir: str | 
         arguments: Where the text is.
         write: Whether this process writes the cache, and warns of files that are left out or are not UTF-8.
         output_dir: The folder that the run writes to. It is not read if it lies in the corpus' folder.
+        field: The name of `data_path` in messages.
 
     Raises:
         FileNotFoundError: If `data_path` does not exist.
         ValueError: If there is no text in it, or it is of a kind that is not read.
     """
-    corpus = _map(_corpus_path(arguments, write, output_dir))
+    corpus = _map(_corpus_path(arguments, write, output_dir, field))
     if write and not is_utf8(corpus[:_UTF8_SAMPLE]):
         logger.warning(
             f"{arguments.source} is not UTF-8, so its characters cannot be counted: bits per character mean nothing, bits per"
@@ -131,7 +134,7 @@ def load_corpus(arguments: DataArguments, write: bool = True, output_dir: str | 
     return corpus
 
 
-def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None) -> Path:
+def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None, field: str) -> Path:
     separator, column = arguments.document_separator.encode(), arguments.text_column
     if arguments.dataset_name is not None:
         key = _cache_key("dataset", str(arguments.dataset_name), arguments.source, column, separator.hex())
@@ -140,7 +143,7 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None) 
         return write_corpus(([text] for text in _dataset_texts(arguments)), separator, key)
     if arguments.data_path == STANDARD_LIBRARY:
         return _cached(_standard_library_files(), arguments, separator)
-    path = checked_path("data_path", arguments.data_path or "")
+    path = checked_path(field, arguments.data_path or "")
     if path.is_dir():
         own = None if output_dir is None else Path(output_dir)
         if own is not None and own.expanduser().resolve() == path.resolve():
@@ -148,19 +151,30 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None) 
         files, others = files_of_folder(path, own)
         if others and write:
             logger.warning(f"Left out of {arguments.source}: {described(others)}")
+        if not all(map(is_table, files)):
+            _check_no_column(arguments, f"the folder {one_line(path)} does not hold tables alone")
         if not files:
             raise ValueError(
-                f"data_path: the folder {one_line(path)} holds no text file"
+                f"{field}: the folder {one_line(path)} holds no text file"
                 + (f": {described(others)}" if others else "")
             )
         return _cached(files, arguments, separator)
     if path.exists() and not path.is_file():
-        raise ValueError(f"data_path: {one_line(path)} is a device or a pipe; give a regular file, or a folder")
+        raise ValueError(f"{field}: {one_line(path)} is a device or a pipe; give a regular file, or a folder")
     if not path.is_file():
-        raise FileNotFoundError(_not_found(path))
+        raise FileNotFoundError(_not_found(path, field, arguments.data_path))
     if path.stat().st_size == 0:
         raise ValueError(f"the file {one_line(path)} is empty")
+    if not is_table(path):
+        _check_no_column(arguments, f"{one_line(path)} is read as text, not as a table")
     return path if is_plain(path) else _cached([path], arguments, separator)
+
+
+def _check_no_column(arguments: DataArguments, why: str) -> None:
+    if arguments.text_column != DataArguments.text_column:
+        raise ValueError(
+            f"text_column is {shown('', arguments.text_column)}; it must be left out: {why} (.jsonl, .csv, .parquet)"
+        )
 
 
 def split_corpus(data: np.ndarray, train_share: float, validation_share: float, source: str = "") -> dict[str, Split]:
@@ -246,13 +260,14 @@ def _map(path: Path) -> CorpusFile:
     return corpus
 
 
-def _not_found(path: Path) -> str:
+def _not_found(path: Path, field: str, given: str | None) -> str:
+    or_dataset = ", or a dataset with --dataset_name" if field == "data_path" else ""
     known = f". It is {_KNOWN[path.name]}" if path.name in _KNOWN else ""
     if path.parts and path.parts[0].endswith(":") and len(path.parts[0]) > 2:  # https:
         known = ". It looks like an address: nothing is downloaded from one"
     return (
-        f"data_path: there is no file or folder {one_line(path)!r} (from {one_line(os.getcwd())}); give a text file, a"
-        f" folder of text files or '{STANDARD_LIBRARY}', or a dataset with --dataset_name{known}"
+        f"{field}: there is no file or folder {one_line(given)!r} (from {one_line(os.getcwd())}); give a text file, a"
+        f" folder of text files or '{STANDARD_LIBRARY}'{or_dataset}{known}"
     )
 
 
@@ -333,7 +348,7 @@ def write_corpus(documents: Iterable[Iterable[bytes]], separator: bytes, key: st
                 file.writelines(pieces)
             file.flush()
             if file.tell() == 0:
-                raise ValueError("data_path or dataset_name: there is no text in it")
+                raise ValueError("there is no text in the file, folder or dataset that was given")
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)

@@ -3,11 +3,13 @@
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +29,24 @@ class MedusaHeads:
     shared: bool
     biases: list[Tensor]
     """Of the vocabulary matrices."""
+    vocabulary: Tensor | None = None
+    """Ids `(n,)`, the only ones that the heads draft."""
+
+
+def frequent_tokens(texts: Iterable[Any], count: int) -> list[int]:
+    """The ids of the most frequent tokens of a text, in rising order, for `draft_vocabulary` of `add_auxiliary_losses`.
+
+    Args:
+        texts: Ids each, or mappings with `input_ids`, like the rows of a data set.
+        count: How many, at most. There are fewer where the text has no more different ones.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; it must be 1 or more")
+    found: Counter[int] = Counter()
+    for one in texts:
+        ids = one["input_ids"] if isinstance(one, Mapping) else one
+        found.update(torch.as_tensor(ids).flatten().tolist())
+    return sorted(token for token, _ in found.most_common(count))
 
 
 def export_draft_heads(
@@ -58,6 +78,17 @@ def export_draft_heads(
             "format 'medusa-v2' has no vocabulary matrix of its own: its heads share the model's, and those of this model are"
             " linear or their own. Choose 'medusa', or train with heads='shared'"
         )
+    if format == "medusa" and heads.vocabulary is not None and not heads.shared:
+        raise ValueError(
+            "format 'medusa' holds a draft vocabulary only where all heads share one vocabulary matrix, and these have their own."
+            " Train with heads='shared', or without draft_vocabulary"
+        )
+    if format == "medusa-v2" and heads.vocabulary is not None:
+        warnings.warn(
+            f"the layout has no draft vocabulary: heads trained to draft {len(heads.vocabulary)} tokens will draft any. The text does"
+            " not change",
+            stacklevel=2,
+        )
     _warn_of_biases(heads)
     name = base_model or getattr(base.config, "_name_or_path", "") or None
     config, file, weights = layout(heads, name)
@@ -65,7 +96,7 @@ def export_draft_heads(
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # A copy each: safetensors does not save tensors that share their memory.
         save_file({key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}, scratch / file)
-        _card(format, len(heads.blocks), name).save(scratch / "README.md")
+        _card(format, heads, name).save(scratch / "README.md")
 
 
 def medusa_heads(model: Any) -> MedusaHeads:
@@ -86,13 +117,15 @@ def medusa_heads(model: Any) -> MedusaHeads:
     blocks, classifiers = [], []
     own_blocks = getattr(model, "target_blocks", {})
     size, width = output.weight.shape
+    vocabulary = getattr(model, "draft_vocabulary", None)
     for target in range(2, settings.num_targets + 1):
         name = f"target_{target}"
         head = model.auxiliary_heads[name]
         is_linear = isinstance(head, nn.Linear)
         block = (own_blocks[name] if name in own_blocks else None) if is_linear else head
         classifiers.append(head if is_linear else output)
-        if classifiers[-1].weight.shape != (size, width):
+        expected = (size if vocabulary is None or not is_linear else len(vocabulary), width)
+        if classifiers[-1].weight.shape != expected:
             raise ValueError(
                 f"the head {name} has the shape {tuple(classifiers[-1].weight.shape)}, the model's output embeddings {(size, width)}"
             )
@@ -101,14 +134,14 @@ def medusa_heads(model: Any) -> MedusaHeads:
         elif block.linear.weight.shape != (width, width):
             raise ValueError(
                 f"the head {name} also reads the tokens drafted before it (sequential heads); the heads of this layout read the"
-                " hidden state alone. Train with target_heads 'residual' or 'linear'"
+                " hidden state alone. Train with target_heads 'residual' or 'linear'; with add_auxiliary_losses, heads='shared'"
             )
         else:
             blocks.append((block.linear.weight, block.linear.bias))
     shared = all(one is output for one in classifiers)
     used = [output] if shared else classifiers
     biases = [one.bias for one in used if getattr(one, "bias", None) is not None]
-    return MedusaHeads(blocks, [one.weight for one in used], shared, biases)
+    return MedusaHeads(blocks, [one.weight for one in used], shared, biases, vocabulary)
 
 
 def _warn_of_biases(heads: MedusaHeads) -> None:
@@ -127,18 +160,22 @@ Layout = Callable[[MedusaHeads, str | None], tuple[dict[str, Any], str, dict[str
 
 def _medusa(heads: MedusaHeads, base_model: str | None) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
     size, width = heads.matrices[0].shape
+    vocabulary = heads.vocabulary
     config = {
         "model_type": "medusa",
         "architectures": ["MedusaModel"],
         "hidden_size": width,
         "vocab_size": size,
-        "truncated_vocab_size": size,
+        "truncated_vocab_size": size if vocabulary is None else len(vocabulary),
         "num_heads": len(heads.blocks),
         "num_hidden_layers": 1,
         "medusa_fc_bias": True,
         "original_lm_head": heads.shared,
     }
-    weights = {f"lm_heads.{number}.weight": matrix for number, matrix in enumerate(heads.matrices)}
+    matrices = heads.matrices if vocabulary is None else [matrix[vocabulary] for matrix in heads.matrices]
+    weights = {f"lm_heads.{number}.weight": matrix for number, matrix in enumerate(matrices)}
+    if vocabulary is not None:
+        weights["token_map"] = vocabulary
     for number, (weight, bias) in enumerate(heads.blocks):
         weights |= {f"blocks.{number}.layers.0.weight": weight, f"blocks.{number}.layers.0.bias": bias}
     return config, "model.safetensors", weights
@@ -160,7 +197,8 @@ def _medusa_v2(heads: MedusaHeads, base_model: str | None) -> tuple[dict[str, An
 FORMATS: dict[str, Layout | None] = {"medusa": _medusa, "medusa-v2": _medusa_v2, "mtp": None}
 
 
-def _card(format: str, count: int, base_model: str | None) -> ModelCard:
+def _card(format: str, heads: MedusaHeads, base_model: str | None) -> ModelCard:
+    count = len(heads.blocks)
     on_hub = base_model if base_model and not Path(base_model).exists() else None
     data = ModelCardData(tags=["medusa", "speculative-decoding"], base_model=on_hub, pipeline_tag="text-generation")
     model = base_model or "MODEL"
@@ -171,6 +209,10 @@ def _card(format: str, count: int, base_model: str | None) -> ModelCard:
         use = f"text-generation-launcher --model-id THIS_FOLDER   # base model: {model}"
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# Draft heads for {model}\n\n{count} Medusa heads (Cai et al. 2024, arXiv 2401.10774):"
-        f" head k drafts the token k + 1 steps ahead, and the model verifies. Greedy text is the model's own.\n\n"
+        f" head k drafts the token k + 1 steps ahead, and the model verifies. {_drafted(heads)}Greedy text is the model's own.\n\n"
         f"```sh\n{use}\n```\n\nExported with `charformer_training.export_draft_heads`.\n"
     )
+
+
+def _drafted(heads: MedusaHeads) -> str:
+    return "" if heads.vocabulary is None else f"They draft {len(heads.vocabulary):,} of the model's tokens. "

@@ -26,6 +26,7 @@ from .recipes import Parser
 from .terminal import USER_ERRORS, one_line, report_error, use_safe_streams
 
 
+_OF_MODELS = ("config.json", "generation_config.json", "metrics.json", "tokenizer_config.json", "trainer_state.json")
 USAGE = "charformer-evaluate MODEL TEXT [--stride s ...] [--field value ...]"
 
 
@@ -37,12 +38,13 @@ def evaluate(model_path: str, text: str, arguments: EvaluateArguments) -> list[E
         OSError: If the model or the text does not exist, or a result cannot be written.
     """
     check_places(arguments)
+    _check_nothing_lost(model_path, text, arguments)
     processes = PartialState(cpu=arguments.device == "cpu")
     device = _device(arguments.device or str(processes.device))
     _check_windows(arguments, read_config(model_path).max_position_embeddings)
     data_arguments = DataArguments(data_path=text, text_column=arguments.text_column)
     with processes.main_process_first():
-        corpus = load_corpus(data_arguments, write=processes.is_local_main_process)
+        corpus = load_corpus(data_arguments, processes.is_local_main_process, field="TEXT")
     part, data = choose_part(model_path, corpus, arguments)
     data = np.array(
         data[: arguments.max_bytes]
@@ -106,10 +108,27 @@ def check_places(arguments: EvaluateArguments) -> None:
             raise ValueError(f"plots: {shown} does not end in .png, .pdf or .svg, the pictures that are drawn")
 
 
+def _check_nothing_lost(model_path: str, text: str, arguments: EvaluateArguments) -> None:
+    """Refuse results in place of each other, of the text, or of a file of the model."""
+    places: dict[Path, str] = {Path(text).expanduser().resolve(): "TEXT"}
+    for file in Path(model_path).expanduser().glob("*"):
+        if file.suffix in (".bin", ".py", ".safetensors") or file.name in _OF_MODELS:
+            places[file.resolve()] = "a file of MODEL"
+    for name in ("output", "plots", "state_file"):
+        given = getattr(arguments, name)
+        path = Path(given).expanduser().resolve() if given is not None else None
+        if path in places:
+            raise ValueError(f"{name} is {one_line(given)}, which is {places[path]}; give another file")
+        if path is not None:
+            places[path] = name
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds shapes without values")
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = one_line(str(error).split("\n")[0])
         raise ValueError(f"device is {one_line(name)!r}, which is not available or not known: {reason}") from error

@@ -1,24 +1,28 @@
 """The terms of a model's loss in the evaluations of any Trainer: means over targets, on all processes."""
 
+import contextlib
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 from transformers.utils.generic import ModelOutput
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 
+from .fused_head import FusedHead, learned_rows
 from .gradient_options import bare_model
 from .head_accuracy import head_accuracies
 from .logger_names import LoggerNames
 from .loss_terms import MAIN, LossTerms, further_losses_of, log_key, loss_dict_of
-from .running_means import EvaluationTerms
+from .models import runs_reference
+from .running_means import EvaluationTerms, group_by_layer
 from .units import NATS_PER_BIT, begins_character
 
 
@@ -40,12 +44,46 @@ def counts_of(inputs: Mapping[str, Any], shifts_labels: bool) -> tuple[Tensor | 
     return count, count
 
 
-class EvaluatesTerms(Trainer):
+# No Trainer by itself, so that Python accepts the wrong order of bases, and the mixin can say which one is right.
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
+
+
+class EvaluatesTerms(Base):
     """The part of `AuxiliaryLossMixin` that evaluates."""
 
     loss_terms: LossTerms
     logger_names: LoggerNames
+    evaluates_terms: bool
     _evaluation_terms: EvaluationTerms
+    _fused_head: FusedHead | None
+    _reported: Set[str] = frozenset()
+    """The figures of the last evaluation that Transformers does not know of."""
+
+    @property
+    def _training_progress(self) -> float:
+        # max_steps is 0 before training.
+        return min(1.0, self.state.global_step / self.state.max_steps) if self.state.max_steps > 0 else 0.0
+
+    @contextlib.contextmanager
+    def _hooked(
+        self, model: nn.Module, tell: Callable[..., Any], record: Callable[..., Any], inputs: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Call `tell` before each call of the model, if it takes more than its inputs, and `record` after it."""
+        hooks = [model.register_forward_hook(record, with_kwargs=True)]
+        if self.loss_terms.takes:
+            hooks.append(model.register_forward_pre_hook(tell, with_kwargs=True))
+        if self._fused_head is not None:
+            self._fused_head.rows = functools.partial(learned_rows(type(self)), inputs)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            if self._fused_head is not None:
+                self._fused_head.rows = None
 
     def _given_compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The `compute_loss` of whatever class."""
@@ -58,15 +96,33 @@ class EvaluatesTerms(Trainer):
             labels = inputs["labels"].clone()
             labels[kept:] = IGNORE_INDEX
             inputs = {**inputs, "labels": labels}
-        given, seen = dict(inputs), []
-        hook = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
-        try:
+        given = dict(inputs)
+        told = {"training_progress": self._training_progress, "training_step": self.state.global_step}
+        told = {name: value for name, value in told.items() if self.evaluates_terms and name in self.loss_terms.takes}
+        seen: list[tuple[Any, dict[str, Tensor]]] = []
+
+        def tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, kwargs if runs_reference(model) else {**told, **kwargs}
+
+        def record(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+            if not runs_reference(model):
+                seen.append((outputs, self._counts_by_term(outputs, kwargs)))
+
+        with self._hooked(model, tell, record, given):
             computed = self._given_compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
-        finally:
-            hook.remove()
         loss, outputs = computed if return_outputs else (computed, None)
-        self._add_evaluation_terms(loss, seen[-1] if seen else outputs, given, kept)
+        # TRL calls the model without labels, too, if logits are asked for.
+        passes = [each for each in seen if loss_dict_of(each[0])] or seen or [(outputs, {})]
+        self._add_evaluation_terms(loss, *passes[-1], given, kept)
         return computed
+
+    def _counts_by_term(self, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Numbers of the targets of each term in a call of the model."""
+        if not loss_dict_of(outputs):
+            return {}
+        if self._fused_head is not None and inputs.get("fused_lm_head"):
+            inputs = {**inputs, "labels": self._fused_head.learned(inputs["labels"])}
+        return self.loss_terms.counts_by_term(inputs)
 
     def _rows_not_repeated(self, inputs: dict[str, Any]) -> int | None:
         """How many rows do not just fill the last batch on several processes, as repeats of the first rows; `None` for all."""
@@ -78,7 +134,9 @@ class EvaluatesTerms(Trainer):
         rows = labels.shape[0]
         return int(min(max(loader.remainder - self.args.process_index * rows, 0), rows))
 
-    def _add_evaluation_terms(self, loss: Tensor, outputs: Any, inputs: dict[str, Any], kept: int | None) -> None:
+    def _add_evaluation_terms(
+        self, loss: Tensor, outputs: Any, counts: dict[str, Tensor], inputs: dict[str, Any], kept: int | None
+    ) -> None:
         labels, terms = inputs.get("labels"), loss_dict_of(outputs) | further_losses_of(outputs)
         positions, rows = counts_of(inputs, self._loss_shifts_labels)
         self._evaluation_terms.add("loss", loss, positions)
@@ -91,8 +149,9 @@ class EvaluatesTerms(Trainer):
                 outputs, inputs = (first_rows(each, len(inputs["labels"]), kept) for each in (outputs, inputs))
             own = self.loss_terms.added_values(outputs, inputs, weighted=False)
             terms |= {name: value for name, (_, value) in own.items()} | ({} if terms or not own else {MAIN: loss})
+        counts = {"last_position": torch.as_tensor(rows), **counts}
         for name, value in terms.items():
-            self._evaluation_terms.add(log_key(name), value, rows if name == "last_position" else positions)
+            self._evaluation_terms.add(log_key(name), value, counts.get(name, positions))
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         if "next_char" in terms and isinstance(labels, Tensor) and getattr(config, "vocab_size", None) == 256:
             targets = Targets(inputs, 1).ahead(1)
@@ -132,11 +191,29 @@ class EvaluatesTerms(Trainer):
             metrics["bpb"] = nats / NATS_PER_BIT / num_bytes
             if getattr(dataloader.dataset, "is_utf8", True):  # characters can be counted in UTF-8 only
                 metrics["bpc"] = nats / NATS_PER_BIT / characters
+        if getattr(self.args, "log_loss_terms", "each") == "groups":
+            metrics = group_by_layer(metrics)
         self.logger_names.add(metrics, metric_key_prefix)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self._reported = named.keys() - {"eval_loss"}
         if self.is_in_train and (names := [name for name, value in named.items() if not math.isfinite(value)]):
             raise self._not_finite_error(self.state.global_step, names)
         return output._replace(metrics={**(output.metrics or {}), **named})
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The search of Transformers. By default it looks at `eval_loss` or adds up your own metrics, and leaves out the terms."""
+
+        def objective(metrics: dict[str, float]) -> float:
+            theirs = {name: value for name, value in metrics.items() if name not in self._reported}
+            return float(default_compute_objective(theirs))
+
+        return super().hyperparameter_search(hp_space, compute_objective or objective, *args, **kwargs)
 
     def _not_finite_error(self, step: int, names: list[str]) -> FloatingPointError:
         return FloatingPointError(

@@ -89,6 +89,7 @@ def bits_per_character(
     Raises:
         ValueError: If the text has fewer than two bytes or two characters, or if window, stride or batch size are out of
             range.
+        FloatingPointError: If a prediction of the model is not finite.
     """
     data = _bytes_of(text)
     limit = model.config.max_position_embeddings
@@ -219,7 +220,13 @@ def bits_of_positions(
     wanted = torch.from_numpy(data[targets].astype(np.int64)).to(model.device)
     nats = -log_probabilities.gather(-1, wanted[..., None])[..., 0]
     chosen = np.arange(keep) >= keep - counted[:, None]
-    return targets[chosen], nats.double().cpu().numpy()[chosen] / NATS_PER_BIT
+    positions, bits = targets[chosen], nats.double().cpu().numpy()[chosen] / NATS_PER_BIT
+    if not bool(np.isfinite(bits).all()):
+        raise FloatingPointError(
+            f"the model's prediction of byte {int(positions[~np.isfinite(bits)][0]):,} is not finite: its weights are damaged,"
+            " or too large for this dtype"
+        )
+    return positions, bits
 
 
 class _State:
@@ -253,10 +260,14 @@ class _State:
 
 def _read_state(path: Path) -> dict[str, np.ndarray]:
     try:
+        if not path.is_file():
+            raise ValueError("it is a folder, a device or a pipe")
         with np.load(path, allow_pickle=False) as saved:
             values = {name: saved[name] for name in ("key", "bits", "done", "seconds")}
         if values["bits"].dtype != np.float64 or int(values["done"]) < 0 or float(values["seconds"]) < 0:
             raise ValueError("its values have another type")
+        if not bool((values["bits"] >= 0).all()):  # nan too
+            raise ValueError("its values are no bits")
         return values
     except Exception as error:  # damaged archives raise errors of many kinds
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from modeling_charformer import CharformerForCausalLM
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, LossStep, Targets, last_targets
@@ -20,7 +21,7 @@ from modeling_charformer.loss_settings import LossTerm
 
 from .added_losses import OWN_ARGUMENTS, output_class
 from .causal_lm import CausalLMWithLosses
-from .models import unwrap_peft
+from .models import targets_of, unwrap_peft
 
 
 def _all_rows(inputs: Mapping[str, Any], labels: Tensor) -> Tensor | None:
@@ -66,30 +67,41 @@ class FusedHead:
         if not fused_lm_head:
             return self.fused(*args, **kwargs, **{name: value for name, value in told.items() if value is not None})
         labels = kwargs.get("labels")
-        if self.rows is None or labels is None or not (self.model.training and torch.is_grad_enabled()):
+        in_training = self.model.training and torch.is_grad_enabled()
+        in_evaluation = not self.model.training and told["training_progress"] is not None
+        if self.rows is None or labels is None or not (in_training or in_evaluation):
             return self.fused(*args, fused_lm_head=True, **kwargs)
         if kwargs.get("shift_labels") is not None:
             raise ValueError("shift_labels are given; auxiliary losses beside TRL's fused head need labels alone")
         if args:
             kwargs |= dict(zip(inspect.signature(self.model.forward).parameters, args, strict=False))
-        if (rows := self.rows(labels)) is not None:
-            labels = labels.masked_fill(~rows[:, None], IGNORE_INDEX)
-            if not bool(rows.any()):
-                outputs = self.fused(fused_lm_head=True, **kwargs)
-                return _with_breakdown(outputs, {"loss_dict": {}, "loss_weights": {}})
-        return self._with_losses(kwargs, labels, told)
+        learned = self.learned(labels)
+        if learned is not labels and not bool(learned.ne(IGNORE_INDEX).any()):
+            outputs = self.fused(fused_lm_head=True, **kwargs)
+            return _with_breakdown(outputs, {"loss_dict": {}, "loss_weights": {}})
+        return self._with_losses(kwargs, learned, told)
+
+    def learned(self, labels: Tensor) -> Tensor:
+        """The labels that auxiliary heads learn; -100 in the other rows."""
+        rows = self.rows(labels) if self.rows is not None else None
+        return labels if rows is None else labels.masked_fill(~rows[:, None], IGNORE_INDEX)
 
     def _with_losses(self, kwargs: dict[str, Any], labels: Tensor, told: dict[str, Any]) -> Any:
         model = self.model
-        if model.loss_settings.distillation:
+        if model.loss_settings.distillation and model.training:
             raise ValueError(
                 f"distillation is {model.loss_settings.distillation}: heads learn from the logits of the model's own head, which"
                 " TRL's fused head does not compute. It must be 0"
             )
         inputs = {**kwargs, "labels": labels}
-        targets = Targets(inputs, model.loss_settings.num_targets, None, told["target_counts"])
+        targets = targets_of(model, inputs, None, told["target_counts"])
         step = LossStep(
-            model.loss_settings, True, True, told["training_progress"], told["training_step"], told["training_seed"]
+            model.loss_settings,
+            True,
+            model.training,
+            told["training_progress"],
+            told["training_step"],
+            told["training_seed"],
         )
         states: list[Any] = []
         hook = model.base_model.register_forward_hook(lambda module, args, output: states.append(output))
@@ -98,6 +110,7 @@ class FusedHead:
                 losses_of = functools.partial(model.losses_of_layer, step, targets)
                 outputs = self.fused(fused_lm_head=True, **kwargs, on_layer_output=step.on_layer_output(losses_of))
             else:
+                model.prepare(step)
                 outputs = self.fused(**{**kwargs, "fused_lm_head": True, "output_hidden_states": True})
         finally:
             hook.remove()
@@ -108,7 +121,7 @@ class FusedHead:
             seen = types.SimpleNamespace(loss=None, hidden_states=states[-1].hidden_states)
             model.add_losses(step, seen, inputs, told["target_counts"])
         step.add_main(functools.partial(_of_log_probs, outputs.log_probs, targets))
-        losses = step.breakdown(model.loss_uncertainty, targets.share_of_step)
+        losses = step.breakdown(model.loss_uncertainty if model.training else None, targets.share_of_step)
         return _with_breakdown(outputs, model.loss_watch.watched(losses))
 
 
@@ -126,15 +139,19 @@ def _of_log_probs(log_probs: Tensor, targets: Targets, term: LossTerm) -> Tensor
     return -log_probs.float().masked_fill(wanted[:, :-1] == IGNORE_INDEX, 0.0).sum() / targets.denominator(term)
 
 
+def has_fused_head(model: nn.Module) -> bool:
+    """Whether TRL has replaced the model's forward."""
+    fused = vars(unwrap_peft(model)).get("forward")
+    # The signature is that of the forward which it replaces.
+    return "fused_lm_head" in getattr(getattr(fused, "__code__", None), "co_varnames", ())
+
+
 def fused_head_of(model: nn.Module) -> FusedHead | None:
     """Bring a model's auxiliary losses into the forward that TRL has given it; `None` if TRL has given it none."""
     base = unwrap_peft(model)
-    fused = vars(base).get("forward")
-    if not isinstance(base, CausalLMWithLosses | CharformerForCausalLM) or fused is None:
+    if not isinstance(base, CausalLMWithLosses | CharformerForCausalLM) or not has_fused_head(base):
         return None
-    # Its signature is that of the forward which it replaces.
-    if "fused_lm_head" not in fused.__code__.co_varnames:
-        return None
+    fused = vars(base)["forward"]
     head = FusedHead(base, fused)
 
     # Transformers reads which inputs a model takes off its signature.
@@ -144,6 +161,20 @@ def fused_head_of(model: nn.Module) -> FusedHead | None:
 
     base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]
     return head
+
+
+def check_same_heads(trainer: Trainer) -> None:
+    """Refuse a Trainer of TRL whose heads run on some processes only, where all have to run them together.
+
+    Raises:
+        ValueError: With FSDP or DeepSpeed, where a micro-batch may have no row to learn.
+    """
+    shards = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if shards and any(LEARNED_ROWS.get(kind.__name__) is _desirable_rows for kind in type(trainer).__mro__):
+        raise ValueError(
+            "KTOTrainer with auxiliary losses does not work with FSDP or DeepSpeed: heads do not run on a process whose"
+            " micro-batch has no desirable answer, and the other processes would wait for it. Leave sharding out"
+        )
 
 
 def learned_rows(trainer: type) -> Rows:

@@ -31,7 +31,7 @@ class ConflictFreeGradients:
         if missing:
             raise ValueError(
                 f"gradient_aggregator is 'upgrad', which needs the package {missing[0]}; install it with"
-                ' pip install "torchjd[quadprog_projector]", or leave gradient_aggregator out'
+                ' pip install "torchjd[quadprog-projector]", or leave gradient_aggregator out'
             )
         self._body: list[Any] = body_parameters(model)
 

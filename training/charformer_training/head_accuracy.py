@@ -91,7 +91,7 @@ def _predictions(base: Any, model: Any, inputs: Mapping[str, Any]) -> Iterator[t
     state = outputs.final_hidden_state if own else None
     for term in terms[1:]:
         if not own:
-            logits = base.logits_of_head(term, outputs)
+            logits = base.logits_of_head(term, outputs, inputs)
         elif term.layer < base.loss_settings.num_layers:
             (logits,) = base.classify([term], outputs.hidden_states[term.layer])
         else:

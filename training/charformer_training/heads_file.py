@@ -20,6 +20,9 @@ from modeling_charformer.loss_settings import LAST_POSITION, AuxiliaryLossSettin
 from .models import HEADS_FILE, OLD_HEADS_FILE, saved_heads
 
 
+VOCABULARY = "auxiliary_heads.draft_vocabulary"
+
+
 class SavesHeads(PreTrainedModel):
     """A model that saves its auxiliary heads in a file of their own, apart from the plain model."""
 
@@ -90,7 +93,16 @@ class SavesHeads(PreTrainedModel):
                     f"{path} was saved with another model: its {name} has the shape {tuple(saved[name].shape)}, that of this"
                     f" model, by its width and vocabulary, {tuple(weight.shape)}"
                 )
+        if VOCABULARY in saved and not saved[VOCABULARY].equal(own[VOCABULARY].cpu()):
+            raise ValueError(f"{path} was saved with another draft_vocabulary, of {len(saved[VOCABULARY])} tokens")
         self.load_state_dict(saved, strict=False)
+
+
+def vocabulary_of_heads(path: Path) -> Tensor:
+    with safe_open(path, framework="pt") as saved:
+        if VOCABULARY not in saved.keys():  # noqa: SIM118  # it is no mapping
+            raise ValueError(f"{path} has no {VOCABULARY}; the model's configuration says that its heads have one")
+        return cast(Tensor, saved.get_tensor(VOCABULARY))
 
 
 class SavesHeadsBesideAdapter(nn.Module):

@@ -23,16 +23,20 @@ from modeling_charformer.linear_cross_entropy import LinearClassifier, linear_cl
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossFields, LossTerm
 
 from .added_losses import ModelWithLosses
-from .models import label_inputs
+from .models import targets_of
 from .probe import Anatomy, Trace, through
 from .probe_loss import LogitsPath, logits_path, own_loss_of
+
+
+# The logit of a token outside the draft vocabulary. It is finite, so that processors may forbid all tokens inside.
+NEVER = -1e4
 
 
 class LanguageModelWithLosses(ModelWithLosses):
     """A model whose logits predict a token at every position; subclasses say which."""
 
     accepted_settings = [field.name for field in fields(LossFields)]
-    accepted_heads = ("shared", "own")
+    accepted_heads: tuple[str, ...] = ("shared", "own")
     main = "next_token"
     takes_target_counts = True
     accepts_loss_kwargs = True
@@ -54,18 +58,43 @@ class LanguageModelWithLosses(ModelWithLosses):
 
     @staticmethod
     def _checked_path(model: PreTrainedModel, trace: Trace, heads: str) -> dict[str, Any]:
-        path = logits_path(model, trace) if heads == "shared" else LogitsPath()
+        path = LogitsPath() if heads == "own" else logits_path(model, trace)
         if path is None:
             raise ValueError(
                 f"the logits of {type(model).__name__} are not its output embeddings applied to its last hidden state."
-                " heads='shared' does not know the further operations of this model; choose heads='own'"
+                f" heads={heads!r} does not know the further operations of this model; choose heads='own'"
             )
         return {"_path": path}
 
     def _make_head(self, term: LossTerm, index: int, heads: str) -> nn.Module:
         if heads == "own":
-            return self.linear_head(self._vocab_size, index)
+            vocabulary = self.draft_vocabulary if term.offset > 1 else None
+            return self.linear_head(self._vocab_size if vocabulary is None else len(vocabulary), index)
         return nn.Identity() if term.offset == 1 else ResidualBlock(self._anatomy.width)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize like the plain model, and with it the heads that predict all tokens.
+
+        Raises:
+            ValueError: If tokens of the draft vocabulary would be removed.
+        """
+        vocabulary = self.draft_vocabulary
+        if vocabulary is not None and new_num_tokens is not None and new_num_tokens <= vocabulary.max():
+            raise ValueError(
+                f"new_num_tokens is {new_num_tokens}; it must be above {int(vocabulary.max())}, the largest id of the"
+                " draft_vocabulary of the auxiliary heads"
+            )
+        embeddings: nn.Embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        for term in self.loss_settings.terms:
+            head = None if term.is_main else self.auxiliary_heads[term.name]
+            if isinstance(head, AuxiliaryHead) and (vocabulary is None or term.offset == 1):
+                self.auxiliary_heads[term.name] = head.resized(self._vocab_size, self._deviation)
+        return embeddings
+
+    @property
+    def draft_vocabulary(self) -> Tensor | None:
+        """Ids `(n,)`, the only ones that the heads of further targets predict; `None` if they predict all."""
+        return cast(Tensor | None, getattr(self.auxiliary_heads, "draft_vocabulary", None))
 
     @property
     def _vocab_size(self) -> int:
@@ -76,7 +105,7 @@ class LanguageModelWithLosses(ModelWithLosses):
 
     def _classifier(self, term: LossTerm) -> LinearClassifier | None:
         head = self.auxiliary_heads[term.name]
-        if isinstance(head, AuxiliaryHead):
+        if self._own_heads:
             return linear_classifier(head)
         last = self.get_submodule(self._path.modules[-1])
         if last is not self.get_output_embeddings() or self._path.bias is not None:
@@ -85,27 +114,36 @@ class LanguageModelWithLosses(ModelWithLosses):
 
     def _head_states(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         head, hidden_states = self.auxiliary_heads[term.name], self._finished(term, hidden_states)
-        return hidden_states if isinstance(head, AuxiliaryHead) else head(hidden_states)
+        return hidden_states if self._own_heads else head(hidden_states)
 
     def _classifier_input(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         states = self._head_states(term, hidden_states)
-        if isinstance(self.auxiliary_heads[term.name], AuxiliaryHead):
+        if self._own_heads:
             return states
         return through(self, self._path.modules[:-1], states)
 
     def _logits_of(self, term: LossTerm, hidden_states: Tensor) -> list[Tensor]:
         head, states = self.auxiliary_heads[term.name], self._head_states(term, hidden_states)
-        return [head(states) if isinstance(head, AuxiliaryHead) else self._logits(states)]
+        return [head(states) if self._own_heads else self._logits(states)]
 
     def _targets(self, inputs: dict[str, Any], target_counts: Tensor | None) -> Targets:
         if inputs.get("shift_labels") is not None and not self._own_loss.follows_shift_labels:
             raise ValueError(f"the loss of {type(self).__name__} does not follow shift_labels; give labels alone")
-        num_items = inputs.get("num_items_in_batch")
-        return Targets(label_inputs(self, inputs), self.loss_settings.num_targets, num_items, target_counts)
+        return targets_of(self, inputs, inputs.get("num_items_in_batch"), target_counts)
 
-    def logits_of_head(self, term: LossTerm, outputs: Any) -> Tensor:
-        """Logits `(B, S, V)` of a term's head, from the model's output with its hidden states."""
-        return self._logits_of(term, self._head_input(term, outputs))[0]
+    def _head_reads(self, term: LossTerm, outputs: Any, inputs: dict[str, Any]) -> Tensor:
+        """What a term's head reads at each position, `(B, S, n)`, from the model's inputs and its output."""
+        return self._head_input(term, outputs)
+
+    def logits_of_head(self, term: LossTerm, outputs: Any, inputs: dict[str, Any]) -> Tensor:
+        """Logits `(B, S, V)` of a term's head, from the model's inputs and its output with its hidden states."""
+        return self._over_all(term, self._logits_of(term, self._head_reads(term, outputs, inputs))[0])
+
+    def _over_all(self, term: LossTerm, logits: Tensor) -> Tensor:
+        """Logits `(..., V)` from those of a term's head, which may be of a smaller vocabulary."""
+        if (vocabulary := self.draft_vocabulary) is None or term.offset == 1:
+            return logits
+        return logits.new_full((*logits.shape[:-1], self._vocab_size), NEVER).index_copy(-1, vocabulary, logits)
 
     def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None
@@ -122,26 +160,40 @@ class LanguageModelWithLosses(ModelWithLosses):
                 return own_loss
             return loss_of_logits(outputs.logits, term, targets)
 
-        if not self.training and own_loss is not None:
-            step.add({self.main: own_loss})  # no further head runs in evaluation
+        if not step.runs_heads and own_loss is not None:
+            step.add({self.main: own_loss})
             return targets.share_of_step
         if own_loss is not None:
             step.add_main(main_loss)
-        self._add_auxiliary_losses(step, outputs, targets)
+        self._add_auxiliary_losses(step, outputs, targets, inputs)
         if step.reads:
             add_distillation(step, targets, outputs.logits, self._logits_of)
         return targets.share_of_step
 
-    def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets) -> None:
+    def prepare(self, step: LossStep) -> None:
+        made: dict[str, LinearClassifier] = {}
+        for term in step.terms:
+            matrix = self._matrix_name(term)
+            if term.is_main or term.positions != "all":
+                continue
+            if matrix not in made and (classifier := self._classifier(term)) is not None:
+                made[matrix] = classifier.with_entry()
+            if matrix in made:
+                step.classifiers[term.name] = made[matrix]
+
+    def _matrix_name(self, term: LossTerm) -> str:
+        """Tells apart the matrices by which heads predict: each head's own, or the model's."""
+        return term.name if self._own_heads else ""
+
+    def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets, inputs: dict[str, Any]) -> None:
         terms = [term for term in step.terms if not term.is_main]
         samples = step.samples(terms, targets) or {}
         together: dict[int, tuple[LinearClassifier, list[HeadInput]]] = {}
         for term in terms:
-            states, sample = self._head_input(term, outputs), samples.get(term)
+            states, sample = self._head_reads(term, outputs, inputs), samples.get(term)
             states = states if sample is None else sample.of(states)
             step.record(term, states, sample)
-            classifier = self._classifier(term) if term.positions == "all" else None
-            if classifier is not None:  # one run for all terms that share it
+            if (classifier := step.classifiers.get(term.name)) is not None:  # one run for all terms that share it
                 read = HeadInput(term, self._classifier_input(term, states), sample)
                 together.setdefault(id(classifier.weight), (classifier, []))[1].append(read)
                 continue
@@ -151,8 +203,8 @@ class LanguageModelWithLosses(ModelWithLosses):
             else:
                 # One term at a time: with a large vocabulary, several at once would run on smaller chunks.
                 step.add(causal_lm_losses(states, logits_of, [term], targets, self._vocab_size))
-        for classifier, inputs in together.values():
-            step.add(linear_losses(classifier, inputs, targets, step.expected_weights(self.loss_uncertainty)))
+        for classifier, reads in together.values():
+            step.add(linear_losses(classifier, reads, targets, step.expected_weights(self.loss_uncertainty)))
 
 
 class Seq2SeqLMWithLosses(LanguageModelWithLosses):

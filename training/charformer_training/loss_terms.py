@@ -14,10 +14,9 @@ from accelerate.state import PartialState
 from accelerate.utils import extract_model_from_parallel, reduce
 from torch import Tensor, nn
 
-from modeling_charformer.auxiliary_losses import Targets
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, ScheduleContext, scheduled
 
-from .models import label_inputs, unwrap_peft
+from .models import targets_of, unwrap_peft
 from .running_means import TrainingTerms, group_by_layer
 
 
@@ -65,11 +64,8 @@ class LossTerms:
     """
 
     def __init__(self, model: nn.Module, num_steps: int | None = None, seed: int = 0):
-        self.model, self.num_steps, self.seed = model, num_steps, seed
-        base = unwrap_peft(extract_model_from_parallel(model))
-        self.settings: AuxiliaryLossSettings | None = getattr(base, "loss_settings", None)
-        self.takes = frozenset(name for name in TRAINING_INPUTS if takes(base, name))
-        """The names among `TRAINING_INPUTS` that the model takes."""
+        self.num_steps, self.seed = num_steps, seed
+        self.use(model)
         self.step = 0
         """Optimizer steps done before the present one."""
         self.steps_done = 0
@@ -86,6 +82,14 @@ class LossTerms:
         self._held: list[tuple[dict[str, Tensor], float]] = []
         self._held_added: list[Tensor] = []
         self._sums = TrainingTerms()
+
+    def use(self, model: nn.Module) -> None:
+        """Take the terms of another model from now on; those of `add_term` stay."""
+        self.model = model
+        base = unwrap_peft(extract_model_from_parallel(model))
+        self.settings: AuxiliaryLossSettings | None = getattr(base, "loss_settings", None)
+        self.takes = frozenset(name for name in TRAINING_INPUTS if takes(base, name))
+        """The names among `TRAINING_INPUTS` that the model takes."""
 
     # ---- Terms of one's own ----
 
@@ -195,7 +199,7 @@ class LossTerms:
         if not all(isinstance(batch, Mapping) and "labels" in batch for batch in micro_batches):
             return None
         base = extract_model_from_parallel(self.model)
-        targets = [Targets(label_inputs(base, batch), self.settings.num_targets) for batch in micro_batches]
+        targets = [targets_of(base, batch) for batch in micro_batches]
         own = [of_batch.counts() for of_batch in targets]
         device = next(self.model.parameters()).device
         counts = torch.stack(own).sum(0).to(device)
@@ -234,13 +238,24 @@ class LossTerms:
     def shares_of(self, outputs: Any, inputs: Batch) -> dict[str, Tensor]:
         """The terms in a model's output, which are means over this batch, as shares of the whole step's means."""
         terms = loss_dict_of(outputs)
-        if self.settings is None or self.counts is None:
+        if self.counts is None:
             return terms
+        of_step = self._by_term(self.counts.clamp(min=1))
+        own = self.counts_by_term(inputs)
+        return {
+            name: value * (own[name].clamp(min=1).to(value.device) / of_step[name]) for name, value in terms.items()
+        }
+
+    def counts_by_term(self, inputs: Batch) -> dict[str, Tensor]:
+        """Numbers of the targets in a batch over which each term of a language model is a mean; empty for other models."""
+        if self.settings is None or "target_counts" not in self.takes or inputs.get("labels") is None:
+            return {}
         base = extract_model_from_parallel(self.model)
-        own = Targets(label_inputs(base, inputs), self.settings.num_targets).counts().to(self.counts.device)
-        ratios = own.clamp(min=1) / self.counts.clamp(min=1)
-        by_name = {term.name: ratios[int(term.positions == "last"), term.offset - 1] for term in self.settings.terms}
-        return {name: value * by_name[name] for name, value in terms.items()}
+        return self._by_term(targets_of(base, inputs).counts())
+
+    def _by_term(self, counts: Tensor) -> dict[str, Tensor]:
+        terms = self.settings.terms if self.settings is not None else ()
+        return {term.name: counts[int(term.positions == "last"), term.offset - 1] for term in terms}
 
     def hold(
         self,

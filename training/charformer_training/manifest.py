@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from .files import whole_file
 MANIFEST = "manifest.json"
 # Sums since the last log entry. Only `SafeTrainer` writes this file.
 RUNNING_SUMS = "running_sums.json"
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_FORMAT, _PARTS = 1, ("settings", "files")
 # Names of files that are read on resuming. A foreign file with such a name would change the run.
 READ_ON_RESUME = re.compile(
     r"(model[-.]|pytorch_model|adapter|optimizer|scheduler|scaler|rng_state|auxiliary_heads|trainer_state|running_sums|global_step)"
@@ -51,17 +52,18 @@ def write_manifest(folder: Path, settings: Mapping[str, Any], **more: Any) -> No
 
 
 def write_result(path: Path, settings: Mapping[str, Any], complete: bool) -> None:
-    """Write a file for `inspect_result`: checksums of the weights in the same folder, and if the run is complete.
+    """Write a file for `inspect_result`: checksums of the model in the same folder, and if the run is complete.
 
     Raises:
         OSError: If a file cannot be read or written.
     """
-    weights = {weight.name: weight for weight in path.parent.glob("*.safetensors")}
-    _write(path, {"settings": settings, "complete": complete, "files": _checksums(weights)})
+    kinds = ("*.safetensors", "*.py", "config.json")
+    model = {file.name: file for kind in kinds for file in path.parent.glob(kind)}
+    _write(path, {"settings": settings, "complete": complete, "files": _checksums(model)})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    content = {"format": 1, **content}
+    content = {"format": _FORMAT, **content}
     content["sha256"] = _digest(content)
     with whole_file(path) as file:
         file.write(_dumped(content).encode())
@@ -72,6 +74,8 @@ def inspect(folder: str | os.PathLike[str], processes: int = 1) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         return Checkpoint(folder, (f"there is no folder {folder}",))
+    if odd := [name for name, path in _entries(folder) if not path.is_file() and not path.is_dir()]:
+        return Checkpoint(folder, tuple(f"{name} is no regular file" for name in sorted(odd)))
     if (folder / MANIFEST).exists():
         return _inspect_manifest(folder)
     if (folder / RUNNING_SUMS).exists():
@@ -109,20 +113,23 @@ def inspect_result(folder: Path, name: str) -> Checkpoint | None:
         return None
     if (content := _read(folder / name)) is None:
         return Checkpoint(folder, (f"{name} is damaged",))
-    present = {weight.name: weight for weight in folder.glob("*.safetensors")}
+    present = {name: folder / name for name in content["files"] if (folder / name).is_file()}
     faults = _differing(content["files"], present)
-    return Checkpoint(folder, tuple(faults), settings=content["settings"], complete=content["complete"])
+    return Checkpoint(folder, tuple(faults), settings=content["settings"], complete=bool(content.get("complete")))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The content of a manifest, or `None` if any byte of it has changed."""
+    """The content of a manifest, or `None` if any byte of it has changed, or a later version wrote it."""
     try:
         text = path.read_text(encoding="utf-8")
         content: dict[str, Any] = json.loads(text)
         stated = content.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return content if stated == _digest(content) and _dumped({**content, "sha256": stated}) == text else None
+    whole = stated == _digest(content) and _dumped({**content, "sha256": stated}) == text
+    readable = content.get("format") == _FORMAT and all(isinstance(content.get(key), dict) for key in _PARTS)
+    readable = readable and all(isinstance(entry, dict) and "bytes" in entry for entry in content["files"].values())
+    return content if whole and readable else None
 
 
 def _differing(files: Mapping[str, dict[str, Any]], present: Mapping[str, Path]) -> list[str]:
@@ -156,12 +163,13 @@ def _inspect_manifest(folder: Path) -> Checkpoint:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """All files of a checkpoint by name, except the manifest and hidden files, which file systems add."""
-    return {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
-    }
+    """All files of a checkpoint by name, except the manifest."""
+    return {name: path for name, path in _entries(folder) if path.is_file() and path.name != MANIFEST}
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
+    """All that is in a checkpoint by name, except hidden files, which file systems add."""
+    return ((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if not path.name.startswith("."))
 
 
 def _checksums(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

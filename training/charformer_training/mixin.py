@@ -1,7 +1,8 @@
 """What `AuxiliaryLossTrainer` adds, for any Trainer."""
 
 import contextlib
-import functools
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
 from .differentiated import depends_on
 from .evaluated_terms import EvaluatesTerms
-from .fused_head import fused_head_of, learned_rows
+from .fused_head import check_same_heads, fused_head_of, has_fused_head
 from .gradient_options import check_gradient_options, conflict_free_gradients, measured_gradients
 from .head_accuracy import check_head_accuracy
 from .logger_names import LoggerNames
@@ -41,13 +42,16 @@ class Pass(NamedTuple):
         return [*loss_dict_of(self.outputs).values(), *([loss] if isinstance(loss, Tensor) else [])]
 
 
+logger = logging.getLogger(__name__)
+
+
 class AuxiliaryLossMixin(EvaluatesTerms):
     """Trains the auxiliary losses of a model in any Trainer, and logs each term: `class Mine(AuxiliaryLossMixin, SFTTrainer)`.
 
     It tells the model how far training is and how many targets the whole optimizer step has, however `compute_loss` calls
-    the model. The log holds each term, unweighted, as `loss_<name>`. An evaluation holds the terms of the model's output
-    head as `eval_loss_<name>`, means over targets. No value depends on how a batch is split over accumulation steps and
-    processes. An evaluation of a model of bytes also reports `eval_bpb`, bits per byte, and `eval_bpc`, bits per character
+    the model. The log holds each term, unweighted, as `loss_<name>`. An evaluation holds the terms that are active then as
+    `eval_loss_<name>`, means over targets; `eval_loss` is that of the model's output head. No value depends on how a batch
+    is split over accumulation steps and processes. An evaluation of a model of bytes also reports `eval_bpb`, bits per byte, and `eval_bpc`, bits per character
     of UTF-8.
 
     Two corrections of `transformers.Trainer` apply to any model. It counts one target too many in each row of causal
@@ -58,13 +62,30 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         args, kwargs: The arguments of the Trainer.
 
     Raises:
+        TypeError: If a class has a Trainer before the mixin, or none.
         ValueError: If a setting would replace or distort the model's losses.
     """
 
     log_group_prefix = "loss_"
     """Prefix of the groups in which loggers show terms, see `LoggerNames`; a field of that name in `args` goes first."""
+    eval_loss_terms = True
+    """Whether evaluations report the terms of auxiliary heads; a field of that name in `args` goes first."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for kind in cls.__mro__[: cls.__mro__.index(AuxiliaryLossMixin)]:
+            if issubclass(kind, Trainer) and not issubclass(kind, AuxiliaryLossMixin):
+                raise TypeError(
+                    f"{cls.__name__} has {kind.__name__} before AuxiliaryLossMixin, whose methods would not be called; put the"
+                    f" mixin first: class {cls.__name__}(AuxiliaryLossMixin, {kind.__name__})"
+                )
 
     def __init__(self, *args: Any, **kwargs: Any):
+        if not isinstance(self, Trainer):
+            raise TypeError(
+                f"{type(self).__name__} is no Trainer; AuxiliaryLossMixin goes in front of one:"
+                " class Mine(AuxiliaryLossMixin, Trainer)"
+            )
         with heads_as_adapters(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
         let_lower_be_better(self.args)
@@ -84,13 +105,13 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             # Each layer that drops out causes a recompilation; above its limit torch would silently run eagerly.
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 + len(settings.terms))
-        self._fused_head = fused_head_of(model)
-        # Known for this project's losses, and if a subclass sets `loss_is_scaled_for_ga` (Transformers 5.19).
+        is_fused, self._fused_head = has_fused_head(model), fused_head_of(model)
+        if self._fused_head is not None:
+            check_same_heads(self)
+        # Known for this project's losses, for TRL's, and if a subclass sets `loss_is_scaled_for_ga` (Transformers 5.19).
         self._knows_how_losses_are_scaled = (
-            (
-                settings is not None
-                and (type(self).compute_loss is Trainer.compute_loss or self._fused_head is not None)
-            )
+            (settings is not None and type(self).compute_loss is Trainer.compute_loss)
+            or is_fused
             or getattr(self, "loss_is_scaled_for_ga", None) is not None
             or self.compute_loss_func is not None
         )
@@ -100,6 +121,7 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         self._to_measure: tuple[list[dict[str, Any]], Tensor | int | None] | None = None
         self._lacks_losses: bool | None = None
         self._evaluation_terms = EvaluationTerms()
+        self.evaluates_terms = getattr(self.args, "eval_loss_terms", self.eval_loss_terms)
         self.logger_names = LoggerNames(getattr(self.args, "log_group_prefix", self.log_group_prefix))
         # Around the method of whatever class, so that a `compute_loss` of one's own need not know of the terms.
         self.compute_loss = self._compute_loss_with_terms  # type: ignore[method-assign]
@@ -155,10 +177,36 @@ class AuxiliaryLossMixin(EvaluatesTerms):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         # Training that begins again, with a smaller batch because memory ran out, logs no part of its first try.
         self.loss_terms.forget()
+        if (model := self.model) is not None and model is not self.loss_terms.model:
+            self.loss_terms.use(model)  # `model_init` has made it, for a trial of its own
+            self._lacks_losses = None
         trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         if self.loss_terms.settings is not None:
             self.loss_terms.settings.check_schedules_are_on(self.state.max_steps)
+            missed = self.loss_terms.settings.never_trained(self.state.max_steps)
+            if missed and self.is_world_process_zero():
+                logger.warning(
+                    "%d steps are too few to train %s by its schedule", self.state.max_steps, ", ".join(missed)
+                )
+            self._check_best_metric()
         return trained
+
+    def _check_best_metric(self) -> None:
+        """Refuse to choose the best model by a term that evaluations will lack."""
+        metric, settings = self.args.metric_for_best_model or "", self.loss_terms.settings
+        found = re.search(r"(?:^|_)loss_(layer_\d+(?:_target_\d+)?|target_\d+)$", metric)
+        if settings is None or found is None or found[1] in self.loss_terms.added_names():
+            return
+        if not self.evaluates_terms:
+            raise ValueError(
+                f"metric_for_best_model is {metric!r}, and eval_loss_terms is False, so that evaluations do not report"
+                " auxiliary terms; set it to True, or choose by 'loss'"
+            )
+        if found[1] not in (lasting := settings.evaluated_at(1.0, self.state.max_steps)):
+            raise ValueError(
+                f"metric_for_best_model is {metric!r}, a term without a weight at the end of training, so that later"
+                f" evaluations do not report it; choose by one of {['loss', *(f'loss_{each}' for each in lasting)]}"
+            )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -181,11 +229,6 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         if self._conflict_free is not None:
             self._conflict_free.begin_step()
         return batch_samples, num_items_in_batch
-
-    @property
-    def _training_progress(self) -> float:
-        # max_steps is 0 before training.
-        return min(1.0, self.state.global_step / self.state.max_steps) if self.state.max_steps > 0 else 0.0
 
     def _is_scaled_by_items(self, batch: dict[str, Any]) -> bool:
         """Whether the loss is divided by `num_items_in_batch`, found by computing it with 1 and with 2 items.
@@ -225,18 +268,8 @@ class AuxiliaryLossMixin(EvaluatesTerms):
                 counted = ("num_items_in_batch", "target_counts")
                 passes.append(Pass(outputs, any(kwargs.get(name) is not None for name in counted)))
 
-        hooks = [model.register_forward_hook(record, with_kwargs=True)]
-        if self.loss_terms.takes:
-            hooks.append(model.register_forward_pre_hook(tell, with_kwargs=True))
-        if self._fused_head is not None:
-            self._fused_head.rows = functools.partial(learned_rows(type(self)), inputs)
-        try:
+        with self._hooked(model, tell, record, inputs):
             yield passes
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if self._fused_head is not None:
-                self._fused_head.rows = None
 
     def _compute_loss_with_terms(
         self,

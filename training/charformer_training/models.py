@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from modeling_charformer.auxiliary_losses import Targets
 
 
 # The weights of the auxiliary heads, in the folder of a saved plain model. They are in a subfolder because engines such
@@ -53,6 +55,15 @@ def shifts_labels(model: nn.Module) -> bool | None:
     return known if isinstance(known, bool) else is_causal_lm(type(base)) or None
 
 
+def targets_of(
+    model: Any, inputs: Mapping[str, Any], num_items: Tensor | int | None = None, counts: Tensor | None = None
+) -> Targets:
+    """The targets of a batch for a model with auxiliary losses."""
+    base: Any = unwrap_peft(model)
+    vocabulary = getattr(base, "draft_vocabulary", None)
+    return Targets(label_inputs(base, inputs), base.loss_settings.num_targets, num_items, counts, vocabulary)
+
+
 def label_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The inputs of a model, for `Targets`: labels that the model does not shift count as shifted already."""
     if shifts_labels(model) is not False:
@@ -70,6 +81,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def runs_reference(model: nn.Module) -> bool:
+    """Whether a model with an adapter of PEFT runs without the adapter that is trained, as TRL's reference model does."""
+    # A layer with an adapter, `BaseTunerLayer`; models of Transformers have methods of like names.
+    layers = (module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool))
+    layer: Any = next(layers, None)
+    return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
+
+
+@contextlib.contextmanager
+def with_own_class(model: Any) -> Iterator[None]:
+    """Give a model that FSDP 2 shards its own class back while it is saved.
+
+    `fully_shard` derives a class from it, and Transformers would save that class' code, torch's, in place of the model's.
+    """
+    kind = type(model)
+    plain = next((base for base in kind.__mro__[1:] if not base.__module__.startswith("torch.distributed")), kind)
+    model.__class__ = plain if kind.__module__.startswith("torch.distributed") else kind
+    try:
+        yield
+    finally:
+        model.__class__ = kind
 
 
 @contextlib.contextmanager

@@ -139,9 +139,14 @@ def load_language_model(name: str, field: str = "model", **settings: Any) -> Cha
         raise ValueError(f"{field}: the weights of {label} are damaged or truncated ({_first_line(error)})") from error
     except OSError as error:
         raise FileNotFoundError(f"{field}: the weights of {label} cannot be read: {_first_line(error)}") from error
-    except (KeyError, RuntimeError) as error:
+    except RuntimeError as error:
+        reason = "their shapes differ" if "ignore_mismatched_sizes" in str(error) else _first_line(error)
+        raise ValueError(f"{field}: the weights of {label} are not those of its config.json: {reason}") from error
+    except (ImportError, MemoryError, ValueError):
+        raise
+    except Exception as error:  # pickles and indices raise errors of many kinds
         raise ValueError(
-            f"{field}: the weights of {label} are not those of its config.json: {_first_line(error)}"
+            f"{field}: the weights of {label} cannot be read: {type(error).__name__}, {_first_line(error)}"
         ) from error
     model: CharformerForCausalLM
     model, info = loaded

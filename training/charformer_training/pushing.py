@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
+from yaml import YAMLError
 
 import modeling_charformer
 from modeling_charformer import CharformerConfig, CharformerTokenizer
@@ -28,6 +29,7 @@ from .files import remove
 from .history import drop_steps, final_terms, last_evaluation
 from .models import HEADS_FILE, loss_unit
 from .plots import PICTURE, plot_loss_terms
+from .terminal import one_line
 
 
 logger = logging.getLogger(__name__)
@@ -288,9 +290,8 @@ class HubTrainer(Trainer):
         old = None
         if self.hub_model_id is not None:
             old = _card_on_hub(self.hub_model_id, self.args.hub_token, self.args.hub_revision)
-        path = output_dir / CARD_FILE
-        if old is None and path.is_file() and not path.is_symlink():
-            old = ModelCard.load(path, ignore_metadata_errors=True)
+        if old is None:
+            old = card_of(output_dir)
         merged_card(card or run_card(self.facts(), name), old).save(folder / CARD_FILE)
         self._draw_loss_terms(folder)
 
@@ -409,6 +410,25 @@ def _push_stage(stage: Path, repo_id: str, **upload: Any) -> CommitInfo:
         return commit
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def card_of(folder: Path) -> ModelCard | None:
+    """The model card in a folder, which a person may have written; `None` if there is none.
+
+    Raises:
+        ValueError: If it cannot be read, so that a new card could not keep what it says.
+    """
+    path = folder / CARD_FILE
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
+    except (ValueError, YAMLError) as error:
+        reason = one_line(str(error).split("\n")[0])
+        raise ValueError(
+            f"{one_line(path)} cannot be read, so its text could not be kept: {reason}; repair or delete it"
+        ) from error
+    return card
 
 
 def _card_on_hub(repo_id: str, token: str | None, revision: str | None) -> ModelCard | None:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from modeling_charformer import CharformerConfig
 
@@ -26,7 +27,7 @@ from .command_help import CONFIGS, training_help
 from .pretrained import check_batch, check_size
 from .strict_yaml import MAX_LENGTH, read_yaml
 from .terminal import one_line
-from .trainer_options import check_optimizer, check_options
+from .trainer_options import check_best_is_kept, check_optimizer, check_options
 
 
 USAGE = "charformer-train RECIPE.yaml [--field value ...]"
@@ -107,22 +108,27 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         FileNotFoundError: If there is no such recipe.
     """
     parser = _parser()
-    words = list(argv)
-    given = {word.split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    defaults = vars(parser.parse_args([]))
+    words, recipe = list(argv), {}
+    given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     if words and not words[0].startswith("-"):
         recipe = read_recipe(checked_path("the recipe", words.pop(0)))
-        for source, other in (("data_path", "dataset_name"), ("dataset_name", "data_path")):
-            if f"__{source}" in given:  # a text on the command line replaces either of the recipe's
-                recipe.pop(other, None)
+        # A text on the command line replaces either of the recipe's.
+        if "data_path" in given:
+            of_dataset = ("dataset_", "text_column") if "dataset_name" in recipe else ("dataset_",)
+            recipe = {name: value for name, value in recipe.items() if not name.startswith(of_dataset)}
+        elif "dataset_name" in given:
+            recipe.pop("data_path", None)
         parser.set_defaults(**recipe)
     values = parser.parse(words)
-    if values["num_targets"] == 1 and "__num_targets" in given and "__target_weights" not in given:
+    if values["num_targets"] == 1 and "num_targets" in given and "target_weights" not in given:
         values["target_weights"] = None  # the recipe's weights are of targets that there are not
     for kind, its_settings in (("optim", "optim_args"), ("lr_scheduler_type", "lr_scheduler_kwargs")):
-        if f"__{kind}" in given and f"__{its_settings}" not in given:
+        if kind in given and its_settings not in given:
             values[its_settings] = None  # the recipe's are of its own choice
     _check_program(values)
-    check_options(values)
+    changed = {name for name, value in values.items() if value != defaults[name]}
+    check_options(values, {*recipe, *given}, changed)
     check_ranges({name: value for name, value in values.items() if name not in CONFIG_TYPES})
     model = ModelArguments(**_fields_of(ModelArguments, values))
     _check_model(model)
@@ -130,6 +136,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     run = RunArguments(**_fields_of(RunArguments, values))
     training = _trainer_settings(values)
     check_optimizer(training)
+    check_best_is_kept(training)
+    if training.fp16 and training.device.type == "cpu":
+        raise ValueError("fp16 is true; on a CPU it would have no effect: leave it out, or give bf16")
     if model.model_name_or_path is None:
         check_batch(model.config_fields(), training.per_device_train_batch_size, training.device.type == "cpu")
     # The windows themselves are random; shuffling their numbers would only cost memory.
@@ -174,7 +183,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"there is no recipe {name!r}; those of this project are {', '.join(sorted(file.name for file in CONFIGS.glob('*.yaml')))}"
         )
     if path.stat().st_size > 4 * MAX_LENGTH:
-        raise ValueError(f"{name} has {path.stat().st_size:,} bytes; a recipe has {MAX_LENGTH:,} or fewer")
+        raise ValueError(f"{name} has {path.stat().st_size:,} bytes; a recipe has {MAX_LENGTH:,} characters or fewer")
     try:
         recipe = read_yaml(path.read_text(encoding="utf-8-sig"), name)
     except UnicodeDecodeError as error:
@@ -221,6 +230,10 @@ def _parser() -> Parser:
         usage=USAGE,
         allow_abbrev=False,  # a misspelt field must not be taken for the beginning of another
     )
+    parser.set_defaults(do_train=True, do_eval=True)
+    for action in parser._actions:
+        if action.dest == "include_num_input_tokens_seen":  # true, false or a word
+            action.type = lambda word: word if word in ("all", "non_padding") else string_to_bool(word)
     parser.format_help = lambda: training_help(parser.usage or "", _PARTS)  # type: ignore[method-assign]  # argparse groups no fields as we do
     return parser
 

@@ -1,6 +1,7 @@
 """Checks before a run is resumed: it is the only run in its folder, and the checkpoint is good and fits the model."""
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from .arguments import AuxiliaryLossTrainingArguments
 from .locks import run_lock
-from .manifest import Checkpoint, inspect, newest_good
+from .manifest import RUNNING_SUMS, Checkpoint, inspect, newest_good
 from .metrics import lower_is_better
 from .models import saved_heads
+from .terminal import one_line
 
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,39 @@ def find_checkpoint(folder: str | os.PathLike[str], newest: bool, args: Training
     for warning in found.warnings:
         logger.warning(warning)
     return found
+
+
+@contextlib.contextmanager
+def reading(folder: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Turn each error of the libraries that read a checkpoint, if there is one, into one that names it.
+
+    Raises:
+        ValueError: If something in the checkpoint cannot be read, or does not fit the run.
+    """
+    try:
+        yield
+    except Exception as error:  # pickles and states raise errors of many kinds
+        if folder is None:
+            raise
+        reason = one_line(str(error).strip().split("\n")[0])[:300] or type(error).__name__
+        raise ValueError(f"resume_from_checkpoint: {folder} cannot be read: {reason}") from error
+
+
+def read_sums(folder: Path, max_steps: int) -> dict[str, Any] | None:
+    """The running sums of a checkpoint; `None` if another Trainer wrote it.
+
+    Raises:
+        ValueError: If they or its state cannot be read, or its step lies beyond the end of the run.
+    """
+    with reading(folder):
+        step = int(TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step)
+        if step < 1 or 0 < max_steps < step:
+            raise ValueError(f"it was written after step {step}; it must be 1 to max_steps, {max_steps}")
+        if not (folder / RUNNING_SUMS).exists():
+            return None
+        sums: dict[str, Any] = json.loads((folder / RUNNING_SUMS).read_text(encoding="utf-8"))
+        float(sums["total_loss"]), int(sums["last_logged_step"]), [part["loss"] for part in sums["processes"]]
+        return {"pending": None, **sums}
 
 
 def check_same_weights(folder: Path, model: nn.Module) -> None:

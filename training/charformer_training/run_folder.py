@@ -9,18 +9,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.utils import broadcast_object_list
 
 from .arguments import Arguments, RunArguments
 from .files import append_line, remove, remove_scratch, whole_file
 from .manifest import inspect_result, newest_good
 from .pushing import COMMAND, RECIPE, RESULT
+from .strict_yaml import write_yaml
 
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = "samples.jsonl"
+METRICS = "metrics.json"
 # Files of a trained model in a run's folder.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 # Fields that a recorded recipe leaves out: secrets, and how the command was to begin or resume.
@@ -109,7 +110,8 @@ def _check_choices(run: RunArguments, resume_from_checkpoint: str | None, save_o
 def _plan_to_go_on(folder: Path, held: Sequence[Path], processes: int) -> Start:
     result = inspect_result(folder, RESULT)
     if result is not None and not result.faults:
-        return Start(trained=True, complete=result.complete, settings=dict(result.settings or {}))
+        evaluated = result.complete and (folder / METRICS).exists()
+        return Start(trained=True, complete=evaluated, settings=dict(result.settings or {}))
     for fault in result.faults if result is not None else ():
         logger.warning("The result in %s is not good: %s", folder, fault)
     good, bad = newest_good(folder, processes)
@@ -168,7 +170,7 @@ def _as_recipe_value(value: Any) -> Any:
 
 def _as_yaml(recipe: dict[str, Any]) -> str:
     head = "# All settings of this run, defaults included. To run it again: charformer-train THIS_FILE --output_dir OTHER\n"
-    return head + str(yaml.safe_dump(recipe, sort_keys=False))
+    return head + write_yaml(recipe)
 
 
 def without_secrets(command: Sequence[str]) -> list[str]:

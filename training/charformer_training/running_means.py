@@ -116,5 +116,5 @@ def group_by_layer(terms: Mapping[str, float]) -> dict[str, float]:
     """Replace terms that differ only in the layer number (`layer_1`, `layer_2`, ...) by their mean (`layers`)."""
     groups: dict[str, list[float]] = {}
     for name, value in terms.items():
-        groups.setdefault(re.sub(r"^(gradient_[a-z]+_)?layer_\d+", r"\1layers", name), []).append(value)
+        groups.setdefault(re.sub(r"^(loss_|gradient_[a-z]+_)?layer_\d+", r"\1layers", name), []).append(value)
     return {name: sum(values) / len(values) for name, values in groups.items()}

@@ -24,6 +24,10 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a merge (<<) is not accepted; write its fields out", key_node.start_mark
+                )
             if isinstance(key_node, yaml.ScalarNode):
                 if key_node.value in seen:
                     raise yaml.constructor.ConstructorError(
@@ -31,6 +35,10 @@ class _StrictLoader(yaml.SafeLoader):
                     )
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+class _QuotingDumper(yaml.SafeDumper):
+    """Quotes each text that `_StrictLoader` would read as a number."""
 
 
 def _decimal(loader: _StrictLoader, node: Any) -> int:
@@ -42,7 +50,27 @@ def _decimal(loader: _StrictLoader, node: Any) -> int:
     return int(loader.construct_yaml_int(node))
 
 
+def _number(loader: _StrictLoader, node: Any) -> float:
+    """A number as people read it: YAML 1.1 has 1:30.5 for 90.5."""
+    if ":" in loader.construct_scalar(node):
+        raise yaml.constructor.ConstructorError(
+            None, None, "a number must be decimal; text needs quotes", node.start_mark
+        )
+    return float(loader.construct_yaml_float(node))
+
+
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _number)
+# YAML 1.1 takes 1e-3 for text; people mean a number. So such a text is written in quotes.
+for _kind in (_StrictLoader, _QuotingDumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("+-.0123456789")
+    )
+
+
+def write_yaml(mapping: dict[str, Any]) -> str:
+    """YAML that `read_yaml` reads back, with the keys in their order."""
+    return str(yaml.dump(mapping, Dumper=_QuotingDumper, sort_keys=False))
 
 
 def read_yaml(text: str, source: str) -> Any:

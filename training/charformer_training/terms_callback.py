@@ -61,7 +61,9 @@ class LossTermsCallback(TrainerCallback):
             is_share = self.terms.settings is not None and kwargs.get("num_items_in_batch") is not None
             scale = float(self.trainer.accelerator.num_processes) if is_share else 1 / parts
             self.terms.parts, self.terms.step = parts, self.trainer.state.global_step
-            self.terms.hold(outputs["loss"], outputs, kwargs, loss_scale=scale, scale=scale)
+            loss = outputs.get("loss")
+            loss = next(iter(terms.values())) if loss is None else loss  # a Trainer may compute it itself
+            self.terms.hold(loss, outputs, kwargs, loss_scale=scale, scale=scale)
         elif not model.training:
             positions, rows = counts_of(kwargs, self._shifts_labels)
             for name, value in terms.items():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState, default_data_collator, set_seed
 from transformers.utils import logging
 
+import modeling_charformer
 from modeling_charformer import CharformerConfig, CharformerForCausalLM, CharformerTokenizer
 
 from .arguments import Arguments, ModelArguments, RunArguments
@@ -27,10 +28,10 @@ from .manifest import newest_good, write_result
 from .ngrams import ngram_bits_per_byte
 from .plots import PICTURE
 from .pretrained import load_language_model, read_config
-from .pushing import COMMAND, RECIPE, RESULT
+from .pushing import COMMAND, RECIPE, RESULT, card_of
 from .recipes import USAGE, parse_arguments
 from .resuming import only_run
-from .run_folder import SAMPLES, Start, plan_start, record_run
+from .run_folder import METRICS, SAMPLES, Start, plan_start, record_run
 from .run_settings import check_accepted, check_same_settings
 from .stopping import StoppedBySignal
 from .terminal import USER_ERRORS, printable, report_error, use_safe_streams
@@ -40,8 +41,12 @@ from .units import count_characters, is_utf8
 
 logger = logging.get_logger(__name__)
 
-METRICS = "metrics.json"
-_OWN_FILES = (SAMPLES, RECIPE, COMMAND, RESULT, METRICS, PICTURE, LOCK_FILE, "README.md", "trainer_state.json")
+_OWN_FILES = (SAMPLES, RECIPE, COMMAND, RESULT, METRICS, PICTURE, LOCK_FILE, "README.md", "trainer_state.json") + (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer_config.json",
+)
 
 # Fields that fine-tuning cannot change, since the weights have their shape or were trained with them.
 SHAPE_FIELDS = {
@@ -102,6 +107,11 @@ def build_trainer(
         raise ValueError(
             f"metric_for_best_model is {metric!r}; the text is not UTF-8, so it must be eval_bpb or eval_loss"
         )
+    if metric.endswith(("bpb", "bpc")) and model.config.vocab_size != 256:
+        raise ValueError(
+            f"metric_for_best_model is {metric!r}; with vocab_size={model.config.vocab_size} it must be eval_loss, since only"
+            " a model of bytes alone is evaluated in bits"
+        )
     show_in_use(trainer, window * num_windows // training.max_steps)
     if run.sample_length:
         length = len(run.sample_prompt.encode())
@@ -129,10 +139,14 @@ def train(arguments: Arguments, command: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises:
         FileExistsError: If `output_dir` holds a link or a folder in place of a file that the run writes.
+        ValueError: If `output_dir` holds a model card that cannot be read.
         RuntimeError: If something failed after the trained model was saved. The message says what.
         StoppedBySignal: If a signal ended training. A checkpoint to resume from has been written.
     """
-    check_regular(Path(str(arguments.training.output_dir)), _OWN_FILES, (COMMAND, LOCK_FILE))
+    folder = Path(str(arguments.training.output_dir))
+    code = [path.name for path in Path(str(modeling_charformer.__file__)).parent.glob("*.py")]
+    check_regular(folder, (*_OWN_FILES, *code), (COMMAND, LOCK_FILE))
+    card_of(folder)
     with only_run(arguments.training) as was_killed:
         if was_killed:
             logger.warning("An earlier run in %s was killed", arguments.training.output_dir)
@@ -177,9 +191,11 @@ def _train_alone(arguments: Arguments, command: Sequence[str]) -> dict[str, Any]
 
 def _read_metrics(path: Path) -> dict[str, Any]:
     try:
-        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged; charformer-evaluate measures the model again") from error
+        metrics: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError):
+        metrics = None
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{path} is damaged; delete it, and the same command measures the model again")
     return metrics
 
 
@@ -216,6 +232,12 @@ def _print_beginning(
             f"Fine-tuning {arguments.model.model_name_or_path}: learning rate and losses follow their schedules from the"
             " beginning"
         )
+    training = arguments.training
+    if training.logging_strategy == "steps" and training.logging_steps > training.max_steps:
+        print(
+            f"No loss will be logged: logging_steps is {training.logging_steps:g}, and max_steps={training.max_steps} ends"
+            " before"
+        )
     if start.trained:
         print(f"The trained model is in {arguments.training.output_dir}; what is missing is its evaluation and card")
     elif start.resume_from is not None:
@@ -230,9 +252,11 @@ def _take_up_result(trainer: AuxiliaryLossTrainer, folder: Path) -> None:
     )
     try:
         trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not 1 <= trainer.state.global_step <= trainer.state.max_steps:
+            raise ValueError("its steps are not those of a run")
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{folder / 'trainer_state.json'} is damaged; --overwrite_output_dir begins the run anew"
+            f"{folder / 'trainer_state.json'} is missing or damaged; --overwrite_output_dir begins the run anew"
         ) from error
     trainer.state.init_training_references(trainer, trainer.state.max_steps, trainer.state.num_train_epochs, None)
 
@@ -276,12 +300,14 @@ def _finish(
             commit = trainer.push_to_hub()
             if commit is not None:
                 print(f"\nOn the Hub: {commit.commit_url}", flush=True)
-    if training.should_save and metrics:
+    if metrics:
         with failed.told("the summary"):
             model = trainer.accelerator.unwrap_model(trainer.model)
             length = run.sample_length
+            # All processes write the sample, since the weights may be spread over them.
             text = sample_text(model, tokenizer, run.sample_prompt, length, training.seed) if length else ""
-            print(_summary(folder, metrics, text), flush=True)
+            if training.should_save:
+                print(_summary(folder, metrics, text), flush=True)
     if training.should_save and not failed.messages:
         write_result(folder / RESULT, trainer.run_settings(), complete=True)
     if failed.messages:
@@ -330,9 +356,11 @@ def _compare_ngrams(train: np.ndarray, text: np.ndarray) -> dict[str, float]:
 
 
 def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
-    unit, of = ("bpc", "character") if "eval_bpc" in metrics else ("bpb", "byte")
+    unit, of = ("bpc", "bits per character") if "eval_bpc" in metrics else ("bpb", "bits per byte")
+    if "eval_bpb" not in metrics:  # of a vocabulary that holds more than the bytes
+        unit, of = "loss", "nats per token"
     bits = metrics[f"eval_{unit}"]
-    lines = ["", f"Validation: {bits:.3f} bits per {of} (first {metrics['eval_bytes']:,} bytes of the split)"]
+    lines = ["", f"Validation: {bits:.3f} {of} (first {metrics['eval_bytes']:,} bytes of the split)"]
     lines += [
         f"  counted {name:<8} {metrics[key]:.3f}" + ("" if bits < metrics[key] else "  (not beaten)")
         for name in ("trigram", "unigram")

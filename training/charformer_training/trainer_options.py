@@ -4,8 +4,9 @@ import copy
 import importlib.util
 import inspect
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -17,6 +18,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
 )
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
@@ -26,7 +28,9 @@ from .terminal import one_line
 
 
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-_BEST = re.compile(r"(eval_)?(loss|bpc|bpb|loss_next_char|loss_last_position)")
+_BEST = re.compile(
+    r"(eval_)?(loss|bpc|bpb|loss_next_char|loss_last_position|loss_target_\d+|loss_layer_\d+(_target_\d+)?)"
+)
 _MAY_BE_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 _CHECKPOINTING = {
     "use_reentrant": bool,
@@ -37,10 +41,41 @@ _CHECKPOINTING = {
 }
 _WITH_ADAM = re.compile(r"adam|adema|lion")  # these read adam_beta1 and adam_beta2
 _WITH_TARGET_MODULES = re.compile(r"galore|apollo")
+_OF_METRICS = "it serves metrics of one's own, which only a Trainer in Python can be given"
+_OF_HALF_EVALUATION = "evaluations during training would not follow it (charformer-evaluate has --dtype)"
+# Fields that would change nothing here, and why. Only their defaults are accepted.
+_WITHOUT_USE = {
+    "batch_eval_metrics": _OF_METRICS,
+    "bf16_full_eval": _OF_HALF_EVALUATION,
+    "do_predict": "charformer-evaluate measures a text",
+    "eval_accumulation_steps": _OF_METRICS,
+    "eval_do_concat_batches": _OF_METRICS,
+    "eval_use_gather_object": _OF_METRICS,
+    "fp16_full_eval": _OF_HALF_EVALUATION,
+    "include_for_metrics": _OF_METRICS,
+    "length_column_name": "all windows have one length",
+    "num_train_epochs": "windows are drawn at random for max_steps, so there are no epochs",
+}
+_ALWAYS_ON = {
+    "do_train": "charformer-train trains; charformer-evaluate measures a trained model",
+    "do_eval": "a run ends with an evaluation; eval_strategy 'no' leaves out those before",
+}
+# Fields that have an effect only with another field. Whoever gives that field too, like eval_strategy: 'no', means it.
+_NEEDED = {
+    "eval_strategy": (" 'steps'", ("eval_delay", "eval_steps", "metric_for_best_model")),
+    "push_to_hub": (" true", ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")),
+    "report_to": (" trackio", ("project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id")),
+    "dataset_name": ("", ("dataset_config", "dataset_split", "dataset_streaming")),
+}
 
 
-def check_options(values: dict[str, Any]) -> None:
-    """Refuse options before anything is read. `values` are all fields of a run by their names.
+def check_options(values: dict[str, Any], given: Collection[str], changed: Collection[str]) -> None:
+    """Refuse options before anything is read.
+
+    Args:
+        values: All fields of a run by their names.
+        given: The names of those that recipe or command line give.
+        changed: The names of those whose value is not the default.
 
     Raises:
         ValueError: Names the field, the value and what is accepted.
@@ -51,6 +86,34 @@ def check_options(values: dict[str, Any]) -> None:
     _check_best_model(values)
     _check_compilation(values)
     _check_without_effect(values)
+    _check_use(values, changed)
+    _check_needed(values, given, changed)
+
+
+def _check_use(values: dict[str, Any], changed: Collection[str]) -> None:
+    for name, why in _ALWAYS_ON.items():
+        if not values[name]:
+            raise ValueError(f"{name} is false; it must be true or left out: {why}")
+    for name, why in _WITHOUT_USE.items():
+        if name in changed:
+            raise ValueError(f"{name} is {_in_words(name, values[name])}; it must be left out: {why}")
+    for name in ("eval_strategy", "logging_strategy", "save_strategy"):
+        if values[name] == "epoch":
+            raise ValueError(
+                f"{name} is 'epoch'; it must be 'steps' or 'no': windows are drawn at random, so there are no epochs"
+            )
+
+
+def _check_needed(values: dict[str, Any], given: Collection[str], changed: Collection[str]) -> None:
+    for needed, (state, names) in _NEEDED.items():
+        for name in names if needed not in given else ():
+            if name in changed:
+                value = _in_words(name, values[name])
+                raise ValueError(f"{name} is {value}; it has an effect only with {needed}{state}")
+
+
+def _in_words(name: str, value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else shown(name, value)
 
 
 def _check_mappings(values: dict[str, Any]) -> None:
@@ -106,6 +169,8 @@ def _check_words(values: dict[str, Any]) -> None:
 def _check_reports(values: dict[str, Any]) -> None:
     names = values["report_to"] if isinstance(values["report_to"], list) else [values["report_to"]]
     for name in names:
+        if name in ("none", "all") and len(names) > 1:
+            raise ValueError(f"report_to is {shown('', names)}; {name!r} must stand alone")
         if name in (None, "none", "all"):
             continue
         try:
@@ -118,15 +183,19 @@ def _check_reports(values: dict[str, Any]) -> None:
 
 def _check_best_model(values: dict[str, Any]) -> None:
     metric, evaluates = values["metric_for_best_model"], values["eval_strategy"] != "no"
+    if values["load_best_model_at_end"] and (not evaluates or values["save_strategy"] == "no"):
+        raise ValueError(
+            "load_best_model_at_end is true; it needs eval_strategy 'steps', and save_strategy 'steps' or 'best'"
+        )
     if metric is not None and not _BEST.fullmatch(metric):
         raise ValueError(
             f"metric_for_best_model is {shown('', metric)}; it must be one of eval_loss, eval_bpc, eval_bpb,"
-            " eval_loss_next_char and eval_loss_last_position"
+            " eval_loss_next_char, eval_loss_last_position, and terms like eval_loss_target_2 and eval_loss_layer_1"
         )
     if metric is not None and values["greater_is_better"]:
         raise ValueError(f"greater_is_better is true; it must be left out or false: lower {metric} is better")
     if values["save_strategy"] == "best" and (metric is None or not evaluates):
-        missing = "metric_for_best_model" if metric is None else "an eval_strategy, steps or epoch"
+        missing = "metric_for_best_model" if metric is None else "eval_strategy 'steps'"
         raise ValueError(f"save_strategy is 'best'; it needs {missing}")
 
 
@@ -162,8 +231,6 @@ def _check_without_effect(values: dict[str, Any]) -> None:
     if values["use_liger_kernel"] or values["liger_kernel_config"]:
         name = "use_liger_kernel" if values["use_liger_kernel"] else "liger_kernel_config"
         raise ValueError(f"{name} is given; it must be left out: Liger has no kernels for this model")
-    if values["do_predict"]:
-        raise ValueError("do_predict is true; it must be left out: charformer-evaluate measures a text")
     optim = str(OptimizerNames(values["optim"]).value)
     if values["optim_target_modules"] and not _WITH_TARGET_MODULES.search(optim):
         raise ValueError(f"optim_target_modules is given; optim {optim!r} takes none")
@@ -171,6 +238,35 @@ def _check_without_effect(values: dict[str, Any]) -> None:
         for item in fields(TrainingArguments):
             if item.name.startswith("adam_") and values[item.name] not in (item.default, MISSING):
                 raise ValueError(f"{item.name} is {shown('', values[item.name])}; optim {optim!r} does not use it")
+
+
+def check_best_is_kept(training: TrainingArguments) -> None:
+    """Refuse steps at which the best model would not be found, or not be saved.
+
+    Raises:
+        ValueError: Names the fields, the values and what is accepted.
+    """
+    best = training.load_best_model_at_end or training.save_strategy == "best"
+    if not best or training.eval_strategy == "no":
+        return
+    every = _in_steps(training.eval_steps, training.max_steps)
+    first = every * max(1, math.ceil(training.eval_delay / every))
+    field = "load_best_model_at_end is true" if training.load_best_model_at_end else "save_strategy is 'best'"
+    if first > training.max_steps:
+        raise ValueError(
+            f"{field}; the first evaluation would be at step {first} (eval_steps {training.eval_steps:g}, eval_delay"
+            f" {training.eval_delay:g}), and max_steps={training.max_steps} ends before it"
+        )
+    if training.save_strategy == "steps" and _in_steps(training.save_steps, training.max_steps) != every:
+        raise ValueError(
+            f"{field} and save_steps is {training.save_steps:g}; it must be eval_steps, {training.eval_steps:g}: otherwise"
+            " the best model may be one that was not saved"
+        )
+
+
+def _in_steps(value: float | None, max_steps: int) -> int:
+    """A number of steps that may be given as a share of all steps."""
+    return math.ceil(max_steps * value) if value and value < 1 else int(value or 1)
 
 
 def check_optimizer(training: TrainingArguments) -> None:
@@ -201,8 +297,18 @@ def check_optimizer(training: TrainingArguments) -> None:
 
 def _check_schedule(training: TrainingArguments, weight: torch.nn.Parameter) -> None:
     kwargs: Any = training.lr_scheduler_kwargs or {}  # a mapping by now
-    kind = SchedulerType(training.lr_scheduler_type).value
+    kind = SchedulerType(training.lr_scheduler_type)
     warmup = training.get_warmup_steps(training.max_steps)
+    if warmup > training.max_steps:
+        raise ValueError(
+            f"warmup_steps is {warmup}, and max_steps={training.max_steps} ends before the learning rate is reached; give"
+            f" {training.max_steps} or fewer, or a share of all steps below 1"
+        )
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
+    if warmup and "num_warmup_steps" not in inspect.signature(make).parameters:
+        raise ValueError(
+            f"lr_scheduler_type is {kind.value!r}, which has no warm-up; warmup_steps is {warmup}, it must be 0"
+        )
     optimizer = torch.optim.SGD([weight], training.learning_rate)
     try:
         get_scheduler(kind, optimizer, warmup, training.max_steps, kwargs)
@@ -213,7 +319,7 @@ def _check_schedule(training: TrainingArguments, weight: torch.nn.Parameter) -> 
             )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
-            f"lr_scheduler_kwargs is {shown('', training.lr_scheduler_kwargs)}, which lr_scheduler_type {kind!r} does not"
+            f"lr_scheduler_kwargs is {shown('', training.lr_scheduler_kwargs)}, which lr_scheduler_type {kind.value!r} does not"
             f" accept: {one_line(error)}"
         ) from error
 
