@@ -215,7 +215,8 @@ class VerifiedDecoding:
         if self.stops.pads or not self.is_batch:
             return [row for row in range(self.rows) if not self.ends[row]]
         # Without an end-of-sequence token all rows are written until the last one may end.
-        end = max(self.ends) if all(self.ends) else self.stops.max_length
+        ends = [*self.ends, *(end for _, end in self.finished.values())]
+        end = max(ends) if all(ends) else self.stops.max_length
         return [row for row in range(self.rows) if self.lengths[row] < end]
 
     def _is_done(self) -> bool:
