@@ -395,11 +395,10 @@ class VerifiedDecoding:
     def _leave_out_finished(self) -> None:
         """Once half of a batch's rows are finished, pass the others alone through the model."""
         live = self._live()
-        per_row = [self.position, self.token_type, *self.kwargs.values()]
-        if any(isinstance(one, Tensor) and one.dim() and one.shape[0] != self.rows for one in per_row[:2]) or any(
-            isinstance(one, Tensor) for one in per_row[2:]
-        ):
-            return
+        of_rows = [one for one in (self.position, self.token_type) if one is not None]
+        unknown = any(isinstance(one, Tensor) for one in self.kwargs.values())
+        if unknown or any(one.shape[0] != self.rows for one in of_rows):
+            return  # there are inputs of which it is not known what belongs to a row
         for row in range(self.rows):
             if row not in live:
                 self.finished[self.numbers[row]] = (self.text[row, : self.lengths[row]].tolist(), self.ends[row])
