@@ -25,7 +25,11 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 
-from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments  # noqa: E402
+from charformer_training import (  # noqa: E402
+    AuxiliaryLossMixin,
+    AuxiliaryLossTrainer,
+    AuxiliaryLossTrainingArguments,
+)
 from charformer_training.fused_head import check_same_heads  # noqa: E402
 from modeling_charformer import CharformerForSequenceClassification  # noqa: E402, F401
 from tests.clients import trl_program as program  # noqa: E402
@@ -95,6 +99,19 @@ def test_sft_of_an_adapter_has_the_figures_of_our_trainer(kind, adapter, tmp_pat
     trainer = program.sft(tmp_path, MODELS[kind](), eval=True, peft_config=ADAPTERS[adapter])
     trainer.train()
     expected, metrics = ours(trainer, with_adapter(MODELS[kind](), trainer, ADAPTERS[adapter]), tmp_path)
+    assert_same_logs(loss_logs(trainer), expected)
+    assert_same_logs([evaluated(trainer)], [metrics])
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [{"heads": "own"}, {"heads": "sequential", "num_targets": 3}, {"draft_vocabulary": range(32, 128)}],
+    ids=lambda heads: next(iter(heads.values())) if "heads" in heads else "draft vocabulary",
+)
+def test_sft_of_other_heads_has_the_figures_of_our_trainer(heads, tmp_path):
+    trainer = program.sft(tmp_path, program.llama(**heads), eval=True, gradient_accumulation_steps=2)
+    trainer.train()
+    expected, metrics = ours(trainer, program.llama(**heads), tmp_path)
     assert_same_logs(loss_logs(trainer), expected)
     assert_same_logs([evaluated(trainer)], [metrics])
 
@@ -354,6 +371,19 @@ def test_reward_is_refused_at_the_first_step(make_folder, tmp_path):
         processing_class=program.tokenizer(),
     )
     with pytest.raises(ValueError, match="compute_loss of RewardTrainer calls the model without labels"):
+        trainer.train()
+
+
+def test_distillation_is_refused_at_the_first_step(tmp_path):
+    mixed: Any = type("Distillation", (AuxiliaryLossMixin, trl.DistillationTrainer), {})
+    trainer = mixed(
+        program.llama(),
+        program.llama(),
+        args=trl.DistillationConfig(**program.settings(tmp_path)),
+        train_dataset=datasets.Dataset.from_dict({"prompt": TEXTS[:4]}),
+        processing_class=program.tokenizer(),
+    )
+    with pytest.raises(ValueError, match="Distillation runs a function of its own in place of the model's forward"):
         trainer.train()
 
 

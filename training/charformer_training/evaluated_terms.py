@@ -20,7 +20,7 @@ from .fused_head import FusedHead, learned_rows
 from .gradient_options import bare_model
 from .head_accuracy import head_accuracies
 from .logger_names import LoggerNames
-from .loss_terms import MAIN, LossTerms, further_losses_of, log_key, loss_dict_of
+from .loss_terms import MAIN, TRAINING_INPUTS, LossTerms, further_losses_of, log_key, loss_dict_of
 from .models import runs_reference
 from .running_means import EvaluationTerms, group_by_layer
 from .units import NATS_PER_BIT, begins_character
@@ -79,6 +79,13 @@ class EvaluatesTerms(Base):
             self._fused_head.rows = functools.partial(learned_rows(type(self)), inputs)
         try:
             yield
+        except TypeError as error:
+            if any(f"unexpected keyword argument '{name}'" in str(error) for name in TRAINING_INPUTS):
+                raise ValueError(
+                    f"{type(self).__name__} runs a function of its own in place of the model's forward, which does not compute"
+                    f" auxiliary losses ({error}). Train a model without them there"
+                ) from error
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
