@@ -7,6 +7,7 @@ _TOO_LITTLE_SPACE = "Free some space, or give a folder on another disk; `save_to
 _SEES_THE_ANSWER = "Take a model that reads from left to right, or losses on a classifier of this one."
 _OTHER_LOSS = "Compute the losses in a term of your own, with `add_loss_term`."
 _GONE = "Check the path; relative ones begin in the folder from which the program was started."
+_REASON = "This is the reason in another message, which says what to do."
 _COPY_AGAIN = "Copy or download the folder again, or take one of the run's checkpoints."
 
 CURES: dict[str, dict[str, str]] = {
@@ -71,7 +72,7 @@ CURES: dict[str, dict[str, str]] = {
         "is empty": "Give a file that holds text; an interrupted download can leave an empty one.",
         "has the columns": "Give one of these as `text_column`.",
         "cannot be read": "Check the name, the `dataset_config`, the split and the connection to the Hub.",
-        "there is no text in it": "Check `text_column`: all of its rows are empty.",
+        "there is no text in the file": "Check `text_column`: all of its rows are empty.",
     },
     "draft_heads": {
         "the model's output embeddings": "Resize heads and embeddings together, or train the heads again.",
@@ -79,12 +80,16 @@ CURES: dict[str, dict[str, str]] = {
     "evaluate_cli": {
         "the folder of … cannot be": "Give a file in a folder that you may write to.",
         "is not available or not known": "Give `cpu`, or `cuda` where PyTorch was installed for the GPU.",
+        "it holds shapes without values": _REASON,
         "is empty": "Often a shell variable is not set: give the model and the text as the message shows.",
     },
     "evaluation": {
         "the text is a single character": "Give a longer text.",
         "bits by position need more than a window": "Give a longer text, or leave out `--plots`.",
-        "its values have another type": "Shown as the reason in the message about a damaged state file.",
+        "is not finite": "Evaluate in float32 (`--dtype float32`). If that fails too, copy or download the weights again.",
+        "it is a folder, a device or a pipe": _REASON,
+        "its values have another type": _REASON,
+        "its values are no bits": _REASON,
         "there is no file": _GONE,
         "is empty": "Give a file that holds text.",
     },
@@ -98,6 +103,9 @@ CURES: dict[str, dict[str, str]] = {
     },
     "heads_file": {
         "it holds a model without auxiliary heads": "Give the folder of the full model, not the one for inference alone.",
+        "was saved with another model": "Load the heads into the model that they were trained with.",
+        "was saved with another draft_vocabulary": "Load the heads by `load_auxiliary_losses`, which takes their vocabulary too.",
+        "the model's configuration says": _COPY_AGAIN,
         "was saved with other auxiliary losses": "Add the losses with the settings of that model, or load them by"
         " `load_auxiliary_losses`.",
     },
@@ -138,6 +146,7 @@ CURES: dict[str, dict[str, str]] = {
         "there is no field": "Correct the name; `charformer-train --help` lists all fields.",
     },
     "resuming": {
+        "cannot be read": "Resume from an earlier checkpoint.",
         "holds no complete checkpoint": "Begin anew with `--overwrite_output_dir`; nothing that could go on was saved.",
         "is not good": "Resume from the checkpoint that the message names.",
         "is the checkpoint of another model": "Give the settings of the run, or another `output_dir` for the new ones.",
@@ -155,6 +164,7 @@ CURES: dict[str, dict[str, str]] = {
     "train": {
         "no checkpoint to go on from": "Give another `output_dir` for the new settings, or train again with"
         " `--overwrite_output_dir`.",
+        "its steps are not those of a run": _REASON,
         "validation loss is not finite": "Lower the learning rate, warm it up for longer, or clip gradients"
         " (`max_grad_norm`), and train again.",
         "the trained model is whole": "Cure what follows, then give the command again with `--resume auto`: nothing is"
@@ -162,6 +172,7 @@ CURES: dict[str, dict[str, str]] = {
     },
     "trainer_options": {
         "the package deepspeed is not installed": "`pip install deepspeed`, or leave the field out.",
+        "the first evaluation would be at step": "Lower `eval_steps` or `eval_delay`, or raise `max_steps`.",
         "report_to is": "Install the logger's package, or give `none`.",
         "only torch_compile_backend 'inductor' has modes": "Leave one of the two out.",
         "optim_target_modules is given": "Leave the field out, or take an optimizer with target modules, such as GaLore.",

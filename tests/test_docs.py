@@ -22,7 +22,7 @@ MARKDOWN = sorted(
 )
 # Words by which a message says itself what to do, or what is accepted.
 ADVICE = re.compile(
-    r"\b(must|give|leave|choose|set|delete|lower|train (on|with)|start|install|unpack|merge|use|move|write|shorten|resume"
+    r"\b(must|give|leave|choose|set|delete|lower|train (on|with|a)|start|install|unpack|merge|use|move|write|put|goes in front|shorten|resume"
     r"|generate them|build a new one|it (needs|takes|has)|needs|may hold|a schedule returns|or (more|less|fewer)"
     r"|from 0 to 1|known schedules|knows|the most|the terms of|layers are|own are|end in|lines, like|text needs quotes"
     r"|gives it|adds? (it|more)|measures the model|begins the run anew|those that do)\b",
