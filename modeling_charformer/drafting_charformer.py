@@ -24,9 +24,9 @@ LOOK_UP_TRUST = 0.9
 # The most drafts of an early exit. Each costs a pass through some layers.
 MAX_EARLY_DRAFTS = 8
 # So many passes with drafts are compared with plain ones. If they did not pay, so many passes go without: at first, and at most.
-# `TOLERANCE` is how much slower than plain passes they may be, since times are noisy. `TRIAL` passes tell what drafts cost, and
-# are enough if no draft was right.
-PATIENCE, TRIAL, SHORTEST_REST, LONGEST_REST, TOLERANCE = 8, 3, 8, 128, 1.03
+# `TOLERANCE` is how much slower than plain passes they may be, since times are noisy. `TRIAL` passes tell what drafts cost. They
+# are enough if no draft was right, or if they were slower by `LOSS`. The first of them has as many drafts at most.
+PATIENCE, TRIAL, SHORTEST_REST, LONGEST_REST, TOLERANCE, LOSS = 8, 3, 16, 128, 1.03, 1.15
 # How many ranges of a drafter's probabilities are told apart.
 BINS = 5
 # After this many passes one without drafts is timed.
@@ -147,6 +147,10 @@ class Pace:
             found[0] += number < matches
             found[1] += 1
 
+    def most_drafts(self) -> int:
+        """How many drafts to ask for at most."""
+        return LOOK_UP if self.of_draft else TRIAL
+
     def accuracy(self) -> float:
         """How often drafts were right, where those before them were."""
         return (sum(hits for hits, _ in self.right) + 1) / (sum(trials for _, trials in self.right) + 1)
@@ -181,12 +185,14 @@ class Pace:
         self.recent.append((verified, tokens, drafting, seconds))
         if drafts:
             self.of_draft.append(drafting / drafts)
+        passes, seconds_in_all = len(self.recent), sum(one[3] for one in self.recent)
         written = sum(one[1] for one in self.recent)
-        hopeless = len(self.recent) >= TRIAL and written <= len(self.recent)
-        if len(self.recent) < PATIENCE and not hopeless:
+        if passes < TRIAL:
             return
-        if not hopeless and written * statistics.median(self.plain) * TOLERANCE >= sum(one[3] for one in self.recent):
-            self.losses = 0
+        tolerance = TOLERANCE if passes >= PATIENCE else LOSS
+        if written > passes and written * statistics.median(self.plain) * tolerance >= seconds_in_all:
+            if passes >= PATIENCE:
+                self.losses = 0
             return
         self.losses += 1
         self.resting = min(SHORTEST_REST * 2 ** (self.losses - 1), LONGEST_REST)
@@ -253,7 +259,7 @@ def write_drafts(
     drafts: list[Tensor] = []
     found = Drafts(last[:, None][:, :0], [[] for _ in texts])
     # Text that repeats itself is looked up for as long as that goes well; the drafter is not asked.
-    asked = 0 if pace.repeats and all(agrees[row] for row in live) else min(max_drafts, limit)
+    asked = 0 if pace.repeats and all(agrees[row] for row in live) else min(max_drafts, limit, pace.most_drafts())
     for number in range(asked):
         probabilities, choice = choose(drafts, draft(number, drafts[-1] if drafts else last))
         found.written += 1

@@ -215,7 +215,8 @@ class VerifiedDecoding:
         if self.stops.pads or not self.is_batch:
             return [row for row in range(self.rows) if not self.ends[row]]
         # Without an end-of-sequence token all rows are written until the last one may end.
-        end = max(self.ends) if all(self.ends) else self.stops.max_length
+        ends = [*self.ends, *(end for _, end in self.finished.values())]
+        end = max(ends) if all(ends) else self.stops.max_length
         return [row for row in range(self.rows) if self.lengths[row] < end]
 
     def _is_done(self) -> bool:
@@ -233,11 +234,14 @@ class VerifiedDecoding:
             return Drafts(self.text[:, :0], [])
         self._reserve(limit)
         mask = None if self.mask is None else mask_up_to(self.mask, self.seen + 1)
-        last = torch.tensor([ord(text[-1]) for text in self.strings], device=self.text.device)
         with self.drafter.drafts(self.kwargs, mask, self.state) as draft:
             return write_drafts(
-                draft, self.drafter.max_drafts, self._choose, self.strings, last, limit, self.pace, live
+                draft, self.drafter.max_drafts, self._choose, self.strings, self._last(), limit, self.pace, live
             )
+
+    def _last(self) -> Tensor:
+        """The last token `(B,)` of each row."""
+        return torch.tensor([ord(text[-1]) for text in self.strings], device=self.text.device)
 
     def _choose(self, drafts: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
         if drafts and not self.pointwise:
@@ -263,8 +267,7 @@ class VerifiedDecoding:
         if self.rows == 1:
             ids = self.text[:, : self.lengths[0] + fed - 1]
         else:
-            last = torch.tensor(self.lengths, device=self.text.device)[:, None] - 1
-            ids = torch.cat([self.text.gather(1, last), drafts], dim=-1)
+            ids = torch.cat([self._last()[:, None], drafts], dim=-1)
         more: dict[str, Any] = {}
         if self.position is not None:
             more["position_ids"] = self.position + torch.arange(1, fed + 1, device=self.position.device)
@@ -329,10 +332,12 @@ class VerifiedDecoding:
             self.streamer.put(picked[:, : kept[0]].cpu())
         kept = [one or max(kept) for one in kept]
         states = self.states[:, -fed:]
-        self.state = states[:, kept[0] - 1] if self.rows == 1 else self._of_each(states, kept)
+        alike = len(set(kept)) == 1
+        self.state = states[:, kept[0] - 1] if alike else self._of_each(states, kept)
         self.seen += kept[0]
         if self.position is not None:
-            self.position = self.position + torch.tensor(kept, device=self.position.device)[:, None]
+            more = kept[0] if alike else torch.tensor(kept, device=self.position.device)[:, None]
+            self.position = self.position + more
         self._align(kept, fed)
         return matches
 
@@ -346,9 +351,8 @@ class VerifiedDecoding:
         if self.rows == 1:
             self.text[:, self.lengths[0] : self.lengths[0] + count] = tokens
         else:
-            rows = torch.arange(self.rows, device=self.text.device)[:, None]
-            places = torch.tensor(self.lengths, device=self.text.device)[:, None]
-            self.text[rows, places + torch.arange(count, device=self.text.device)] = tokens
+            places = [[*range(length, length + count)] for length in self.lengths]
+            self.text.scatter_(1, torch.tensor(places, device=self.text.device), tokens)
 
     def _extend(self, row: int, new: list[int]) -> int:
         """Make `new` tokens, which were put after the row's end, part of it, up to where it ends; returns how many."""
@@ -391,11 +395,10 @@ class VerifiedDecoding:
     def _leave_out_finished(self) -> None:
         """Once half of a batch's rows are finished, pass the others alone through the model."""
         live = self._live()
-        per_row = [self.position, self.token_type, *self.kwargs.values()]
-        if any(isinstance(one, Tensor) and one.dim() and one.shape[0] != self.rows for one in per_row[:2]) or any(
-            isinstance(one, Tensor) for one in per_row[2:]
-        ):
-            return
+        of_rows = [one for one in (self.position, self.token_type) if one is not None]
+        unknown = any(isinstance(one, Tensor) for one in self.kwargs.values())
+        if unknown or any(one.shape[0] != self.rows for one in of_rows):
+            return  # there are inputs of which it is not known what belongs to a row
         for row in range(self.rows):
             if row not in live:
                 self.finished[self.numbers[row]] = (self.text[row, : self.lengths[row]].tolist(), self.ends[row])

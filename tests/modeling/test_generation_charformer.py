@@ -155,8 +155,8 @@ def test_drafts_that_are_never_right_are_given_up_and_others_are_not():
         pace.plain.append(1.0)
         for _ in range(3):
             pace.passed(verified=4, drafts=4, tokens=tokens, drafting=0.1, seconds=1.1)
-        rests.append([pace.rests() for _ in range(10)])
-    assert rests == [[True] * 8 + [False] * 2, [False] * 10]
+        rests.append([pace.rests() for _ in range(20)])
+    assert rests == [[True] * 16 + [False] * 4, [False] * 20]
 
 
 def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.accelerator import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -356,6 +357,33 @@ def test_a_loop_of_ones_own_has_the_figures_of_the_trainer(batch, with_accelerat
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         backward = accelerator.backward
     assert_same_logs(loop(model, optimizer, loader, 8 // batch, backward), expected)
+
+
+def test_a_compiled_model_is_told_what_the_plain_one_is():
+    model = add_auxiliary_losses(build("llama"))
+    of_compiled: Any = torch.compile(model, backend="eager")
+    plain, compiled = LossTerms(model, 2), LossTerms(of_compiled, 2)
+    for terms in (plain, compiled):
+        terms.begin_step(list(DataLoader(Rows("next", 8), batch_size=4)))
+    assert plain.model_inputs().keys() == compiled.model_inputs().keys() >= {"training_progress", "target_counts"}
+    assert plain.counts is not None and compiled.counts is not None and plain.counts.equal(compiled.counts)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loop_on_several_processes_whose_heads_drop_out_needs_unused_parameters(compiled):
+    def wrapped(model: Any, unused: bool) -> Any:
+        wrapper = DistributedDataParallel.__new__(DistributedDataParallel)  # without processes
+        nn.Module.__init__(wrapper)
+        wrapper.module, wrapper.find_unused_parameters = model, unused
+        return torch.compile(wrapper, backend="eager") if compiled else wrapper
+
+    model = add_auxiliary_losses(build("llama"))
+    with pytest.raises(ValueError, match=r"heads of \['layer_1_target_2', .* do not run at each step"):
+        LossTerms(wrapped(model, False))
+    for fine in (wrapped(model, True), wrapped(add_auxiliary_losses(build("llama"), intermediate_layers=None), False)):
+        terms = LossTerms(fine)
+        assert "target_counts" in terms.takes
+        assert isinstance(getattr(fine, "_orig_mod", fine), DistributedDataParallel)  # it is still there
 
 
 def test_a_loop_counts_on_in_the_next_epoch_and_ends_at_its_last_step():

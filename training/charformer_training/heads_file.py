@@ -94,14 +94,20 @@ class SavesHeads(PreTrainedModel):
                     f" model, by its width and vocabulary, {tuple(weight.shape)}"
                 )
         if VOCABULARY in saved and not saved[VOCABULARY].equal(own[VOCABULARY].cpu()):
-            raise ValueError(f"{path} was saved with another draft_vocabulary, of {len(saved[VOCABULARY])} tokens")
+            raise ValueError(
+                f"{path} was saved with another draft_vocabulary, of {len(saved[VOCABULARY])} tokens; give add_auxiliary_losses that"
+                " one, or use load_auxiliary_losses"
+            )
         self.load_state_dict(saved, strict=False)
 
 
 def vocabulary_of_heads(path: Path) -> Tensor:
     with safe_open(path, framework="pt") as saved:
         if VOCABULARY not in saved.keys():  # noqa: SIM118  # it is no mapping
-            raise ValueError(f"{path} has no {VOCABULARY}; the model's configuration says that its heads have one")
+            raise ValueError(
+                f"{path} has no {VOCABULARY}; the model's configuration says that its heads have one. Give a folder that"
+                " save_pretrained wrote"
+            )
         return cast(Tensor, saved.get_tensor(VOCABULARY))
 
 

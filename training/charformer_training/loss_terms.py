@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import extract_model_from_parallel, reduce
+from accelerate.utils import reduce
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, ScheduleContext, scheduled
 
-from .models import targets_of, unwrap_peft
+from .models import targets_of, unwrap_peft, unwrapped
 from .running_means import TrainingTerms, group_by_layer
 
 
@@ -59,6 +60,7 @@ class LossTerms:
 
     Args:
         model: The model that the loop calls, in its wrappers (DistributedDataParallel, `torch.compile`, PEFT) if it has any.
+            Heads that drop out need `find_unused_parameters=True` of DistributedDataParallel.
         num_steps: Number of optimizer steps, for the schedules of the weights. Without it, weights stay as they are at first.
         seed: Seed of what the model draws for its terms alone.
     """
@@ -86,10 +88,26 @@ class LossTerms:
     def use(self, model: nn.Module) -> None:
         """Take the terms of another model from now on; those of `add_term` stay."""
         self.model = model
-        base = unwrap_peft(extract_model_from_parallel(model))
+        base = unwrapped(model)
         self.settings: AuxiliaryLossSettings | None = getattr(base, "loss_settings", None)
         self.takes = frozenset(name for name in TRAINING_INPUTS if takes(base, name))
         """The names among `TRAINING_INPUTS` that the model takes."""
+        wrapper = getattr(model, "_orig_mod", model)  # of a compiled model
+        if isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters:
+            self._check_all_heads_run(base)
+
+    def _check_all_heads_run(self, base: Any) -> None:
+        """Refuse what torch would stop at in the middle of training: parameters without a gradient in one of its wrappers."""
+        heads = getattr(base, "auxiliary_heads", getattr(base, "auxiliary_classifiers", {}))
+        with_weights = [name for name, head in heads.items() if any(True for _ in head.parameters())]
+        moments = [self.settings.weights_at(percent / 100, percent) for percent in range(101)] if self.settings else []
+        dropped = [name for name in with_weights if any(not weights.get(name, 1.0) for weights in moments)]
+        if dropped:
+            raise ValueError(
+                f"DistributedDataParallel has find_unused_parameters=False, and the heads of {dropped} do not run at each step;"
+                " torch would stop there. Set it to True, with Accelerate by"
+                " Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])"
+            )
 
     # ---- Terms of one's own ----
 
@@ -198,7 +216,7 @@ class LossTerms:
             return None
         if not all(isinstance(batch, Mapping) and "labels" in batch for batch in micro_batches):
             return None
-        base = extract_model_from_parallel(self.model)
+        base = unwrapped(self.model)
         targets = [targets_of(base, batch) for batch in micro_batches]
         own = [of_batch.counts() for of_batch in targets]
         device = next(self.model.parameters()).device
@@ -250,7 +268,7 @@ class LossTerms:
         """Numbers of the targets in a batch over which each term of a language model is a mean; empty for other models."""
         if self.settings is None or "target_counts" not in self.takes or inputs.get("labels") is None:
             return {}
-        base = extract_model_from_parallel(self.model)
+        base = unwrapped(self.model)
         return self._by_term(targets_of(base, inputs).counts())
 
     def _by_term(self, counts: Tensor) -> dict[str, Tensor]:

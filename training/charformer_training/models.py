@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -27,9 +28,17 @@ def saved_heads(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def unwrap_peft(model: nn.Module) -> nn.Module:
-    """The model of Transformers inside a PEFT model; any other model is returned unchanged."""
+    """The model of Transformers inside a PEFT model, or a compiled one; any other model is returned unchanged."""
+    model = getattr(model, "_orig_mod", model)  # of `torch.compile`
     base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
+    return unwrap_peft(base()) if callable(base) else model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of Transformers in whatever wrappers: of several processes, compiled, PEFT."""
+    # Accelerate would take a compiled model's wrappers off for good.
+    inner = extract_model_from_parallel(unwrap_peft(model), keep_torch_compile=False)
+    return unwrap_peft(inner)
 
 
 def is_causal_lm(kind: type) -> bool:
