@@ -109,7 +109,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """
     parser = _parser()
     defaults = vars(parser.parse_args([]))
-    words, recipe = list(argv), {}
+    words, recipe = list(argv), dict[str, Any]()
     given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     if words and not words[0].startswith("-"):
         recipe = read_recipe(checked_path("the recipe", words.pop(0)))

@@ -62,10 +62,9 @@ def _number(loader: _StrictLoader, node: Any) -> float:
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
 _StrictLoader.add_constructor("tag:yaml.org,2002:float", _number)
 # YAML 1.1 takes 1e-3 for text; people mean a number. So such a text is written in quotes.
-for _kind in (_StrictLoader, _QuotingDumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("+-.0123456789")
-    )
+_EXPONENT = "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("+-.0123456789")
+_StrictLoader.add_implicit_resolver(*_EXPONENT)
+_QuotingDumper.add_implicit_resolver(*_EXPONENT)
 
 
 def write_yaml(mapping: dict[str, Any]) -> str:
