@@ -1,10 +1,11 @@
-"""Cross-entropy of a linear classifier over a large vocabulary: the ways to compute it, by time and peak memory.
+"""Cross-entropy of a linear classifier over a large vocabulary: time and peak memory of the methods.
 
     python benchmarks/cross_entropy.py [--shape gpt2] [--rows 512] [--repeats 3] [--output FILE]
 
-Shapes: `gpt2` (width 768, 50,257 symbols) and `qwen` (width 512, 151,936 symbols). Each way computes the sum of the rows'
-cross-entropies, each row weighed by a number of its own where it can, and the gradients on the rows and on the classifier. Time is
-that of the CPU, by turns in one run; memory is that of separate processes, and includes the rows, the matrix and its gradient.
+Shapes: `gpt2` (width 768, 50,257 symbols) and `qwen` (width 512, 151,936 symbols). Each method computes the sum of the
+rows' cross-entropies, and the gradients on the rows and on the classifier. Rows have different weights where the method
+accepts weights. Time is CPU time, by turns in one run. Memory is that of separate processes, and includes the rows, the
+matrix and its gradient.
 
 - `plain`: all logits in memory.
 - `pieces`: piece by piece, each run again in the backward pass (`chunked_cross_entropy_sums`).

@@ -39,7 +39,7 @@ def snippets(length: int) -> tuple[Examples, Examples]:
 
 
 def balanced(examples: Examples) -> Examples:
-    """As many examples of each label as the rarest one has, in random order."""
+    """As many examples of each label as the rarest label has, in random order."""
     shuffled = random.Random(0).sample(examples, len(examples))
     each = min(Counter(label for _, label in examples).values())
     groups = [[example for example in shuffled if example[1] == label][:each] for label in range(len(PACKAGES))]

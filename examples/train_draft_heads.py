@@ -2,8 +2,8 @@
 
 python examples/train_draft_heads.py MODEL OUTPUT_FOLDER TEXT_FILE [TEXT_FILE ...] [--heads sequential] [--steps 800]
 
-MODEL is a folder or an id on the Hub. OUTPUT_FOLDER gets the model with its heads, for `generate(use_extra_targets=True)`, and, with
---heads shared, the folder `medusa`, for vLLM.
+MODEL is a folder or an id on the Hub. OUTPUT_FOLDER gets the model with its heads, for
+`generate(use_extra_targets=True)`. With --heads shared it also gets the folder `medusa`, for vLLM.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from charformer_training import (
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")
 parser.add_argument("output_folder", type=Path)
-parser.add_argument("text", type=Path, nargs="+", help="files in UTF-8, of what the model will write")
-parser.add_argument("--heads", choices=["shared", "sequential"], default="shared", help="vLLM serves shared ones")
+parser.add_argument("text", type=Path, nargs="+", help="files in UTF-8, like what the model will write")
+parser.add_argument("--heads", choices=["shared", "sequential"], default="shared", help="vLLM takes shared heads only")
 parser.add_argument("--targets", type=int, default=4, help="tokens that a pass predicts, the next one included")
 parser.add_argument("--vocabulary", type=int, default=4096, help="tokens that are drafted; 0: all")
 parser.add_argument("--steps", type=int, default=800)

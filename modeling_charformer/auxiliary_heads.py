@@ -34,7 +34,7 @@ class AuxiliaryHead(nn.Linear):
         init.zeros_(self.bias)
 
     def resized(self, num_outputs: int, standard_deviation: float) -> "AuxiliaryHead":
-        """A head with another number of outputs and the weights of this one; those of new outputs are drawn."""
+        """A head with another number of outputs and the weights of this one; weights of new outputs are random."""
         other = AuxiliaryHead(self.in_features, num_outputs, self.index)
         other.draw(standard_deviation)
         other = other.to(self.weight.device, self.weight.dtype).requires_grad_(self.weight.requires_grad)
@@ -55,8 +55,8 @@ class ZeroLinear(nn.Linear):
 class ResidualBlock(nn.Module):
     """`h + SiLU(W h)` on hidden states `(..., hidden_size)`; the identity at first (Medusa, section 2.1.1).
 
-    With `embedding_size`, `h + SiLU(W [h; e])` with the embedding `e`, of that size, of the token before the one to predict
-    (like Hydra, Ankner et al. 2024, arXiv 2402.05109, section 3).
+    With `embedding_size` it is `h + SiLU(W [h; e])`. There `e`, of that size, is the embedding of the token before the
+    one to predict (like Hydra, Ankner et al. 2024, arXiv 2402.05109, section 3).
     """
 
     def __init__(self, hidden_size: int, embedding_size: int = 0):

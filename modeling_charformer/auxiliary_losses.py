@@ -76,7 +76,7 @@ def packed_documents(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | N
 
 
 def _numbers(ids: Tensor, vocabulary: Tensor) -> Tensor:
-    """The places of `ids` in `vocabulary` `(n,)`, which rises; -100 for those that it does not hold."""
+    """The indices of `ids` in the sorted `vocabulary` `(n,)`; -100 for ids that it does not hold."""
     places = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
     return torch.where(vocabulary[places] == ids, places, IGNORE_INDEX)
 
@@ -93,8 +93,8 @@ class Targets:
         num_targets: `K`.
         num_items_in_batch: Number of next symbols in the whole optimizer step, as `transformers.Trainer` counts them.
         target_counts: `(2, K)`, the sum of `counts()` over the whole optimizer step.
-        draft_vocabulary: Ids `(n,)` in rising order, the only ones that heads of targets 2..K predict. Their targets are numbers
-            in this list; other symbols are no targets.
+        draft_vocabulary: Ids `(n,)` in ascending order, the only ones that heads of targets 2..K predict. Their targets
+            are indices in this list; other symbols are no targets.
     """
 
     def __init__(
@@ -192,8 +192,9 @@ class LossStep:
         settings: The terms of the model. In evaluation the loss is that of the model's own head.
         labelled: Whether there are labels.
         training: Whether the model is in training mode.
-        progress, step: Share of training and number of optimizer steps done, for the schedules. In evaluation the terms
-            that are active then are computed, too, and have no part in the loss; with `progress` `None` they are not.
+        progress, step: Share of training and number of optimizer steps done, for the schedules. In evaluation with
+            `progress`, the auxiliary terms that are active at that point are computed, too, but are not part of the
+            loss.
         seed: With `step`, determines the positions of the terms if `settings.position_share` is below 1; see
             `PositionSampler`.
     """
@@ -227,7 +228,7 @@ class LossStep:
         self.reads: list[HeadInput] = []
         """What the auxiliary heads have read, recorded if they are to be distilled."""
         self.classifiers: dict[str, LinearClassifier] = {}
-        """The classifiers of the terms that `linear_losses` can compute; terms with one matrix have one in common."""
+        """The classifiers of the terms that `linear_losses` can compute; terms with the same matrix share one."""
         self._distillation = settings.distillation if training else 0.0
         self._distilled: list[str] = []
         self._num_layers = settings.num_layers

@@ -1,13 +1,13 @@
-"""Auxiliary heads that learn from the model's own final distribution, beside the text.
+"""Auxiliary heads that learn from the model's own final distribution, in addition to the text.
 
-A head on layer `l` predicts `k` steps ahead at position `t`. The model's own head predicts the same symbol at position `t + k - 1`,
-where it has read the text up to there. With `p` its distribution, without gradient, and `q` the head's:
+A head on layer `l` predicts `k` steps ahead at position `t`. The model's own head predicts the same symbol at position
+`t + k - 1`, where it has read the text up to there. With `p` its distribution, without gradient, and `q` the head's:
 
     KL_{l,k} = mean over positions t of  sum over symbols v of  p_{t+k-1}(v) * log(p_{t+k-1}(v) / q_t(v))          (nats)
 
-The positions, and the number that divides, are those of the term's cross-entropy. For `k = 1` this is self-distillation (Zhang et al.
-2019, arXiv 1905.08094). For `k > 1` the heads learn from the model's own predictions like those of Hydra++ (Ankner et al. 2024,
-arXiv 2402.05109, teacher loss).
+The positions and the divisor are those of the term's cross-entropy. For `k = 1` this is self-distillation (Zhang et al.
+2019, arXiv 1905.08094). For `k > 1` the heads learn from the model's own predictions like those of Hydra++ (Ankner et
+al. 2024, arXiv 2402.05109, teacher loss).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +28,10 @@ def add_distillation(
     """Add to `step` the term `<name>_distillation` of each head that it has recorded.
 
     Args:
-        logits: `(B, S, V)`, those of the model's own head at all positions. Where heads of further targets have a smaller
-            vocabulary, they learn from the distribution among its symbols.
-        classify: Maps a term and what its head reads, `(..., hidden_size)`, to a list of its logits `(..., V)`; deterministic.
+        logits: `(B, S, V)`, those of the model's own head at all positions. Heads of further targets that have a
+            smaller vocabulary learn from the distribution over its symbols.
+        classify: Maps a term and the input of its head, `(..., hidden_size)`, to a list of its logits `(..., V)`. It
+            must be deterministic.
     """
     for read in step.reads:
         step.add_distilled(read.term, divergence(read, targets, logits.detach(), partial(classify, read.term)))
@@ -39,7 +40,10 @@ def add_distillation(
 def divergence(
     read: HeadInput, targets: Targets, logits: Tensor, classify: Callable[[Tensor], Sequence[Tensor]]
 ) -> Tensor:
-    """The Kullback-Leibler divergence of a term, a float32 scalar in nats. The head runs piece by piece, and again in backward."""
+    """The Kullback-Leibler divergence of a term, a float32 scalar in nats.
+
+    The head runs piece by piece, and once more in the backward pass.
+    """
     term, states, sample = read
     wanted = targets.ahead(term.offset)
     batch, length = wanted.shape

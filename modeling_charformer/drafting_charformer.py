@@ -24,8 +24,9 @@ LOOK_UP_TRUST = 0.9
 # The most drafts of an early exit. Each costs a pass through some layers.
 MAX_EARLY_DRAFTS = 8
 # So many passes with drafts are compared with plain ones. If they did not pay, so many passes go without: at first, and at most.
-# `TOLERANCE` is how much slower than plain passes they may be, since times are noisy. `TRIAL` passes tell what drafts cost. They
-# are enough if no draft was right, or if they were slower by `LOSS`. The first of them has as many drafts at most.
+# `TOLERANCE` is how much slower than plain passes they may be, since times are noisy. `TRIAL` passes tell what drafts
+# cost. They are enough if no draft was right, or if they were slower by `LOSS`. The first of them has `TRIAL` drafts
+# at most.
 PATIENCE, TRIAL, SHORTEST_REST, LONGEST_REST, TOLERANCE, LOSS = 8, 3, 16, 128, 1.03, 1.15
 # How many ranges of a drafter's probabilities are told apart.
 BINS = 5
@@ -118,7 +119,7 @@ class Pace:
         """Whether the last pass verified text that was looked up, and all of it was right."""
 
     def begin_again(self) -> None:
-        """Forget what passes cost, since from now on fewer rows go through them."""
+        """Forget the measured times, since passes hold fewer rows from now on."""
         for times in (self.plain, self.recent, self.of_draft):
             times.clear()
         self.passes = self.resting = self.losses = 0
@@ -131,10 +132,10 @@ class Pace:
         return self.resting >= 0 or self.passes % PLAIN_EVERY == 1
 
     def chance(self, probability: float) -> float:
-        """How likely a draft is right that the drafter gives this probability.
+        """The probability that a draft is right, from the probability that the drafter gives it.
 
-        At first the probability itself. When sampling, drafts share their noise with the text: even one that is improbable is
-        right wherever drafter and model agree.
+        At first it is the probability itself. In sampling, drafts and text are picked by the same random numbers: even
+        an improbable draft is right where drafter and model agree.
         """
         hits, trials = self.right[min(int(probability * BINS), BINS - 1)]
         at_first = (1 + probability) / 2 if self.samples else probability
@@ -148,7 +149,7 @@ class Pace:
             found[1] += 1
 
     def most_drafts(self) -> int:
-        """How many drafts to ask for at most."""
+        """The highest number of drafts to make."""
         return LOOK_UP if self.of_draft else TRIAL
 
     def accuracy(self) -> float:
@@ -156,7 +157,7 @@ class Pace:
         return (sum(hits for hits, _ in self.right) + 1) / (sum(trials for _, trials in self.right) + 1)
 
     def thresholds(self) -> tuple[float, float]:
-        """The probabilities below which it does not pay to write one more draft, and to verify one that is there."""
+        """The probabilities below which it does not pay to write one more draft, and to verify a written one."""
         if len(self.recent) < TRIAL:
             return CONFIDENCE, LOWEST
         if self.known_thresholds and self.passes % PATIENCE:
@@ -211,7 +212,7 @@ def as_string(ids: list[int]) -> str:
 def continuation(text: str, length: int) -> list[int]:
     """`length` ids that followed the last earlier occurrence of the end of `text`; none if there is none.
 
-    Where they reach the end of `text`, it goes in circles, and so do they.
+    Where they reach the end of `text`, the text repeats itself, and so do they.
     """
     first = max(0, len(text) - LOOK_BACK)
     start = text.rfind(text[-LOOK_UP_MATCH:], first, -1) + LOOK_UP_MATCH
@@ -247,10 +248,10 @@ def write_drafts(
     pace: Pace,
     live: list[int],
 ) -> Drafts:
-    """Drafts, at most `limit`, of what follows the `texts`, of which those with the numbers `live` count.
+    """At most `limit` drafts for each of the `texts`; only the rows `live` decide how many.
 
     Where a text repeats itself, its earlier continuation is drafted (prompt look-up, Saxena 2023) until the drafter
-    contradicts it. It also extends beyond the drafter's last draft. `last` `(B,)` holds the last token of each.
+    contradicts it. It also continues after the drafter's last draft. `last` `(B,)` holds the last token of each text.
     """
     looked_up = [continuation(text, min(LOOK_UP, limit)) for text in texts]
     agrees, confidence = [bool(known) for known in looked_up], [1.0] * len(texts)
@@ -294,7 +295,7 @@ def _agreed(
 ) -> Tensor:
     """`choice` `(B,)` with the `number`-th looked-up token in the rows that have one and whose drafter agrees with it.
 
-    In `agrees` the other rows become false.
+    `agrees` is set to false in the other rows.
     """
     known = torch.tensor([ids[number] if number < len(ids) else 0 for ids in looked_up], device=choice.device)
     given = probabilities.gather(1, known[:, None])[:, 0].tolist()

@@ -54,7 +54,7 @@ def to_autocast_dtype(hidden_states: Tensor) -> Tensor:
 
 
 def _last(hidden_states: Tensor, positions: int) -> Tensor:
-    """The last `positions` of `(B, S, hidden_size)`; 0 means all, which are not even sliced."""
+    """The last `positions` of `(B, S, hidden_size)`; 0 means all, without a slice."""
     return hidden_states[:, -positions:] if positions else hidden_states
 
 

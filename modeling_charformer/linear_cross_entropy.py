@@ -6,12 +6,14 @@ computed piece by piece while the logits are there. Of N rows of width d, over V
 - the gradient on the rows, N x d;
 - for the gradient on the classifier, the smaller of two: the gradient on the logits, N x V, or its product with the rows, V x d.
 
-The product is a sum over all rows. How much each row counts is known for certain in the backward pass only. The caller therefore
-says what it expects, up to a factor that all rows share, like the scale of the loss. If the backward pass finds
-other proportions, it runs the classifier again: exact in any case, and slower only there. Second derivatives are refused.
+The product is a sum over all rows. The weight of each row is known for certain in the backward pass only. The caller
+therefore says what it expects, up to a factor that all rows share, like the scale of the loss. If the backward pass
+finds other proportions, it runs the classifier again. The gradients are exact in any case. Second derivatives are
+refused.
 
-The gradient on the classifier has a node of its own in the graph, `_Entry`. The backward pass takes the youngest node that is
-ready. If that node is made before the model runs, its V x d gradient is formed when the activations are gone.
+The gradient on the classifier has a node of its own in the graph, `_Entry`. The backward pass runs the node that was
+created last among those that are ready. If `_Entry` is created before the model runs, its V x d gradient is formed when
+the activations are no longer in memory.
 
 Shapes: N rows, d their width, V vocabulary.
 """
@@ -42,7 +44,7 @@ class LinearClassifier(NamedTuple):
     entry: "ClassifierEntry | None" = None
 
     def with_entry(self) -> "LinearClassifier":
-        """The same, with the node that its gradient will come from, for the first call of `row_cross_entropies`."""
+        """The same, with the node that computes its gradient, for the first call of `row_cross_entropies`."""
         return self._replace(entry=ClassifierEntry.of(self.weight, self.bias))
 
     def to(self, dtype: torch.dtype) -> "LinearClassifier":
@@ -51,14 +53,14 @@ class LinearClassifier(NamedTuple):
 
 
 class _Waiting:
-    """What the gradient on a classifier is summed up from, handed over by one node of the graph to another."""
+    """The parts of the gradient on a classifier, which one node of the graph hands to another."""
 
     sums: "_Sums | None" = None
     has_user = False
 
 
 class ClassifierEntry(NamedTuple):
-    """The node of the graph that the gradient on a classifier comes from."""
+    """The node of the graph that computes the gradient on a classifier."""
 
     token: Tensor
     """A scalar that stands for the classifier's parameters in the graph."""
@@ -78,7 +80,7 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # The token has one user, whose backward pass has just set this. Taken, so that what it holds is free afterwards.
+        # The token has one user, whose backward pass has just set this. It is taken out, so that its tensors are freed.
         sums, ctx.waiting.sums = ctx.waiting.sums, None
         with _without_autocast(gradient.device.type):
             of_weight, of_bias = sums.total()
@@ -86,11 +88,11 @@ class _Entry(torch.autograd.Function):
 
 
 def linear_classifier(module: Any, scale: float = 1.0, cap: float | None = None) -> LinearClassifier | None:
-    """What a module, followed by a scale and a cap, computes, if `row_cross_entropies` can take its place; else `None`.
+    """The function that a module, a scale and a cap compute, if `row_cross_entropies` can take its place; else `None`.
 
-    It can take the place of a linear layer with `MIN_VOCABULARY` or more outputs whose parameters are all that matters. That
-    excludes hooks (those of CPU offloading, or of FSDP 2 on this layer), adapters like LoRA's, parametrizations, quantized
-    matrices, and matrices that are split over devices. In a function that torch.compile traces it never can.
+    It can take the place of a linear layer with `MIN_VOCABULARY` or more outputs that its parameters alone describe.
+    That excludes hooks (those of CPU offloading, or of FSDP 2 on this layer), adapters like LoRA's, parametrizations,
+    quantized matrices, and matrices that are split over devices. It never can in a function that torch.compile traces.
     """
     if (
         torch.compiler.is_compiling()
@@ -193,7 +195,7 @@ class _RowCrossEntropies(torch.autograd.Function):
 
 
 class _Sums(NamedTuple):
-    """What the gradient on a classifier is summed up from, over N rows."""
+    """The parts of the gradient on a classifier, which is a sum over N rows."""
 
     classifier: LinearClassifier
     rows: Tensor

@@ -190,9 +190,10 @@ class LossFields:
             or another of `modeling_charformer.schedule_names()`.
         intermediate_layers: Layers with auxiliary losses: `"all"`, a list of numbers in 1..n-1, or `None`.
         intermediate_weight: Factor on the losses of all intermediate layers; the paper's is 1.
-        intermediate_schedule: How that factor changes in training: `"paper"` (layer `l` of `n` drops out when `l / (2n)`
-            of it is done), `"constant"`, `"linear"`, `"cosine"`, `"random"` (one layer a step), `"rotate_2"`,
-            `"rotate_4"`, `"rotate_8"` (every second, fourth or eighth layer, in rotation), or a name given to `register_schedule`.
+        intermediate_schedule: How that factor changes in training: `"paper"`, `"constant"`, `"linear"`, `"cosine"`,
+            `"random"`, `"rotate_2"`, `"rotate_4"`, `"rotate_8"`, or a name given to `register_schedule`. With `"paper"`
+            layer `l` of `n` drops out when `l / (2n)` of training is done. `"random"` takes one layer a step; the
+            rotations take every second, fourth or eighth layer.
         position_loss: `"all"`: every position of the window counts equally; `"last"`: only the last one counts.
         position_share: Share of the positions on which training computes each auxiliary term, above 0 to 1 (all). They are
             drawn anew for each step and term. Expected values and gradients stay the same; the cost falls with the share.
@@ -200,8 +201,8 @@ class LossFields:
             the fields above; before the schedules apply.
         loss_weighting: `"fixed"`, or `"uncertainty"`: training also learns a factor for each term from the term's
             homoscedastic uncertainty (Kendall et al. 2018, arXiv 1705.07115).
-        distillation: Each auxiliary head also learns from the distribution of the model's own head, at this weight relative to
-            its term's: 0 for not, 1 for as much as from the text. See `distillation.py`.
+        distillation: Weight, relative to its term's, at which each auxiliary head also learns from the distribution of
+            the model's own head. 0 turns this off; with 1 it weighs as much as the text. See `distillation.py`.
     """
 
     num_targets: int = 2
@@ -399,9 +400,9 @@ class AuxiliaryLossSettings(LossFields):
         return self._weights_at(progress, step, chosen=False)
 
     def evaluated_at(self, progress: float | None, step: int | None = None) -> list[str]:
-        """The auxiliary terms that an evaluation at that moment reports: those with a weight.
+        """The auxiliary terms that an evaluation at that point of training reports: those with a weight.
 
-        Schedules that choose among the layers at each step, like `"random"`, choose all of them here.
+        For a schedule that chooses among the layers at each step, like `"random"`, these are the terms of all layers.
         """
         weights = self._weights_at(progress, step, chosen=True)
         return [term.name for term in self.terms if not term.is_main and weights[term.name]]
@@ -435,7 +436,7 @@ def classifier_settings(
     """The losses of a sequence or token classification model with auxiliary classifiers like Inception's.
 
     Szegedy et al. (2015, arXiv 1409.4842), section 5: two classifiers, after about one and two thirds of the network,
-    weighted 0.3, which exist in training only. The main term is called `classification`.
+    weighted 0.3, which predictions do not use. The main term is called `classification`.
     """
     if layers == "thirds":
         layers = sorted({round(num_layers / 3), round(2 * num_layers / 3)} & set(range(1, num_layers)))

@@ -242,8 +242,8 @@ class CharformerForCausalLM(  # type: ignore[misc]  # bases differ in `generate`
                 rows no target lies in another document, see `packed_documents`.
             logits_to_keep: Number of last positions to compute logits for (0 means all), or their indices.
             training_progress: Share of training done, 0 to 1, for the schedules; `None` means 0. In evaluation mode
-                the loss is that of the language model alone; `loss_dict` has the terms that are active then too, and
-                with `None` it has not.
+                the loss is that of the language model alone. `loss_dict` then also holds the active auxiliary terms,
+                unless this is `None`.
             training_step: Number of optimizer steps done, for the schedules that change at each step; `None` means 0.
             training_seed: With `training_step`, determines the positions of the terms if `position_share` is below 1.
             target_counts: `(2, K)` counts over the whole optimizer step, see `Targets`.
@@ -315,8 +315,9 @@ class CharformerClassifier(CharformerPreTrainedModel):
     """The base of the sequence and the token classification model: layers, a head, and auxiliary heads for training.
 
     Like Inception (Szegedy et al. 2015, section 5), the model has an auxiliary head of the same kind on each of
-    `config.classifier_layers`. The heads are in `auxiliary_classifiers`; their weighted losses are added in training.
-    In evaluation `loss_dict` reports them if `training_progress` is given. In a pre-norm model they read their layer's output after the final norm.
+    `config.classifier_layers`. The heads are in `auxiliary_classifiers`. In training their weighted losses are part of
+    the loss. In evaluation `loss_dict` holds them if `training_progress` is given. In a pre-norm model each head reads
+    its layer's output after the final norm.
     """
 
     def __init__(self, config: CharformerConfig):
@@ -351,7 +352,8 @@ class CharformerClassifier(CharformerPreTrainedModel):
             position_ids: `(B, S)`; computed from the mask by default.
             labels: `(B,)`, one for each sequence, or `(B, S)`, one for each character; -100 means no label.
             use_cache: Ignored, since a classifier has no use for a cache. Trainers pass it to every model.
-            training_progress: Share of training done, 0 to 1, for the schedules; `None` means 0.
+            training_progress: Share of training done, 0 to 1, for the schedules; `None` means 0. In evaluation mode
+                `loss_dict` also holds the active auxiliary terms, unless this is `None`.
             training_step: Number of optimizer steps done, for the schedules that change at each step; `None` means 0.
             num_items_in_batch: Number of labels in the whole optimizer step, as `transformers.Trainer` passes it.
         """

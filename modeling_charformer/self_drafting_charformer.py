@@ -131,9 +131,9 @@ def check_processors(processors: LogitsProcessorList) -> None:
 
 
 def quantized_over_tokens(model: Any) -> str | None:
-    """Which modules of a quantized model compute a token's output from the other tokens of the pass too; `None` if none do.
+    """The modules of a quantized model whose output for a token depends on the others of a pass; `None` without any.
 
-    Such a model has no text of its own that could be verified: it depends on how many tokens a pass holds.
+    Drafts of such a model cannot be verified, because its text depends on how many tokens a pass holds.
     """
     for module in model.modules():
         kind = type(module)
@@ -171,7 +171,7 @@ def obstacle_to_drafts(
     if DynamicSlidingWindowLayer in kinds:
         return "a batch of a model with sliding windows"
     if getattr(config, "rolling_context", None):
-        return "a batch with rolling_context, whose rows roll together"
+        return "a batch with rolling_context, whose rows are encoded again together"
     if streamer is not None or config.output_scores or config.output_logits:
         return "a batch with a streamer, output_scores or output_logits, which follow all rows at once"
     if cache.get_seq_length():

@@ -58,10 +58,10 @@ class GumbelNoise:
         self.begin = 0
 
     def at(self, places: list[int], numbers: list[int], offset: int, count: int, like: Tensor) -> Tensor:
-        """`(B, count, V)`, in type like `like` `(B, ..., V)`, for the places from `offset` after each row's next one on.
+        """`(B, count, V)`, of the type of `like`, for the places from `offset` after each row's next one on.
 
-        `numbers` are those of the rows in the batch, all of which the first call holds. The next places of a later call may
-        not lie before the lowest of these.
+        `like` is `(B, ..., V)`. `numbers` are the indices of the rows in the batch; the first call holds all rows. The
+        next places of a later call may not lie before the lowest of these.
         """
         low, high = min(places), max(places) + offset + count
         rows, size = like.shape[0] if self.drawn is None else self.drawn.shape[1], like.shape[-1]
@@ -112,8 +112,8 @@ class Stops:
 class VerifiedDecoding:
     """One call of `generate` that drafts and verifies.
 
-    The rows of a batch are kept padded on the left: a row of which fewer tokens were accepted moves to the right by its
-    distance from the others, in the cache too.
+    The rows of a batch are kept padded on the left. A row with fewer accepted tokens than others is moved to the
+    right, in the cache too.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class VerifiedDecoding:
         self.processors_of = [[_of_row(one, row) for one in processors] for row in range(self.rows)]
         self.is_batch, self.numbers = self.rows > 1, list(range(self.rows))
         self.finished: dict[int, tuple[list[int], int]] = {}
-        """Text and end, by number, of the rows that are passed through the model no more."""
+        """Text and end, by index, of the rows that no longer pass through the model."""
         self.strings = [as_string(row) for row in input_ids.tolist()]
         self.lengths, self.ends = [self.prompt] * self.rows, [0] * self.rows
         self.padding_id = int(getattr(config, "_pad_token_tensor", None) or 0)

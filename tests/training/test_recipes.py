@@ -205,7 +205,7 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
         ("--do_predict", "do_predict is true; it must be left out: charformer-evaluate measures a text"),
         ("--num_train_epochs 5", "num_train_epochs is 5.0; it must be left out: windows are drawn at random"),
         ("--eval_strategy epoch", "eval_strategy is 'epoch'; it must be 'steps' or 'no'"),
-        ("--include_for_metrics loss", "include_for_metrics is ['loss']; it must be left out: it serves metrics"),
+        ("--include_for_metrics loss", "include_for_metrics is ['loss']; it must be left out: it is for metrics"),
         ("--bf16_full_eval", "bf16_full_eval is true; it must be left out: evaluations during training"),
         ("--use_cpu --fp16", "fp16 is true; on a CPU it would have no effect"),
         ("--lr_scheduler_type constant", "lr_scheduler_type is 'constant', which has no warm-up; warmup_steps is 100"),

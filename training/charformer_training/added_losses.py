@@ -131,7 +131,7 @@ class ModelWithLosses(SavesHeads):
         return self._output_class(**values, **self.loss_watch.watched(losses))
 
     def _check_heads_are_trained(self) -> None:
-        """Say once if the heads are frozen while others train: a model would be fitted to heads that nobody has trained."""
+        """Warn once if the heads are frozen while other weights train, which would fit the model to untrained heads."""
         if self._heads_checked or not self.training or torch.compiler.is_compiling():
             return
         self._heads_checked = True
@@ -168,7 +168,7 @@ class ModelWithLosses(SavesHeads):
         return {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
 
     def prepare(self, step: LossStep) -> None:
-        """Make the nodes of the graph that are to run after the model's own in the backward pass."""
+        """Create the nodes of the graph whose backward pass is to run after that of the model."""
 
     def add_losses(
         self, step: LossStep, outputs: Any, inputs: dict[str, Any], target_counts: Tensor | None

@@ -42,8 +42,9 @@ def add_auxiliary_losses(
 
     Classification models of sequences, tokens and images are accepted. The model is changed and returned. In training,
     `forward` also takes `training_progress`, `training_step` and `training_seed`, which `AuxiliaryLossTrainer` passes. Its
-    output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without labels, and in evaluation, the model
-    computes what it did before. `save_pretrained` writes the plain model, or the adapters of a PEFT model, with the
+    output then has `loss_dict` and `loss_weights`, like that of a Charformer. Without labels the model computes what it
+    did before. In evaluation its loss is the plain model's; with `training_progress`, `loss_dict` also holds the active
+    auxiliary terms. `save_pretrained` writes the plain model, or the adapters of a PEFT model, with the
     auxiliary heads in the subfolder `auxiliary_heads/`; `load_auxiliary_losses` loads these.
 
     Every head reads the output of its layer after the model's final norm, and after any further module that the model
@@ -53,17 +54,19 @@ def add_auxiliary_losses(
 
     Args:
         model: The model, or a PEFT model around it.
-        heads: `"shared"`, `"own"` or `"sequential"`. `"shared"`, the default for language models, uses the model's output embeddings on
-            intermediate layers (like LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710). Further targets have a residual
-            block before them, which begins as the identity (like Medusa, Cai et al. 2024, arXiv 2401.10774). `"own"`
-            gives each term a separate linear head, like Al-Rfou et al. (2018). `"sequential"` is `"shared"` with blocks that
-            also read the tokens between their position and their target, one block after the other (like Hydra, Ankner et
-            al. 2024, arXiv 2402.05109); causal language models accept it. Classification models accept `"own"` only.
+        heads: `"shared"`, `"own"` or `"sequential"`. `"shared"`, the default for language models, uses the model's
+            output embeddings on intermediate layers (like LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710). Further
+            targets have a residual block before them, which begins as the identity (like Medusa, Cai et al. 2024, arXiv
+            2401.10774). `"own"` gives each term a separate linear head, like Al-Rfou et al. (2018). `"sequential"` is
+            `"shared"` with blocks in a chain, which also read the tokens between their position and their target (like
+            Hydra, Ankner et al. 2024, arXiv 2402.05109). Only causal language models accept it. Classification models
+            accept `"own"` only.
         heads_only: Train the heads alone, on a frozen model that may be quantized (like Medusa-1, Cai et al. 2024, section
             2.2.1). No other weight is trained, the model runs without a backward pass and without dropout, and its own
             loss is only reported. Each term needs weights of its own: with shared heads, further targets alone have any.
-        draft_vocabulary: Ids of the only tokens that the heads of further targets predict, like those of `frequent_tokens`: with
-            a large vocabulary, drafts then cost less. Other tokens are no targets of theirs. For causal language models.
+        draft_vocabulary: Ids of the only tokens that the heads of further targets predict, like those of
+            `frequent_tokens`. With a large vocabulary, drafts then cost less. Other tokens are never their targets.
+            Only causal language models accept it.
         settings: The fields of `LossFields`, with the defaults that they have there. A masked language model does not accept
             `position_loss` and those of targets. A classification model accepts `intermediate_layers` (default
             `"thirds"`), `intermediate_weight` (0.3), `intermediate_schedule` (`"constant"`), `term_weights` and
@@ -128,7 +131,7 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) ->
 def _checked_vocabulary(
     model: PreTrainedModel, mixin: type[ModelWithLosses], losses: AuxiliaryLossSettings, vocabulary: Any
 ) -> Tensor:
-    """The ids of a draft vocabulary, in rising order."""
+    """The ids of a draft vocabulary, in ascending order."""
     if mixin is not CausalLMWithLosses or losses.num_targets < 2:
         raise ValueError(
             f"draft_vocabulary is what heads of further targets predict; this {type(model).__name__} has"

@@ -289,8 +289,8 @@ class AuxiliaryLossTrainingArguments(TrainingArguments):
     eval_loss_terms: bool = field(
         default=True,
         metadata={
-            "help": "Whether an evaluation also reports the terms of the auxiliary heads that are active then, as"
-            " eval_loss_target_2. It takes the forward pass of these heads; eval_loss is that of the main head either way."
+            "help": "Whether an evaluation also reports the active terms of the auxiliary heads, like"
+            " eval_loss_target_2. The heads then run in each evaluation; eval_loss is that of the main head either way."
         },
     )
     log_group_prefix: str = field(

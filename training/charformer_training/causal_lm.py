@@ -46,7 +46,10 @@ class CausalLMWithLosses(SelfDraftingMixin, LanguageModelWithLosses):
         return cast(Tensor, self.get_input_embeddings().weight).shape[1]
 
     def _head_reads(self, term: LossTerm, outputs: Any, inputs: dict[str, Any]) -> Tensor:
-        """For sequential heads `(B, S, d + (offset - 1) * d_e)`: beside the layer's output the embeddings of the tokens between."""
+        """The layer's output; for sequential heads also the embeddings of the tokens between.
+
+        Its shape is then `(B, S, d + (offset - 1) * d_e)`.
+        """
         states = super()._head_reads(term, outputs, inputs)
         if not self._is_sequential or term.offset == 1:
             return states
@@ -81,7 +84,7 @@ class CausalLMWithLosses(SelfDraftingMixin, LanguageModelWithLosses):
         return self._rows_of(classifier, self.draft_vocabulary)
 
     def _rows_of(self, classifier: LinearClassifier, vocabulary: Tensor) -> LinearClassifier:
-        """Those of the draft vocabulary; they are kept until the classifier changes, since each draft needs them."""
+        """The rows of the draft vocabulary. They are kept until the classifier changes, since each draft needs them."""
         weight, bias = classifier.weight, classifier.bias
         if torch.is_grad_enabled() and weight.requires_grad:
             return classifier._replace(weight=weight[vocabulary], bias=None if bias is None else bias[vocabulary])
@@ -125,5 +128,8 @@ class CausalLMWithLosses(SelfDraftingMixin, LanguageModelWithLosses):
 
 
 def _normed(embedded: Tensor) -> Tensor:
-    """Embeddings of unit size: those of many models are far smaller than their hidden states, and would be learned late."""
+    """Embeddings of unit size.
+
+    In many models they are far smaller than hidden states, so that heads would learn late to use them.
+    """
     return F.rms_norm(embedded, embedded.shape[-1:])

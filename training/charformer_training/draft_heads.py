@@ -34,11 +34,11 @@ class MedusaHeads:
 
 
 def frequent_tokens(texts: Iterable[Any], count: int) -> list[int]:
-    """The ids of the most frequent tokens of a text, in rising order, for `draft_vocabulary` of `add_auxiliary_losses`.
+    """The ids of a text's most frequent tokens, ascending, for `draft_vocabulary` of `add_auxiliary_losses`.
 
     Args:
-        texts: Ids each, or mappings with `input_ids`, like the rows of a data set.
-        count: How many, at most. There are fewer where the text has no more different ones.
+        texts: Sequences of ids, or mappings with `input_ids`, like the rows of a dataset.
+        count: The highest number of ids. There are fewer if the text has fewer different tokens.
     """
     if count < 1:
         raise ValueError(f"count is {count}; it must be 1 or more")

@@ -109,7 +109,7 @@ def check_places(arguments: EvaluateArguments) -> None:
 
 
 def _check_nothing_lost(model_path: str, text: str, arguments: EvaluateArguments) -> None:
-    """Refuse results in place of each other, of the text, or of a file of the model."""
+    """Refuse an output file that would replace another output, the text, or a file of the model."""
     places: dict[Path, str] = {Path(text).expanduser().resolve(): "TEXT"}
     for file in Path(model_path).expanduser().glob("*"):
         if file.suffix in (".bin", ".py", ".safetensors") or file.name in _OF_MODELS:

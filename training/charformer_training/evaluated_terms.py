@@ -60,7 +60,7 @@ class EvaluatesTerms(Base):
     _evaluation_terms: EvaluationTerms
     _fused_head: FusedHead | None
     _reported: Set[str] = frozenset()
-    """The figures of the last evaluation that Transformers does not know of."""
+    """The names of the metrics that the mixin added to the last evaluation."""
 
     @property
     def _training_progress(self) -> float:
@@ -71,7 +71,7 @@ class EvaluatesTerms(Base):
     def _hooked(
         self, model: nn.Module, tell: Callable[..., Any], record: Callable[..., Any], inputs: Mapping[str, Any]
     ) -> Iterator[None]:
-        """Call `tell` before each call of the model, if it takes more than its inputs, and `record` after it."""
+        """Call `record` after each call of the model, and `tell` before it if the model takes `TRAINING_INPUTS`."""
         hooks = [model.register_forward_hook(record, with_kwargs=True)]
         if self.loss_terms.takes:
             hooks.append(model.register_forward_pre_hook(tell, with_kwargs=True))
@@ -214,7 +214,10 @@ class EvaluatesTerms(Base):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The search of Transformers. By default it looks at `eval_loss` or adds up your own metrics, and leaves out the terms."""
+        """The search of Transformers.
+
+        By default its objective is `eval_loss`, or the sum of your own metrics, without the terms.
+        """
 
         def objective(metrics: dict[str, float]) -> float:
             theirs = {name: value for name, value in metrics.items() if name not in self._reported}

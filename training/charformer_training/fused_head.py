@@ -1,8 +1,8 @@
 """Auxiliary losses in TRL's Trainers, which compute their main loss past the model's own forward.
 
 `trl.trainer.utils.add_fused_lm_head` replaces the forward of a language model. Called with `fused_lm_head=True`, it runs
-the body and computes the log-probabilities of the labels alone, tile by tile, without all logits in memory. Here the
-auxiliary losses are computed beside them, from the same pass of the body, and the memory stays saved.
+the body and computes the log-probabilities of the labels alone, tile by tile, without all logits in memory. This module
+computes the auxiliary losses from the same pass of the body, also without all logits in memory.
 """
 
 import functools
@@ -82,7 +82,7 @@ class FusedHead:
         return self._with_losses(kwargs, learned, told)
 
     def learned(self, labels: Tensor) -> Tensor:
-        """The labels that auxiliary heads learn; -100 in the other rows."""
+        """The labels `(B, S)` that auxiliary heads learn from; -100 in the other rows."""
         rows = self.rows(labels) if self.rows is not None else None
         return labels if rows is None else labels.masked_fill(~rows[:, None], IGNORE_INDEX)
 
@@ -164,10 +164,10 @@ def fused_head_of(model: nn.Module) -> FusedHead | None:
 
 
 def check_same_heads(trainer: Trainer) -> None:
-    """Refuse a Trainer of TRL whose heads run on some processes only, where all have to run them together.
+    """Refuse a Trainer of TRL whose heads may run on some processes only, if sharding needs all processes to run them.
 
     Raises:
-        ValueError: With FSDP or DeepSpeed, where a micro-batch may have no row to learn.
+        ValueError: With FSDP or DeepSpeed, if a micro-batch may have no row that heads learn from.
     """
     shards = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if shards and any(LEARNED_ROWS.get(kind.__name__) is _desirable_rows for kind in type(trainer).__mro__):

@@ -128,7 +128,7 @@ class SavesHeadsBesideAdapter(nn.Module):
 
 @functools.cache
 def class_beside_adapter(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class, with the name of `kind`, of a PEFT model whose `save_pretrained` keeps auxiliary heads."""
+    """A subclass of the PEFT class `kind`, with its name, whose `save_pretrained` keeps auxiliary heads."""
     content = {"__module__": kind.__module__, "_made_of": kind}
     return type(kind.__name__, (SavesHeadsBesideAdapter, kind), content)
 

@@ -73,7 +73,7 @@ class LanguageModelWithLosses(ModelWithLosses):
         return nn.Identity() if term.offset == 1 else ResidualBlock(self._anatomy.width)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize like the plain model, and with it the heads that predict all tokens.
+        """Resize the plain model, and with it the heads that predict all tokens.
 
         Raises:
             ValueError: If tokens of the draft vocabulary would be removed.
@@ -182,7 +182,7 @@ class LanguageModelWithLosses(ModelWithLosses):
                 step.classifiers[term.name] = made[matrix]
 
     def _matrix_name(self, term: LossTerm) -> str:
-        """Tells apart the matrices by which heads predict: each head's own, or the model's."""
+        """A name for the matrix by which a head predicts; heads with the same matrix have the same name."""
         return term.name if self._own_heads else ""
 
     def _add_auxiliary_losses(self, step: LossStep, outputs: Any, targets: Targets, inputs: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ class LossTerms:
         self._sums = TrainingTerms()
 
     def use(self, model: nn.Module) -> None:
-        """Take the terms of another model from now on; those of `add_term` stay."""
+        """Take the terms of another model from now on; terms given to `add_term` stay."""
         self.model = model
         base = unwrapped(model)
         self.settings: AuxiliaryLossSettings | None = getattr(base, "loss_settings", None)
@@ -97,7 +97,7 @@ class LossTerms:
             self._check_all_heads_run(base)
 
     def _check_all_heads_run(self, base: Any) -> None:
-        """Refuse what torch would stop at in the middle of training: parameters without a gradient in one of its wrappers."""
+        """Refuse a wrapper that would stop in the middle of training, at parameters without a gradient."""
         heads = getattr(base, "auxiliary_heads", getattr(base, "auxiliary_classifiers", {}))
         with_weights = [name for name, head in heads.items() if any(True for _ in head.parameters())]
         moments = [self.settings.weights_at(percent / 100, percent) for percent in range(101)] if self.settings else []
@@ -265,7 +265,7 @@ class LossTerms:
         }
 
     def counts_by_term(self, inputs: Batch) -> dict[str, Tensor]:
-        """Numbers of the targets in a batch over which each term of a language model is a mean; empty for other models."""
+        """The number of targets in a batch for each term of a language model; empty for other models."""
         if self.settings is None or "target_counts" not in self.takes or inputs.get("labels") is None:
             return {}
         base = unwrapped(self.model)

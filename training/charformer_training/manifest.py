@@ -52,7 +52,7 @@ def write_manifest(folder: Path, settings: Mapping[str, Any], **more: Any) -> No
 
 
 def write_result(path: Path, settings: Mapping[str, Any], complete: bool) -> None:
-    """Write a file for `inspect_result`: checksums of the model in the same folder, and if the run is complete.
+    """Write a file for `inspect_result`: checksums of the model in the same folder, and whether the run is complete.
 
     Raises:
         OSError: If a file cannot be read or written.

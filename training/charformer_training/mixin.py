@@ -48,11 +48,11 @@ logger = logging.getLogger(__name__)
 class AuxiliaryLossMixin(EvaluatesTerms):
     """Trains the auxiliary losses of a model in any Trainer, and logs each term: `class Mine(AuxiliaryLossMixin, SFTTrainer)`.
 
-    It tells the model how far training is and how many targets the whole optimizer step has, however `compute_loss` calls
-    the model. The log holds each term, unweighted, as `loss_<name>`. An evaluation holds the terms that are active then as
-    `eval_loss_<name>`, means over targets; `eval_loss` is that of the model's output head. No value depends on how a batch
-    is split over accumulation steps and processes. An evaluation of a model of bytes also reports `eval_bpb`, bits per byte, and `eval_bpc`, bits per character
-    of UTF-8.
+    It tells the model how far training is and how many targets the whole optimizer step has, however `compute_loss`
+    calls the model. The log holds each term, unweighted, as `loss_<name>`. With `eval_loss_terms`, an evaluation
+    reports the active terms as `eval_loss_<name>`, means over targets; `eval_loss` is that of the model's output head.
+    No value depends on how a batch is split over accumulation steps and processes. An evaluation of a model of bytes
+    also reports `eval_bpb`, bits per byte, and `eval_bpc`, bits per character of UTF-8.
 
     Two corrections of `transformers.Trainer` apply to any model. It counts one target too many in each row of causal
     language models whose class name does not end in `ForCausalLM`, such as GPT-2's. It also adds up the micro-batch
@@ -69,7 +69,7 @@ class AuxiliaryLossMixin(EvaluatesTerms):
     log_group_prefix = "loss_"
     """Prefix of the groups in which loggers show terms, see `LoggerNames`; a field of that name in `args` goes first."""
     eval_loss_terms = True
-    """Whether evaluations report the terms of auxiliary heads; a field of that name in `args` goes first."""
+    """Whether evaluations report the terms of auxiliary heads; a field of that name in `args` takes precedence."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -108,7 +108,8 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         is_fused, self._fused_head = has_fused_head(model), fused_head_of(model)
         if self._fused_head is not None:
             check_same_heads(self)
-        # Known for this project's losses, for TRL's, and if a subclass sets `loss_is_scaled_for_ga` (Transformers 5.19).
+        # Known for this project's losses, for TRL's, and if a subclass sets `loss_is_scaled_for_ga`
+        # (Transformers 5.19).
         self._knows_how_losses_are_scaled = (
             (settings is not None and type(self).compute_loss is Trainer.compute_loss)
             or is_fused
@@ -192,7 +193,7 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         return trained
 
     def _check_best_metric(self) -> None:
-        """Refuse to choose the best model by a term that evaluations will lack."""
+        """Refuse to choose the best model by a term that evaluations will not report."""
         metric, settings = self.args.metric_for_best_model or "", self.loss_terms.settings
         found = re.search(r"(?:^|_)loss_(layer_\d+(?:_target_\d+)?|target_\d+)$", metric)
         if settings is None or found is None or found[1] in self.loss_terms.added_names():

@@ -35,7 +35,7 @@ def unwrap_peft(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model of Transformers in whatever wrappers: of several processes, compiled, PEFT."""
+    """The model of Transformers inside any wrappers: of DistributedDataParallel, `torch.compile`, PEFT."""
     # Accelerate would take a compiled model's wrappers off for good.
     inner = extract_model_from_parallel(unwrap_peft(model), keep_torch_compile=False)
     return unwrap_peft(inner)
@@ -93,7 +93,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def runs_reference(model: nn.Module) -> bool:
-    """Whether a model with an adapter of PEFT runs without the adapter that is trained, as TRL's reference model does."""
+    """Whether a PEFT model runs without the adapter that is trained, like TRL's reference model."""
     # A layer with an adapter, `BaseTunerLayer`; models of Transformers have methods of like names.
     layers = (module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool))
     layer: Any = next(layers, None)
@@ -102,9 +102,9 @@ def runs_reference(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def with_own_class(model: Any) -> Iterator[None]:
-    """Give a model that FSDP 2 shards its own class back while it is saved.
+    """Give a model that FSDP 2 has sharded its own class back while it is saved.
 
-    `fully_shard` derives a class from it, and Transformers would save that class' code, torch's, in place of the model's.
+    `fully_shard` gives the model a derived class, and Transformers would save the code of that class.
     """
     kind = type(model)
     plain = next((base for base in kind.__mro__[1:] if not base.__module__.startswith("torch.distributed")), kind)

@@ -413,7 +413,7 @@ def _push_stage(stage: Path, repo_id: str, **upload: Any) -> CommitInfo:
 
 
 def card_of(folder: Path) -> ModelCard | None:
-    """The model card in a folder, which a person may have written; `None` if there is none.
+    """The model card in a folder, which the user may have written; `None` if there is none.
 
     Raises:
         ValueError: If it cannot be read, so that a new card could not keep what it says.

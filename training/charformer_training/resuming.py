@@ -101,7 +101,7 @@ def find_checkpoint(folder: str | os.PathLike[str], newest: bool, args: Training
 
 @contextlib.contextmanager
 def reading(folder: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Turn each error of the libraries that read a checkpoint, if there is one, into one that names it.
+    """Turn an error of the libraries that read a checkpoint into one that names the checkpoint, if there is one.
 
     Raises:
         ValueError: If something in the checkpoint cannot be read, or does not fit the run.
@@ -119,7 +119,7 @@ def read_sums(folder: Path, max_steps: int) -> dict[str, Any] | None:
     """The running sums of a checkpoint; `None` if another Trainer wrote it.
 
     Raises:
-        ValueError: If they or its state cannot be read, or its step lies beyond the end of the run.
+        ValueError: If they or the state cannot be read, or the checkpoint's step lies beyond the end of the run.
     """
     with reading(folder):
         step = int(TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step)

@@ -51,7 +51,7 @@ def _decimal(loader: _StrictLoader, node: Any) -> int:
 
 
 def _number(loader: _StrictLoader, node: Any) -> float:
-    """A number as people read it: YAML 1.1 has 1:30.5 for 90.5."""
+    """A decimal number. 1:30.5, which is 90.5 in YAML 1.1, is refused."""
     if ":" in loader.construct_scalar(node):
         raise yaml.constructor.ConstructorError(
             None, None, "a number must be decimal; text needs quotes", node.start_mark

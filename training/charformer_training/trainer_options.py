@@ -41,8 +41,8 @@ _CHECKPOINTING = {
 }
 _WITH_ADAM = re.compile(r"adam|adema|lion")  # these read adam_beta1 and adam_beta2
 _WITH_TARGET_MODULES = re.compile(r"galore|apollo")
-_OF_METRICS = "it serves metrics of one's own, which only a Trainer in Python can be given"
-_OF_HALF_EVALUATION = "evaluations during training would not follow it (charformer-evaluate has --dtype)"
+_OF_METRICS = "it is for metrics of your own, which only a Trainer in Python can be given"
+_OF_HALF_EVALUATION = "evaluations during training would ignore it (charformer-evaluate has --dtype)"
 # Fields that would change nothing here, and why. Only their defaults are accepted.
 _WITHOUT_USE = {
     "batch_eval_metrics": _OF_METRICS,
@@ -60,7 +60,8 @@ _ALWAYS_ON = {
     "do_train": "charformer-train trains; charformer-evaluate measures a trained model",
     "do_eval": "a run ends with an evaluation; eval_strategy 'no' leaves out those before",
 }
-# Fields that have an effect only with another field. Whoever gives that field too, like eval_strategy: 'no', means it.
+# Fields that have an effect only with another field. They are accepted if that field is given, like
+# eval_strategy: 'no'.
 _NEEDED = {
     "eval_strategy": (" 'steps'", ("eval_delay", "eval_steps", "metric_for_best_model")),
     "push_to_hub": (" true", ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")),
@@ -74,8 +75,8 @@ def check_options(values: dict[str, Any], given: Collection[str], changed: Colle
 
     Args:
         values: All fields of a run by their names.
-        given: The names of those that recipe or command line give.
-        changed: The names of those whose value is not the default.
+        given: The names of the fields that the recipe or the command line gives.
+        changed: The names of the fields whose value is not the default.
 
     Raises:
         ValueError: Names the field, the value and what is accepted.
@@ -241,7 +242,7 @@ def _check_without_effect(values: dict[str, Any]) -> None:
 
 
 def check_best_is_kept(training: TrainingArguments) -> None:
-    """Refuse steps at which the best model would not be found, or not be saved.
+    """Refuse intervals of evaluation and saving with which the best model would not be found, or not be saved.
 
     Raises:
         ValueError: Names the fields, the values and what is accepted.
