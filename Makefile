@@ -14,7 +14,7 @@ DATA ?= data/tinyshakespeare.txt
 .PHONY: help quickstart shakespeare ablation gpu test test-fast test-oldest test-newest test-clients test-serving test-wheel docs check format clean
 
 help:
-	@echo "make quickstart   install, train on real text (two to three minutes), show the result"
+	@echo "make quickstart   install, train on real text (two and a half minutes), show the result"
 	@echo "make shakespeare  train on DATA=tinyshakespeare.txt at nanoGPT's CPU setting (a few minutes)"
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
 	@echo "make gpu          measure on one GPU, with DATA=tinyshakespeare.txt, what a CPU cannot tell (at most eight minutes)"

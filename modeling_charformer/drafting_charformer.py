@@ -16,9 +16,9 @@ from .compatibility import CACHE
 # Until it is known what drafts cost, drafting stops when the drafter's own probability that all its drafts so far are correct
 # falls below `CONFIDENCE`. `LOWEST` and `HIGHEST` bound what takes its place.
 CONFIDENCE, LOWEST, HIGHEST = 0.1, 0.02, 0.9
-# If the last `LOOK_UP_MATCH` tokens occur earlier among the last `LOOK_BACK`, the text that followed them there is looked up:
-# at most `LOOK_UP` tokens. They are drafted while the drafter gives each a probability of at least `AGREEMENT`.
-LOOK_UP, LOOK_UP_MATCH, LOOK_BACK, AGREEMENT = 16, 8, 4096, 0.1
+# If the end of a text occurs earlier among the last `LOOK_BACK` tokens, the text that followed it there is looked up: at most
+# `LOOK_UP` tokens. They are drafted while the drafter gives each a probability of at least `AGREEMENT`.
+LOOK_UP, LOOK_BACK, AGREEMENT = 16, 4096, 0.1
 # The probability that a token is right that was looked up, if those before it were.
 LOOK_UP_TRUST = 0.9
 # The most drafts of an early exit. Each costs a pass through some layers.
@@ -209,14 +209,19 @@ def as_string(ids: list[int]) -> str:
     return "".join(map(chr, ids))
 
 
-def continuation(text: str, length: int) -> list[int]:
-    """`length` ids that followed the last earlier occurrence of the end of `text`; none if there is none.
+def matched_tokens(vocab_size: int) -> int:
+    """How many tokens at the end of a text must occur earlier: 8 bytes, or 2 tokens of about as much text."""
+    return 8 if vocab_size < 1024 else 2
+
+
+def continuation(text: str, length: int, match: int) -> list[int]:
+    """`length` ids that followed the last earlier occurrence of the last `match` ids of `text`; none if there is none.
 
     Where they reach the end of `text`, the text repeats itself, and so do they.
     """
     first = max(0, len(text) - LOOK_BACK)
-    start = text.rfind(text[-LOOK_UP_MATCH:], first, -1) + LOOK_UP_MATCH
-    if start < LOOK_UP_MATCH or len(text) < LOOK_UP_MATCH:
+    start = text.rfind(text[-match:], first, -1) + match
+    if start < match or len(text) < match:
         return []
     known = [ord(one) for one in text[start : start + length]]
     return (known * length)[:length]
@@ -242,23 +247,23 @@ def write_drafts(
     draft: Draft,
     max_drafts: int,
     choose: Choose,
-    texts: list[str],
+    looked_up: list[list[int]],
     last: Tensor,
     limit: int,
     pace: Pace,
     live: list[int],
 ) -> Drafts:
-    """At most `limit` drafts for each of the `texts`; only the rows `live` decide how many.
+    """At most `limit` drafts for each of B texts; only the rows `live` decide how many.
 
-    Where a text repeats itself, its earlier continuation is drafted (prompt look-up, Saxena 2023) until the drafter
-    contradicts it. It also continues after the drafter's last draft. `last` `(B,)` holds the last token of each text.
+    Where a text repeats itself, its earlier continuation, which is `looked_up`, is drafted (prompt look-up, Saxena 2023)
+    until the drafter contradicts it. It also continues after the drafter's last draft. `last` `(B,)` holds the last
+    token of each text.
     """
-    looked_up = [continuation(text, min(LOOK_UP, limit)) for text in texts]
-    agrees, confidence = [bool(known) for known in looked_up], [1.0] * len(texts)
+    agrees, confidence = [bool(known) for known in looked_up], [1.0] * len(looked_up)
     worth_drafting, worth_verifying = pace.thresholds()
     accuracy = pace.accuracy()
     drafts: list[Tensor] = []
-    found = Drafts(last[:, None][:, :0], [[] for _ in texts])
+    found = Drafts(last[:, None][:, :0], [[] for _ in looked_up])
     # Text that repeats itself is looked up for as long as that goes well; the drafter is not asked.
     asked = 0 if pace.repeats and all(agrees[row] for row in live) else min(max_drafts, limit, pace.most_drafts())
     for number in range(asked):

@@ -24,7 +24,17 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .compatibility import CACHE
-from .drafting_charformer import Drafts, EarlyExitDrafter, HeadDrafter, Pace, as_string, write_drafts
+from .drafting_charformer import (
+    LOOK_UP,
+    Drafts,
+    EarlyExitDrafter,
+    HeadDrafter,
+    Pace,
+    as_string,
+    continuation,
+    matched_tokens,
+    write_drafts,
+)
 
 
 # Processors that look at the scores of one place alone.
@@ -234,9 +244,11 @@ class VerifiedDecoding:
             return Drafts(self.text[:, :0], [])
         self._reserve(limit)
         mask = None if self.mask is None else mask_up_to(self.mask, self.seen + 1)
+        match = matched_tokens(self.vocab_size)
+        looked_up = [continuation(text, min(LOOK_UP, limit), match) for text in self.strings]
         with self.drafter.drafts(self.kwargs, mask, self.state) as draft:
             return write_drafts(
-                draft, self.drafter.max_drafts, self._choose, self.strings, self._last(), limit, self.pace, live
+                draft, self.drafter.max_drafts, self._choose, looked_up, self._last(), limit, self.pace, live
             )
 
     def _last(self) -> Tensor:

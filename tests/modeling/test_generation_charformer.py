@@ -134,7 +134,7 @@ def test_what_came_before_is_looked_up(make_model, drafts_in_every_pass, monkeyp
     drafted, count = passes(model, use_extra_targets=True, **settings)
     assert drafted.equal(plain)
     assert count < 400 / 2  # the heads alone see no more than one character further
-    monkeypatch.setattr(drafting_charformer, "LOOK_UP", 0)
+    monkeypatch.setattr(verification_charformer, "LOOK_UP", 0)
     drafted, count = passes(model, use_extra_targets=True, **settings)
     assert drafted.equal(plain)
     assert count >= 400 / 2
@@ -142,9 +142,9 @@ def test_what_came_before_is_looked_up(make_model, drafts_in_every_pass, monkeyp
 
 def test_text_that_goes_in_circles_is_looked_up_at_full_length():
     circle = drafting_charformer.as_string([9, *[5, 6, 7] * 4])
-    assert drafting_charformer.continuation(circle, 7) == [5, 6, 7, 5, 6, 7, 5]
-    assert drafting_charformer.continuation(circle, 2) == [5, 6]
-    assert drafting_charformer.continuation(drafting_charformer.as_string([*range(40)]), 7) == []
+    assert drafting_charformer.continuation(circle, 7, 8) == [5, 6, 7, 5, 6, 7, 5]
+    assert drafting_charformer.continuation(circle, 2, 8) == [5, 6]
+    assert drafting_charformer.continuation(drafting_charformer.as_string([*range(40)]), 7, 2) == []
 
 
 def test_drafts_that_are_never_right_are_given_up_and_others_are_not():
@@ -180,7 +180,7 @@ def test_sampled_text_has_the_models_distribution(make_model, drafts, monkeypatc
     for block in model.target_blocks.values():
         torch.nn.init.normal_(block.linear.weight, std=0.3)
     if drafts == "looked up":
-        monkeypatch.setattr(drafting_charformer, "LOOK_UP_MATCH", 1)
+        monkeypatch.setattr(verification_charformer, "matched_tokens", lambda vocab_size: 1)
     prompt, temperature, draws = torch.tensor([[1, 2]]), 0.9, 500
     exact = torch.zeros(4, 4, 4)
     for first in range(4):

@@ -391,8 +391,8 @@ def test_every_head_follows_a_resized_vocabulary(make_model, make_ids, tmp_path,
 
 def test_drafts_look_up_added_tokens_too():
     ids = [300, 44, 256, 0, 65, 66, 67, 68, 69, 7, 300 - 256, 300, 44, 256, 0, 65, 66, 67, 68, 69]
-    assert continuation(as_string(ids), 3) == [7, 44, 300]
-    assert continuation(as_string([*ids[:-1], ids[-1] + 256]), 3) == []
+    assert continuation(as_string(ids), 3, 8) == [7, 44, 300]
+    assert continuation(as_string([*ids[:-1], ids[-1] + 256]), 3, 8) == []
 
 
 @pytest.mark.slow
