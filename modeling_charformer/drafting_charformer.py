@@ -4,7 +4,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .compatibility import CACHE
 # falls below `CONFIDENCE`. `LOWEST` and `HIGHEST` bound what takes its place.
 CONFIDENCE, LOWEST, HIGHEST = 0.1, 0.02, 0.9
 # If the end of a text occurs earlier among the last `LOOK_BACK` tokens, the text that followed it there is looked up: at most
-# `LOOK_UP` tokens. They are drafted while the drafter gives each a probability of at least `AGREEMENT`.
+# `LOOK_UP` tokens. They are drafted while the drafter gives each a probability of at least `AGREEMENT`. One below contradicts.
 LOOK_UP, LOOK_BACK, AGREEMENT = 16, 4096, 0.1
 # The probability that a token is right that was looked up, if those before it were.
 LOOK_UP_TRUST = 0.9
@@ -114,6 +114,8 @@ class Pace:
         # By the drafter's probability of a draft: how often it was right, of how many.
         self.right = [[0.0, 0.0] for _ in range(BINS)]
         self.passes = self.resting = self.losses = 0
+        # How often the text was right where the drafter contradicted what was looked up there, of how many times.
+        self.contradicted = [0, 0]
         self.known_thresholds: tuple[float, float] | None = None
         self.repeats = False
         """Whether the last pass verified text that was looked up, and all of it was right."""
@@ -151,6 +153,11 @@ class Pace:
     def most_drafts(self) -> int:
         """The highest number of drafts to make."""
         return LOOK_UP if self.of_draft else TRIAL
+
+    def trusts_text(self) -> bool:
+        """Whether text that was looked up is drafted also where the drafter contradicts it: where it is right more often."""
+        hits, trials = self.contradicted
+        return (hits + 2 * AGREEMENT) / (trials + 2) > self.accuracy()
 
     def accuracy(self) -> float:
         """How often drafts were right, where those before them were."""
@@ -241,6 +248,8 @@ class Drafts:
     """Of each row, the drafter's probabilities of its own drafts, up to one that was looked up."""
     written: int = 0
     """How many the drafter wrote."""
+    contradicted: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By row, the number and the token of the first draft that was looked up and that the drafter contradicts."""
 
 
 def write_drafts(
@@ -270,7 +279,7 @@ def write_drafts(
         probabilities, choice = choose(drafts, draft(number, drafts[-1] if drafts else last))
         found.written += 1
         if any(agrees):
-            choice = _agreed(looked_up, agrees, number, probabilities, choice)
+            choice = _agreed(looked_up, agrees, number, probabilities, choice, found, pace)
         if not all(agrees):
             chosen = probabilities.gather(1, choice[:, None])[:, 0].tolist()
             for row, probability in enumerate(chosen):
@@ -296,14 +305,23 @@ def write_drafts(
 
 
 def _agreed(
-    looked_up: list[list[int]], agrees: list[bool], number: int, probabilities: Tensor, choice: Tensor
+    looked_up: list[list[int]],
+    agrees: list[bool],
+    number: int,
+    probabilities: Tensor,
+    choice: Tensor,
+    found: Drafts,
+    pace: Pace,
 ) -> Tensor:
-    """`choice` `(B,)` with the `number`-th looked-up token in the rows that have one and whose drafter agrees with it.
+    """`choice` `(B,)` with the `number`-th looked-up token in the rows that have one, if the drafter does not contradict it.
 
     `agrees` is set to false in the other rows.
     """
     known = torch.tensor([ids[number] if number < len(ids) else 0 for ids in looked_up], device=choice.device)
     given = probabilities.gather(1, known[:, None])[:, 0].tolist()
     for row, ids in enumerate(looked_up):
-        agrees[row] = agrees[row] and number < len(ids) and given[row] >= AGREEMENT
+        agrees[row] = agrees[row] and number < len(ids)
+        if agrees[row] and given[row] < AGREEMENT:
+            found.contradicted.setdefault(row, (number, ids[number]))
+            agrees[row] = pace.trusts_text()
     return torch.where(torch.tensor(agrees, device=choice.device), known, choice)

@@ -179,7 +179,7 @@ class VerifiedDecoding:
         """Draft, verify and write once, and take down what it cost."""
         if self.is_batch and 2 * len(self._live()) <= self.rows:
             self._leave_out_finished()
-        begin, before, rows = time.perf_counter(), sum(self.lengths), len(self._live())
+        begin, before, rows = time.perf_counter(), [*self.lengths], len(self._live())
         if self.pace.rests():
             none = self.text[:, :0]
             self._accept(self._forward(none), none)
@@ -193,9 +193,13 @@ class VerifiedDecoding:
             first = drafts.written - len(probabilities)
             if matches[row] >= first:
                 self.pace.verified(probabilities[: drafts.tokens.shape[1] - first], matches[row] - first)
+        for row, (number, token) in drafts.contradicted.items():
+            if matches[row] >= number and (after := self.strings[row][before[row] + number :]):
+                self.pace.contradicted[0] += after[0] == chr(token)
+                self.pace.contradicted[1] += 1
         looked_up = drafts.tokens.shape[1] - drafts.written
         self.pace.repeats = looked_up > 0 and all(one == drafts.tokens.shape[1] for one in matches)
-        tokens = (sum(self.lengths) - before) / rows
+        tokens = (sum(self.lengths) - sum(before)) / rows
         seconds = time.perf_counter() - begin
         self.pace.passed(drafts.tokens.shape[1], drafts.written, tokens, drafting, seconds)
 

@@ -140,13 +140,6 @@ def test_what_came_before_is_looked_up(make_model, drafts_in_every_pass, monkeyp
     assert count >= 400 / 2
 
 
-def test_text_that_goes_in_circles_is_looked_up_at_full_length():
-    circle = drafting_charformer.as_string([9, *[5, 6, 7] * 4])
-    assert drafting_charformer.continuation(circle, 7, 8) == [5, 6, 7, 5, 6, 7, 5]
-    assert drafting_charformer.continuation(circle, 2, 8) == [5, 6]
-    assert drafting_charformer.continuation(drafting_charformer.as_string([*range(40)]), 7, 2) == []
-
-
 def test_drafts_that_are_never_right_are_given_up_and_others_are_not():
     rests = []
     for tokens in (1.0, 1.25):
