@@ -19,7 +19,7 @@ help:
 	@echo "make ablation     compare the auxiliary losses, with seeds, on DATA=tinyshakespeare.txt (about an hour)"
 	@echo "make gpu          measure on one GPU, with DATA=tinyshakespeare.txt, what a CPU cannot tell (at most eight minutes)"
 	@echo "make test         install, run all tests"
-	@echo "make test-fast    those that take under a second each (about two minutes in all)"
+	@echo "make test-fast    the quick ones, in under two minutes"
 	@echo "make test-oldest  the same with the oldest versions supported"
 	@echo "make test-newest  the same with the newest Transformers of today"
 	@echo "make test-clients other people's programs: TRL, lm-evaluation-harness, ONNX, 8 bits, loggers (a few minutes)"

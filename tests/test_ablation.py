@@ -168,6 +168,7 @@ def test_what_is_done_is_not_run_again(tmp_path):
     assert another.missing(keys) == keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", grids.GRIDS)
 def test_the_cells_of_all_grids_are_settings_that_exist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each is parsed and built into a model, before anyone's hours depend on it."""

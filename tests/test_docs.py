@@ -59,6 +59,7 @@ def test_the_reference_has_all_that_a_package_exports(package):
     assert set(package.__all__) - {"__version__"} <= set(listed)
 
 
+@pytest.mark.slow
 def test_no_error_message_is_missing():
     """Each text that follows a `raise` in the source is in the list that the site shows."""
     shown = [message.text for messages in all_messages().values() for message in messages]
@@ -73,6 +74,7 @@ def test_no_error_message_is_missing():
     assert found > 200
 
 
+@pytest.mark.slow
 def test_messages_that_functions_compose_are_listed():
     shown = [message.text for messages in all_messages().values() for message in messages]
     assert any(text.startswith("saving") and "failed" in text for text in shown)
@@ -91,6 +93,7 @@ def test_every_message_has_a_cure():
     assert not ADVICE.search("num_heads is …, which is wrong")
 
 
+@pytest.mark.slow
 def test_troubleshooting_names_modules_that_raise_errors_once():
     named = [module for line in re.findall(r"^```\{errors\} (.+)$", PAGE, re.MULTILINE) for module in line.split()]
     assert len(named) == len(set(named)) and named[-1] == "others"

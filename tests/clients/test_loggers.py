@@ -44,6 +44,7 @@ def train(folder: Path, splits: dict[str, Split], logger: str) -> None:
     trainer.train()
 
 
+@pytest.mark.slow
 def test_tensorboard(splits, tmp_path, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))

@@ -107,6 +107,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_losses_of_a_model_keep_their_expectation(make_model, make_ids, settings):
     """On padded and on packed rows."""

@@ -87,7 +87,7 @@ def reference(
     return beams[0][1][len(prompt) :]
 
 
-@pytest.fixture(scope="module", params=["package", "saved code"])
+@pytest.fixture(scope="module", params=["package", pytest.param("saved code", marks=pytest.mark.slow)])
 def found(request, tmp_path_factory) -> dict[str, list]:
     model = half_trained("linear")
     if request.param == "package":

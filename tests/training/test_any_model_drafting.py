@@ -59,6 +59,7 @@ def passes(model, prompt=PROMPT, **settings):
     return ids, count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_of_any_model_is_the_plain_one_in_fewer_passes(kind):
     model = half_trained(kind)

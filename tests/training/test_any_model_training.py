@@ -128,6 +128,7 @@ def mixtral(**changes):
 
 
 class TestTrainer:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["gpt2", "llama"])
     def test_figures_are_the_same_however_a_batch_is_split(self, kind, tmp_path):
         logs = [
@@ -165,6 +166,7 @@ class TestTrainer:
             in loss_logs(train(add_auxiliary_losses(build("gpt2"), intermediate_schedule="late"), tmp_path))[-1]
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["bert", "llama"])
     @pytest.mark.parametrize("added", [False, True])
     def test_a_classifier_that_ignores_the_counts_is_trained_on_means(self, kind, added, tmp_path):
@@ -177,6 +179,7 @@ class TestTrainer:
         assert ("loss_layer_1" in logs[0][0]) == added
         assert_same_logs(*logs)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
     def test_a_charformer_that_classifies(self, weighting, tmp_path):
         logs = []
@@ -190,6 +193,7 @@ class TestTrainer:
         assert logs[0][0]["loss_classification"] == pytest.approx(1.0986, rel=0.05)
         assert_same_logs(*logs)
 
+    @pytest.mark.slow
     def test_a_model_with_only_a_loss(self, tmp_path):
         logs = [loss_logs(train(build("gpt2"), tmp_path, batch=batch, accumulation=8 // batch)) for batch in (8, 4)]
         assert set(logs[0][0]) == {"loss", "step", "learning_rate", "grad_norm"}
@@ -198,6 +202,7 @@ class TestTrainer:
         batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
         assert logs[0][0]["loss"] == pytest.approx(build("gpt2")(**batch).loss.item(), rel=1e-4)
 
+    @pytest.mark.slow
     def test_losses_beside_the_dict_are_logged_as_means(self, tmp_path):
         """The balancing loss of a mixture of experts is one of a batch, whatever the rest of the step holds."""
         logs = []
@@ -213,6 +218,7 @@ class TestTrainer:
         assert logs[1][0]["loss_aux_loss"] == pytest.approx((expected[0] + expected[1]) / 2, rel=1e-4)
         assert "eval_loss_aux_loss" in trainer.evaluate()
 
+    @pytest.mark.slow
     def test_detr_logs_each_of_its_losses(self, tmp_path):
         logs = []
         for batch in (4, 2):

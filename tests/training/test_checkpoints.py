@@ -121,12 +121,14 @@ class TestWhole:
         good, bad = newest_good(folder)
         assert good is not None and good.path.name == "checkpoint-8" and not bad  # it was written anew
 
+    @pytest.mark.slow
     def test_a_model_alone_cannot_be_resumed(self, make_trainer):
         trainer = make_trainer(**SAVING, save_only_model=True)
         trainer.train()
         with pytest.raises(ValueError, match=r"holds the model alone \(save_only_model\)"):
             make_trainer(**SAVING).train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-6")
 
+    @pytest.mark.slow
     def test_links_in_the_folder_are_not_followed(self, make_trainer, tmp_path):
         (tmp_path / "precious").mkdir()
         (tmp_path / "precious" / "file").write_text("mine")
@@ -218,6 +220,7 @@ class TestOtherSettings:
         }
         make_trainer(**SAVING | free).train(resume_from_checkpoint=str(checkpoint))
 
+    @pytest.mark.slow
     def test_an_accepted_learning_rate_holds_from_the_first_step(self, make_trainer, checkpoint):
         rates = {}
         for rate in (1e-2, 1e-3):
@@ -315,6 +318,7 @@ class TestGoingOn:
         assert output.training_loss == expected.training_loss == output.metrics["train_loss"]
         assert_same_run(resumed, whole)
 
+    @pytest.mark.slow
     def test_no_step_is_trained_after_the_last(self, make_trainer):
         changes = {"max_steps": 5, "save_steps": 5, "save_strategy": "steps"}
         trainers = [make_trainer(**changes), make_trainer(**changes)]
@@ -406,6 +410,7 @@ class TestBestModel:
         model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1, n_positions=8))
         assert AuxiliaryLossTrainer(model, plain).args.greater_is_better == (not lower)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["charformer", "added losses", "adapter with added losses"])
     @pytest.mark.parametrize("metric", ["eval_mine_bpc", "eval_mine_loss_next_char"])
     def test_the_best_weights_are_loaded_with_their_heads(self, make_trainer, kind, metric):

@@ -17,6 +17,7 @@ def gradients(entries) -> list[dict[str, float]]:
 MODEL = {"intermediate_schedule": "constant", "activation_dropout": 0.2, "layer_dropout": 0.2}
 
 
+@pytest.mark.slow
 def test_gradients_are_logged_every_so_many_steps_and_training_stays_the_same(make_trainer):
     plain = make_trainer(MODEL, max_steps=4)
     plain.train()
@@ -86,6 +87,7 @@ def test_figures_between_two_entries_are_averaged_also_in_a_resumed_run(make_tra
     assert loss_logs(resumed) == loss_logs(whole)
 
 
+@pytest.mark.slow
 def test_groups_average_over_layers(make_trainer):
     each, groups = (
         make_trainer({"num_targets": 1}, log_term_gradients=1, log_loss_terms=way, max_steps=1)

@@ -47,6 +47,7 @@ def build_image_model(kind: str, **changes: Any) -> Any:
     return AutoModelForImageClassification.from_config(config).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

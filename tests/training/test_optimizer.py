@@ -71,6 +71,7 @@ class TestWhatIsTrainedByMuon:
 
 
 class TestSteps:
+    @pytest.mark.slow
     def test_are_those_of_torchs_two_optimizers(self, make_trainer):
         trainer = make_trainer(
             muon=True, weight_decay=0.1, max_grad_norm=1e9, lr_scheduler_type="constant", adam_beta2=0.9

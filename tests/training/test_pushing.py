@@ -153,6 +153,7 @@ def test_training_resumes_only_from_the_full_model(trained, make_trainer, tmp_pa
         make_trainer(max_steps=2).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.slow
 def test_card_of_a_classifier(tmp_path):
     model = CharformerForSequenceClassification(CharformerConfig(**(TINY | {"num_labels": 3})))
     args = AuxiliaryLossTrainingArguments(

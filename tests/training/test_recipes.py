@@ -457,6 +457,7 @@ def test_any_text_is_a_recipe_or_a_clear_error(tmp_path_factory, text):
     a_run_or_a_clear_error([str(path)])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of fields that are going out of use
 @fuzzed
 @given(st.lists(st.tuples(st.sampled_from(NAMES), SCALARS.map(str)), max_size=3))
@@ -486,6 +487,7 @@ def test_any_command_line_of_an_evaluation_is_one_or_a_clear_error(options):
         assert found.batch_size >= 1 and min(found.stride) >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of fields that are going out of use
 @fuzzed
 @given(st.dictionaries(st.sampled_from(sorted(CONFIG_TYPES)), VALUES, max_size=4))

@@ -150,6 +150,7 @@ class TestMixin:
             assert f"loss_target_{number}" in loss_logs(trainer)[0]
             assert_same_logs(loss_logs(trainer), loss_logs(expected))
 
+    @pytest.mark.slow
     def test_t5_logs_the_terms_that_are_added(self, tmp_path):
         sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 61}
         config = AutoConfig.for_model("t5", **sizes, dropout_rate=0.0, decoder_start_token_id=0)
@@ -239,6 +240,7 @@ class TestNames:
         with pytest.raises(ValueError, match="log_group_prefix is 'a/b'; it may hold letters"):
             AuxiliaryLossTrainingArguments(output_dir=str(tmp_path), log_group_prefix="a/b")
 
+    @pytest.mark.slow
     def test_gradients_of_terms_are_logged_and_grouped(self, tmp_path):
         seen, model = Seen(), add_auxiliary_losses(build("gpt2"))
         trainer = train(
@@ -339,6 +341,7 @@ def loop(model: Any, optimizer: Any, loader: Any, accumulation: int, backward: A
     return logs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [8, 2])
 @pytest.mark.parametrize("with_accelerate", [False, True])
 def test_a_loop_of_ones_own_has_the_figures_of_the_trainer(batch, with_accelerate, tmp_path):

@@ -177,6 +177,7 @@ class Detector(PreTrainedModel):
 
 
 class TestOtherModels:
+    @pytest.mark.slow
     def test_terms_of_another_model_are_averaged_over_micro_batches(self, make_trainer, corpus):
         runs = []
         for batch, accumulation in ((8, 1), (2, 4)):
@@ -282,6 +283,7 @@ class TestEvaluation:
         with_evaluation.train()
         assert loss_logs(without) == loss_logs(with_evaluation)
 
+    @pytest.mark.slow
     def test_best_model_can_be_chosen_by_bpc(self, make_trainer):
         trainer = make_trainer(
             eval_strategy="steps",
@@ -392,6 +394,7 @@ class BreakWeight(TrainerCallback):
 
 
 class TestLossThatIsNotFinite:
+    @pytest.mark.slow
     def test_stops_with_step_and_term_and_keeps_the_last_checkpoint(self, make_trainer):
         trainer = make_trainer(
             model={"intermediate_schedule": "constant"},
