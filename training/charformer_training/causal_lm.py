@@ -101,9 +101,8 @@ class CausalLMWithLosses(SelfDraftingMixin, LanguageModelWithLosses):
 
     def _classified(self, term: LossTerm, states: Tensor) -> Tensor:
         """Logits `(..., n)` of a term over its head's vocabulary."""
-        head = self.auxiliary_heads[term.name]
         if self._own_heads:
-            return cast(Tensor, head(states))
+            return cast(Tensor, self.auxiliary_heads[term.name](states))
         if self.draft_vocabulary is None or term.offset == 1:
             return self._logits(states)
         classifier = self._classifier(term)
