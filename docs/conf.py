@@ -57,6 +57,7 @@ html_title = "Charformer"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_context = {"default_mode": "auto"}
 html_math_renderer = "mathml"
 html_theme_options = {
     "show_toc_level": 2,

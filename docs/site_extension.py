@@ -14,8 +14,13 @@ from docs.errors import all_messages
 
 
 DOCS = Path(__file__).parent
-INCLUDE = re.compile(r'^```\{include\} (?P<path>\S+)\n(?::end-before: "(?P<end>.+)"\n)?```$', re.MULTILINE)
+INCLUDE = re.compile(
+    r'^```\{include\} (?P<path>\S+)\n(?::start-after: "(?P<start>.+)"\n)?(?::end-before: "(?P<end>.+)"\n)?```$',
+    re.MULTILINE,
+)
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)(?P<path>[^)#\s]+)")
+LONG_NAME = re.compile(r'<span class="pre">(?P<name>[^<]{25,})</span>')
+BREAKS = re.compile(r"(?<=[_./(=,])(?=[A-Za-z])|(?<=[a-z])(?=[A-Z])")
 # Files outside docs/ whose text is a page of the site.
 PAGES = {
     "../README.md": "index.md",
@@ -27,22 +32,31 @@ PAGES = {
 
 def with_included_files(app: Sphinx, name: str, source: list[str]) -> None:
     """Put the READMEs into the pages that include them, and let each link lead where it does in a repository's files."""
-    text = INCLUDE.sub(lambda found: _included(found["path"], found["end"]), source[0])
+    text = INCLUDE.sub(lambda found: _included(found["path"], found["start"], found["end"]), source[0])
     up = "../" * name.count("/")
     for path, page in PAGES.items():
         text = text.replace(f"]({up}{path}", f"]({up}{page}")
-    source[0] = text
+    source[0] = text.replace(" +- ", " ± ")
 
 
-def _included(path: str, end: str | None) -> str:
+def _included(path: str, start: str | None, end: str | None) -> str:
     file = DOCS / path
     text = file.read_text(encoding="utf-8").split(end or "\0")[0]
+    text = text.split(start, 1)[1] if start else text
     return LINK.sub(lambda found: _from_docs(file.parent, found["path"]), text)
 
 
 def _from_docs(folder: Path, link: str) -> str:
     relative = os.path.relpath(folder / link, DOCS)
     return relative + "/" * link.endswith("/")
+
+
+def with_breaks_in_names(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """Let long names break between their words, where a column or a phone is narrower than the name."""
+    if "body" in context:
+        context["body"] = LONG_NAME.sub(
+            lambda found: f'<span class="long pre">{BREAKS.sub("<wbr>", found["name"])}</span>', context["body"]
+        )
 
 
 class ErrorMessages(SphinxDirective):
@@ -88,6 +102,7 @@ def formula(self: Any, node: nodes.math_block) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", with_included_files)
+    app.connect("html-page-context", with_breaks_in_names)
     app.add_directive("errors", ErrorMessages)
     # Browsers draw MathML themselves: no script is loaded from elsewhere.
     app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))

@@ -22,7 +22,8 @@ if len(sys.argv) != 2:
 (output_dir,) = sys.argv[1:]
 set_seed(0)
 # Any causal language model: AutoModelForCausalLM.from_pretrained(...). This one is small and new.
-model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=100, n_embd=32, n_layer=4, n_head=2, n_positions=64))
+config = GPT2Config(vocab_size=100, n_embd=32, n_layer=4, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+model = AutoModelForCausalLM.from_config(config)
 add_auxiliary_losses(
     model,
     num_targets=2,
