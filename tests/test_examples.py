@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import real_model
 from charformer_training import bits_per_character
-from modeling_charformer import CharformerForCausalLM, CharformerTokenizer
+from modeling_charformer import CharformerForCausalLM, CharformerForSequenceClassification, CharformerTokenizer
 from tests.conftest import ROOT
 
 
@@ -36,6 +36,11 @@ def refused(name: str, *arguments: object) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     return result.stderr
+
+
+def test_every_example_is_on_the_page_of_examples():
+    page = (ROOT / "docs" / "examples" / "index.md").read_text(encoding="utf-8")
+    assert all(f"[{path.name}](../../examples/{path.name})" in page for path in (ROOT / "examples").glob("*.py"))
 
 
 def test_no_example_is_left_out():
@@ -126,15 +131,17 @@ def test_continue_training_learns_the_other_text(trained, text_file, tmp_path, m
 
 @pytest.mark.filterwarnings("ignore")
 def test_classify_texts_learns_a_dataset_that_is_named(trained, tmp_path, monkeypatch, capsys):
-    """The labels differ in the order of letters alone, which the baseline of their frequencies cannot see."""
+    """The labels differ in the order of letters alone, which naive Bayes on single bytes cannot see."""
     rows = [json.dumps({"text": text, "label": label}) for label, text in enumerate(("abc" * 5, "acb" * 5))]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows * 40))
     (tmp_path / "data" / "test.jsonl").write_text("\n".join(rows * 10))
-    names, (accuracy, letters, commonest) = run_here(
+    names, (accuracy, letters, fourgrams, commonest) = run_here(
         "classify_texts.py", monkeypatch, capsys, trained, tmp_path / "out", tmp_path / "data", "--steps", 200
     )
-    assert (letters, commonest) == (0.5, 0.5) and accuracy > 0.9
+    assert (letters, fourgrams, commonest) == (0.5, 1, 0.5) and accuracy > 0.9
+    assert CharformerForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 2
+    assert [len(text) for part in names["of_dataset"](str(tmp_path / "data"), 4) for text, _ in part] == [4] * 100
 
     train, test = names["snippets"](500)
     assert {label for _, label in train} == {label for _, label in test} == set(range(6))
