@@ -107,7 +107,7 @@ def main() -> None:
         per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
         muon=True,
-        learning_rate=8e-3,
+        learning_rate=3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=arguments.steps // 10,
         logging_steps=max(1, arguments.steps // 6),

@@ -62,7 +62,8 @@ def main() -> None:
             max_steps=steps,
             per_device_train_batch_size=BATCH,
             train_sampling_strategy="sequential",  # the windows are random already, and each trial sees the same
-            learning_rate=3e-3,
+            muon=True,
+            learning_rate=1e-2,
             warmup_steps=steps // 10,
             logging_steps=steps,
             save_strategy="no",

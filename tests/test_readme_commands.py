@@ -24,7 +24,8 @@ COMMAND = re.compile(
 
 
 def commands() -> list[str]:
-    texts = (page.read_text(encoding="utf-8").replace("$weight", "0.3") for page in (*PAGES, HELP))  # of a loop
+    pages = (page.read_text(encoding="utf-8").replace("$weight", "0.3") for page in (*PAGES, HELP))  # of a loop
+    texts = (re.sub(r" \\\n\s*", " ", page) for page in pages)
     found = [match[1] for text in texts for match in COMMAND.finditer(text)]
     # What has words in capitals or brackets shows the form of a command.
     whole = [line.split("  #")[0].strip() for line in found if not re.search(r"\b(MODEL|TEXT|RUN|RECIPE)\b|\[", line)]
