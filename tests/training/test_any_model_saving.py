@@ -6,16 +6,22 @@ import json
 import pickle
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Trainer,
 )
 
 from charformer_training import (
+    AuxiliaryLossMixin,
+    AuxiliaryLossTrainer,
+    AuxiliaryLossTrainingArguments,
     add_auxiliary_losses,
+    any_model,
     load_auxiliary_losses,
 )
 from charformer_training.models import HEADS_FILE, OLD_HEADS_FILE
@@ -111,3 +117,63 @@ def test_a_model_with_added_losses_can_be_pickled_and_copied():
 def test_former_names_of_settings_still_load():
     former = add_auxiliary_losses(build("llama"), classifiers="own", loss_weights={"target_2": 0.4})
     assert former.config.auxiliary_losses == {"heads": "own", "term_weights": {"target_2": 0.4}}
+
+
+def adapted(model: Any, target_modules: Any = ("q_proj",)) -> Any:
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=target_modules, r=2, init_lora_weights=False)
+    return peft.get_peft_model(model, lora).train()
+
+
+def model_with_trained_heads() -> Any:
+    model: Any = add_auxiliary_losses(build("llama"), num_targets=2, intermediate_layers=None)
+    torch.nn.init.normal_(model.auxiliary_heads.target_2.linear.weight)
+    return model
+
+
+class PlainTrainer(AuxiliaryLossMixin, Trainer):
+    """The mixin without this package's checkpoints."""
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", [AuxiliaryLossTrainer, PlainTrainer])
+def test_an_adapter_added_after_the_losses_is_saved_with_the_heads_by_a_trainer(trainer, tmp_path, monkeypatch):
+    model, ids = adapted(model_with_trained_heads()), make_ids()
+    arguments = AuxiliaryLossTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    run = trainer(model=model, args=arguments, train_dataset=rows)
+    run.train()
+    run.save_model(str(tmp_path / "saved by the trainer"))
+    model.save_pretrained(tmp_path / "saved by PEFT")
+    expected = model.get_base_model().auxiliary_heads.target_2.linear.weight
+    looked_up: list[str] = []
+    found = any_model.cached_heads
+    monkeypatch.setattr(any_model, "cached_heads", lambda name: looked_up.append(name) or found(name))
+    for name in ("checkpoint-1", "saved by the trainer", "saved by PEFT"):
+        folder = tmp_path / name
+        loaded: Any = load_auxiliary_losses(peft.PeftModel.from_pretrained(build("llama"), folder), folder)
+        assert loaded.get_base_model().auxiliary_heads.target_2.linear.weight.equal(expected)
+    assert len(looked_up) == 3  # once each: on the Hub a look-up is a request
+
+
+def test_a_loop_of_ones_own_is_told_that_an_adapter_is_saved_without_heads(caplog, tmp_path):
+    model, ids = adapted(model_with_trained_heads()), make_ids()
+    for _ in range(2):
+        model(input_ids=ids, labels=ids)
+    assert caplog.text.count("PEFT saves its adapter without the auxiliary heads") == 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="holds an adapter without auxiliary_heads/.*the base model's folder"):
+        load_auxiliary_losses(peft.PeftModel.from_pretrained(build("llama"), tmp_path), tmp_path)
+    model.get_base_model().save_auxiliary_heads(tmp_path)  # as the message says
+    load_auxiliary_losses(peft.PeftModel.from_pretrained(build("llama"), tmp_path), tmp_path)
+    caplog.clear()
+    add_auxiliary_losses(adapted(build("llama")))(input_ids=ids, labels=ids)
+    assert "PEFT saves" not in caplog.text
+
+
+def test_adapters_on_the_heads_themselves_are_refused_before_training():
+    model = adapted(model_with_trained_heads(), "all-linear")
+    with pytest.raises(ValueError, match="adapters on the auxiliary heads .* after get_peft_model"):
+        model(input_ids=make_ids(), labels=make_ids())

@@ -231,10 +231,14 @@ class TestOtherSettings:
         assert rates[1e-3] == pytest.approx([rate / 10 for rate in rates[1e-2]]) and rates[1e-2][-1] > 0
 
     def test_a_name_that_is_none_of_a_setting_is_refused(self, make_trainer, checkpoint):
-        with pytest.raises(ValueError, match="accept_changes names learning_rat; a run has the settings"):
+        with pytest.raises(
+            ValueError, match="accept_changes names learning_rat; meant learning_rate\\? A run has the settings"
+        ):
             make_trainer(**SAVING).train(resume_from_checkpoint=str(checkpoint), accept_changes=["learning_rat"])
         trainer = make_trainer()
-        with pytest.raises(ValueError, match="accept_changes names learning_rat; a run has the settings"):
+        with pytest.raises(
+            ValueError, match="accept_changes names learning_rat; meant learning_rate\\? A run has the settings"
+        ):
             trainer.train(accept_changes=["learning_rat"])  # nothing is resumed
         assert trainer.state.global_step == 0
 

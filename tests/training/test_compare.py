@@ -100,6 +100,14 @@ def test_a_run_that_is_not_finished_is_read_from_its_newest_checkpoint(tmp_path)
     assert run.settings["num_targets"] == 11 and run.settings["highest learning rate logged"] == 0.5
 
 
+def test_names_of_terms_cannot_drive_the_terminal(tmp_path, capsys):
+    log = [{"step": 1, "loss": 1e300, "loss_\x1b[2J": 2.0}]
+    runs = [str(write_run(tmp_path / name, log)) for name in "ab"]
+    assert main([*runs, "--output", str(tmp_path / "picture.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\\x1b[2J  " in printed and "1e+300 (1e+300 at 1)" in printed
+
+
 def test_a_figure_that_is_not_a_number_is_never_the_best(tmp_path, capsys):
     log = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": math.nan}]
     runs = [str(write_run(tmp_path / name, log)) for name in "ab"]

@@ -11,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
@@ -218,6 +220,11 @@ def table(delimiter: str) -> bytes:
     )
 
 
+def twins(path: Path) -> None:
+    texts = pyarrow.array(["one", "two"])
+    pyarrow.parquet.write_table(pyarrow.table([texts, texts], names=["text", "text"]), path)
+
+
 def parquet(path: Path) -> bytes:
     Dataset.from_dict({"id": list(range(5)), "text": TEXTS}).to_parquet(path / "made")
     return (path / "made").read_bytes()
@@ -267,6 +274,13 @@ def test_files_as_people_have_them_are_their_text(tmp_path, name, make):
         ("a.jsonl", b'{"text": "\xe9"}\n', "a.jsonl is not UTF-8 after row 0"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl: row 1 cannot be read"),
         ("a.csv", b"id;text\n1;2\n", "has the columns \\['id;text'\\]"),
+        ("a.csv", b"id,text\n1,one\n2,two, three\n", "a.csv: row 2 .* more cells than the header, 2"),
+        ("a.csv", b"id,text\n1,one\n2\n", "a.csv: row 2 cannot be read: it has fewer cells than the header, 2"),
+        ("a.csv", b'id,text\n1,"one\n2,two\n', "a.csv: row 1 cannot be read: a quotation mark is not closed"),
+        ("a.tsv", b"text\ttext\na\tb\n", "a.tsv: row 1 cannot be read: 2 columns have the name 'text'"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n', "a.jsonl: row 1 cannot be read: a name is given twice"),
+        ("a.parquet", twins, "a.parquet cannot be read: 2 columns have the name 'text'"),
+        ("a.txt.gz", gzip.compress(gzip.compress(b"text", mtime=0), mtime=0), "a.txt.gz is compressed twice"),
         ("a.parquet", b"PAR1" + b"x" * 99, "a.parquet cannot be read"),
         ("a.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "a.gz cannot be read"),
         ("a.xz", lzma.compress(b"text" * 99)[:30], "a.xz cannot be read"),
@@ -300,11 +314,27 @@ def test_files_as_people_have_them_are_their_text(tmp_path, name, make):
     ],
 )
 def test_files_that_are_not_text_are_refused_by_name(tmp_path, cache, name, content, message):
-    if content is not None:
+    if callable(content):
+        content(tmp_path / name)
+    elif content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_corpus(DataArguments(data_path=str(tmp_path / name)))
     assert not list(cache.rglob("*.*"))
+
+
+def test_the_folder_of_a_run_is_not_a_text(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (tmp_path / "model.py").write_text("code that travels with a model")
+    with pytest.raises(ValueError, match="data_path: .* is the folder of a training run"):
+        load_corpus(DataArguments(data_path=str(tmp_path)))
+
+
+def test_a_dataset_that_cannot_be_loaded_is_refused_by_its_field(tmp_path):
+    for name, config, reason in ((f"{tmp_path}/none", None, "find"), (str(tmp_path), None, "data")):
+        with pytest.raises(ValueError, match=f"dataset_name: .* cannot be read: .*{reason}"):
+            load_corpus(DataArguments(dataset_name=name, dataset_config=config))
 
 
 def test_a_column_of_numbers_in_a_dataset_is_named(tmp_path):

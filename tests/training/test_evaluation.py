@@ -254,10 +254,17 @@ class TestProgram:
     def test_text_and_model_are_not_replaced_by_results(self, model_folder, text_file, tmp_path, capsys):
         weights = tmp_path / "model" / "model.safetensors"
         before = weights.read_bytes(), text_file.read_bytes()
-        for place, message in ((weights, "which is a file of MODEL"), (text_file, "which is TEXT")):
+        places = {text_file: "which is TEXT"}
+        for name in ("recipe.yaml", "README.md", "command.txt", "checkpoint-2/trainer_state.json"):
+            place = tmp_path / "model" / name
+            place.parent.mkdir(exist_ok=True)
+            place.write_text("of the run")
+            places[place] = "which is a file of MODEL"
+        for place, message in {weights: "which is a file of MODEL", **places}.items():
             assert main([model_folder, str(text_file), "--output", str(place)]) == 1
             assert f"output is {place}, {message}; give another file" in capsys.readouterr().err
         assert (weights.read_bytes(), text_file.read_bytes()) == before
+        assert {place.read_text() for place in places if place != text_file} == {"of the run"}
 
     @pytest.mark.parametrize("option", ["--output", "--plots", "--state_file"])
     def test_places_that_cannot_be_written_are_refused_before_the_work(self, tmp_path, capsys, option):

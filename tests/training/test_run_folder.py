@@ -124,7 +124,10 @@ class TestOneCommandGivenAgain:
             earlier.touch()
         assert main(command(**how, accept_changes="learning_rat")) == 1
         message = capsys.readouterr().err
-        assert "accept_changes names learning_rat; a run has the settings" in message and "learning_rate" in message
+        assert (
+            "accept_changes names learning_rat; meant learning_rate? A run has the settings" in message
+            and "learning_rate" in message
+        )
         left = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "_run.lock"]
         assert left == ([earlier] if earlier.exists() else [])
 

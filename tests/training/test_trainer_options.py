@@ -49,6 +49,8 @@ def recipe(tmp_path: Path):
         ("--optim sgd --optim_args weight_decay=0.1", "optim_args names weight_decay, which the field weight_decay"),
         ("--optim sgd --adam_beta1 0.5", "adam_beta1 is 0.5; optim 'sgd' does not use it"),
         ("--optim_target_modules all-linear", "optim_target_modules is given; optim 'adamw_torch_fused' takes none"),
+        ("--dataloader_num_workers 1000000", "dataloader_num_workers is 1000000; it must be from 0 to "),
+        ("--gradient_accumulation_steps 1000000000000", "gradient_accumulation_steps is 1,000,000,000,000: with"),
         ("--debug x", "debug is 'x'; it must be 'underflow_overflow'"),
         ("--debug tpu_metrics_debug", "debug is 'tpu_metrics_debug'; it must be one of"),
         ("--fsdp x", "fsdp is 'x'; it must be one of ['full_shard'"),

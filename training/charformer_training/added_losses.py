@@ -131,10 +131,26 @@ class ModelWithLosses(SavesHeads):
         return self._output_class(**values, **self.loss_watch.watched(losses))
 
     def _check_heads_are_trained(self) -> None:
-        """Warn once if the heads are frozen while other weights train, which would fit the model to untrained heads."""
+        """Warn once if the heads are frozen while other weights train, or if PEFT will not save them.
+
+        Raises:
+            ValueError: If the heads have adapters of PEFT, without which they could not be loaded.
+        """
         if self._heads_checked or not self.training or torch.compiler.is_compiling():
             return
+        if any(".base_layer." in name for name, _ in self.auxiliary_heads.named_parameters()):
+            raise ValueError(
+                f"PEFT has put adapters on the auxiliary heads of this {type(self).__name__}, which could not be loaded without"
+                " them; call add_auxiliary_losses after get_peft_model"
+            )
         self._heads_checked = True
+        if getattr(self, "peft_config", None) and not (self._hf_peft_config_loaded or self.is_saved_beside_adapter):
+            logger.warning(
+                "PEFT saves its adapter without the auxiliary heads of this %s. To save them beside it, call"
+                " add_auxiliary_losses after get_peft_model, train with AuxiliaryLossTrainer, or call"
+                " model.get_base_model().save_auxiliary_heads(folder)",
+                type(self).__name__,
+            )
         heads = [*self.auxiliary_heads.parameters()]
         if (
             heads

@@ -16,7 +16,7 @@ from .added_losses import ModelWithLosses, class_with_losses
 from .causal_lm import CausalLMWithLosses
 from .checks import shown
 from .classifiers import ImageClassifierWithLosses, SequenceClassifierWithLosses, TokenClassifierWithLosses
-from .heads_file import cached_heads, class_beside_adapter, saved_settings, vocabulary_of_heads
+from .heads_file import cached_heads, keep_heads_beside_adapter, saved_settings, vocabulary_of_heads
 from .language_models import MaskedLMWithLosses, Seq2SeqLMWithLosses
 from .models import is_causal_lm, unwrap_peft
 from .probe import Anatomy, Trace, anatomy_of, trace_of
@@ -96,8 +96,7 @@ def add_auxiliary_losses(
         _check_heads_alone(losses, heads)
     base.__class__ = class_with_losses(cast(Any, type(base)), cast(Any, mixin), anatomy.output_kind)
     cast(ModelWithLosses, base).add_heads(losses, anatomy, heads, checked, heads_only, vocabulary)
-    if model is not base:
-        model.__class__ = cast(Any, class_beside_adapter(cast(Any, type(model))))
+    keep_heads_beside_adapter(model)
     more = {"heads_only": heads_only or None, "draft_vocabulary": None if vocabulary is None else len(vocabulary)}
     given = {name: value for name, value in more.items() if value is not None}
     base.config.auxiliary_losses = {"heads": heads, **given, **settings}
@@ -113,14 +112,15 @@ def load_auxiliary_losses(model: Model, name_or_path: str | os.PathLike[str]) ->
 
     Raises:
         ValueError: If the model was saved without auxiliary losses.
+        OSError: If there is no file of heads.
     """
     base = unwrap_peft(model)
     settings = getattr(getattr(base, "config", None), "auxiliary_losses", None)
-    if not settings and model is not base:
-        settings = saved_settings(cached_heads(str(name_or_path)))
-    if not settings:
+    file = cached_heads(str(name_or_path)) if settings or model is not base else None
+    if file is not None and not settings:
+        settings = saved_settings(file)
+    if file is None or not settings:
         raise ValueError(f"{name_or_path} was saved without auxiliary losses; add_auxiliary_losses gives it new ones")
-    file = cached_heads(str(name_or_path))
     if settings.get("draft_vocabulary"):  # the configuration has their number, the file of the heads which they are
         settings = settings | {"draft_vocabulary": vocabulary_of_heads(file)}
     add_auxiliary_losses(model, **settings)

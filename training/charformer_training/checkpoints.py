@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, rotate_checkpoints
 
 from .files import SCRATCH_PREFIX, give_default_permissions, remove, saving_failed_message
+from .heads_file import keep_heads_beside_adapter
 from .manifest import RUNNING_SUMS, inspect, is_scheduled, newest_good, write_manifest
 from .models import unwrap_peft, with_own_class
 from .pushing import HubTrainer
@@ -237,14 +238,11 @@ class SafeTrainer(HubTrainer):
         return str(self._scratch or super()._get_output_dir(trial))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        keep_heads_beside_adapter(self.model)
         with with_own_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
             super()._save(output_dir, state_dict)
-        base: Any = unwrap_peft(cast(nn.Module, self.model))
-        folder = Path(output_dir or str(self.args.output_dir))
-        if base is not self.model and hasattr(base, "save_auxiliary_heads"):  # PEFT saves its adapter alone
-            base.save_auxiliary_heads(folder)
         if self.args.should_save:
-            give_default_permissions(folder)
+            give_default_permissions(Path(output_dir or str(self.args.output_dir)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._raise_if_not_finite()

@@ -144,6 +144,7 @@ WARMUP: Range = (
     "a whole number of 0 or more, or a share of all steps below 1",
 )
 # Any number that is not listed here must be finite and 0 or more.
+_MOST_WORKERS = max(64, 4 * (os.cpu_count() or 1))
 RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
@@ -164,6 +165,10 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("seed", "data_seed"), SEED),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), STEPS),
     "warmup_steps": WARMUP,
+    "dataloader_num_workers": (
+        lambda value: 0 <= value <= _MOST_WORKERS,
+        f"from 0 to {_MOST_WORKERS}, since each is a process",
+    ),
     "max_steps": AT_LEAST_1,
 }
 # Launchers set local_rank; -1 means that there is no launcher.

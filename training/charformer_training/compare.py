@@ -149,7 +149,7 @@ def table(runs: Sequence[Run]) -> str:
     """
     rows = [["last (best at step)", *(run.name for run in runs)]]
     rows.append(["steps", *(f"{run.step:,} of {run.max_steps:,}" for run in runs)])
-    rows += [[name, *map(_last_and_best, curves)] for name, curves in figures(runs).items()]
+    rows += [[one_line(name), *map(_last_and_best, curves)] for name, curves in figures(runs).items()]
     names = dict.fromkeys(name for run in runs for name in run.settings)
     known = {name: [run.settings.get(name) for run in runs] for name in names}
     differing = [
@@ -165,7 +165,11 @@ def table(runs: Sequence[Run]) -> str:
 
 def _last_and_best(points: Curve) -> str:
     step, best = min(zip(*points, strict=True), key=lambda point: (math.isnan(point[1]), point[1]))
-    return f"{points[1][-1]:.4f} ({best:.4f} at {step:,})"
+    return f"{_figure(points[1][-1])} ({_figure(best)} at {step:,})"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _shown(value: Any) -> str:
@@ -191,7 +195,8 @@ def draw(runs: Sequence[Run]) -> "Figure":
         for number, points in enumerate(curves):
             marker = "o" if name in EVALUATIONS else "."
             axis.plot(*points, color=f"C{number % 10}", marker=marker, markersize=3, linewidth=1.2)
-        axis.set_title("loss (the weighted sum of its terms)" if name == "loss" else name, parse_math=False)
+        title = "loss (the weighted sum of its terms)" if name == "loss" else one_line(name)
+        axis.set_title(title, parse_math=False)
         axis.set(xlabel="step", ylabel="bits per character" if name == "eval_bpc" else unit)
         axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
@@ -228,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_safe_streams()
     arguments = parser.parse_args(argv)
     try:
-        if len({os.path.realpath(run) for run in arguments.runs}) < max(2, len(arguments.runs)):
+        if len({os.path.realpath(checked_path("RUN", run)) for run in arguments.runs}) < max(2, len(arguments.runs)):
             raise ValueError("give two or more different runs")
         checked_path("--output", str(arguments.output))
         replaced = not arguments.output.exists() or arguments.output.is_file()

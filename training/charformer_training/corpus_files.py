@@ -193,6 +193,8 @@ def _pieces(path: Path) -> Iterator[bytes]:
         with _open(path) as file:
             first = file.read(_CHUNK)
             _refuse_other_kinds(path, first)
+            if _opener(first) is not None:
+                raise ValueError(f"{one_line(path.name)} is compressed twice; unpack it once")
             yield first
             while piece := file.read(_CHUNK):
                 yield piece
@@ -212,7 +214,8 @@ def _rows(path: Path, column: str) -> Iterator[bytes]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 after row {number}: {error.reason}") from error
     except (csv.Error, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{name}: row {number + 1} cannot be read: {one_line(error)}") from error
+        reason = one_line(error).replace("unexpected end of data", "a quotation mark is not closed")
+        raise ValueError(f"{name}: row {number + 1} cannot be read: {reason}") from error
     except _DAMAGED as error:
         raise ValueError(f"{name} cannot be read: {_reason(error)}") from error
 
@@ -240,13 +243,30 @@ def text_of_row(row: Any, column: str, place: str) -> Iterator[bytes]:
 
 def _json_lines(file: IO[bytes], column: str) -> Iterator[Any]:
     with io.TextIOWrapper(file, "utf-8-sig", newline="\n") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+        yield from (json.loads(line, object_pairs_hook=_mapping) for line in lines if line.strip())
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        raise csv.Error("a name is given twice")
+    return mapping
 
 
 def _csv(file: IO[bytes], column: str, delimiter: str = ",") -> Iterator[Any]:
     csv.field_size_limit(_FIELD_LIMIT)
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
-        yield from csv.DictReader(lines, delimiter=delimiter)
+        rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        columns = rows.fieldnames or []
+        if columns.count(column) > 1:
+            raise csv.Error(f"{columns.count(column)} columns have the name {shown('', column)}")
+        for row in rows:
+            if None in row or None in row.values():  # cells without a name, or a name without a cell
+                raise csv.Error(
+                    f"it has {'more' if None in row else 'fewer'} cells than the header, {len(columns)}; a cell that holds"
+                    f" {delimiter!r} or a line break must be in quotes"
+                )
+            yield row
 
 
 def _tsv(file: IO[bytes], column: str) -> Iterator[Any]:
@@ -258,8 +278,10 @@ def _parquet(file: IO[bytes], column: str) -> Iterator[Any]:
     from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(file)
+        table = parquet.ParquetFile(file, page_checksum_verification=True)
         names = table.schema_arrow.names
+        if names.count(column) > 1:
+            raise OSError(f"{names.count(column)} columns have the name {shown('', column)}")
         if column not in names:
             yield dict.fromkeys(names)
         for batch in table.iter_batches(columns=[column], batch_size=256):
@@ -290,7 +312,7 @@ def files_of_folder(folder: Path, left_out: Path | None = None) -> tuple[list[Pa
                 continue
             if path.is_symlink():
                 others.setdefault("links to folders", []).append(path)
-            elif path.resolve() == own or _is_of_a_run(path):
+            elif path.resolve() == own or is_of_a_run(path):
                 others.setdefault("folders of training runs", []).append(path)
             else:
                 kept.append(name)
@@ -308,7 +330,9 @@ def files_of_folder(folder: Path, left_out: Path | None = None) -> tuple[list[Pa
     return sorted(found), {reason: sorted(paths) for reason, paths in others.items()}
 
 
-def _is_of_a_run(folder: Path) -> bool:
+def is_of_a_run(folder: Path) -> bool:
+    """Whether a training run wrote `folder`."""
+
     def has(name: str) -> bool:
         return (folder / name).is_file()
 

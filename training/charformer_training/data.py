@@ -25,7 +25,7 @@ from modeling_charformer.auxiliary_losses import IGNORE_INDEX
 
 from .arguments import SPLIT_NAMES, STANDARD_LIBRARY, DataArguments
 from .checks import checked_path, shown
-from .corpus_files import described, documents, files_of_folder, is_plain, is_table, readable, text_of_row
+from .corpus_files import described, documents, files_of_folder, is_of_a_run, is_plain, is_table, readable, text_of_row
 from .terminal import one_line
 from .units import is_utf8
 
@@ -148,6 +148,8 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None, 
         own = None if output_dir is None else Path(output_dir)
         if own is not None and own.expanduser().resolve() == path.resolve():
             raise ValueError(f"output_dir is data_path, {one_line(path)}: the run would be a part of its own text")
+        if is_of_a_run(path):
+            raise ValueError(f"{field}: {one_line(path)} is the folder of a training run; give the folder of a text")
         files, others = files_of_folder(path, own)
         if others and write:
             logger.warning(f"Left out of {arguments.source}: {described(others)}")
@@ -314,6 +316,10 @@ def _dataset_texts(arguments: DataArguments) -> Iterator[bytes]:
             split=arguments.dataset_split,
             streaming=arguments.dataset_streaming,
         )
+    except Exception as error:  # of many kinds: no network, no such name, split or configuration, damaged files
+        reason = one_line(" ".join(str(error.__cause__ or error).split()))[:500] or type(error).__name__
+        raise ValueError(f"dataset_name: {arguments.source} cannot be read: {reason}") from error
+    try:
         columns = dataset.column_names
         if columns is not None and arguments.text_column not in columns:
             raise ValueError(

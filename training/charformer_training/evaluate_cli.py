@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.state import PartialState
+from transformers.utils import logging
 
 from .arguments import SHARES, SPLIT_NAMES, DataArguments, EvaluateArguments
 from .checks import checked_path
@@ -23,10 +24,11 @@ from .files import whole_file
 from .plots import plot_bits_by_position
 from .pretrained import load_language_model, read_config
 from .recipes import Parser
+from .run_folder import RUN_FILES
 from .terminal import USER_ERRORS, one_line, report_error, use_safe_streams
 
 
-_OF_MODELS = ("config.json", "generation_config.json", "metrics.json", "tokenizer_config.json", "trainer_state.json")
+_OF_MODELS = (*RUN_FILES, "config.json", "generation_config.json", "tokenizer_config.json", "trainer_state.json")
 USAGE = "charformer-evaluate MODEL TEXT [--stride s ...] [--field value ...]"
 
 
@@ -110,17 +112,24 @@ def check_places(arguments: EvaluateArguments) -> None:
 
 def _check_nothing_lost(model_path: str, text: str, arguments: EvaluateArguments) -> None:
     """Refuse an output file that would replace another output, the text, or a file of the model."""
-    places: dict[Path, str] = {Path(text).expanduser().resolve(): "TEXT"}
-    for file in Path(model_path).expanduser().glob("*"):
-        if file.suffix in (".bin", ".py", ".safetensors") or file.name in _OF_MODELS:
+    places: dict[Path, str] = {_resolved("TEXT", text): "TEXT"}
+    for file in Path(model_path).expanduser().rglob("*"):
+        if file.suffix in (".bin", ".pt", ".pth", ".py", ".safetensors") or file.name in _OF_MODELS:
             places[file.resolve()] = "a file of MODEL"
     for name in ("output", "plots", "state_file"):
         given = getattr(arguments, name)
-        path = Path(given).expanduser().resolve() if given is not None else None
+        path = _resolved(name, given) if given is not None else None
         if path in places:
             raise ValueError(f"{name} is {one_line(given)}, which is {places[path]}; give another file")
         if path is not None:
             places[path] = name
+
+
+def _resolved(name: str, given: str) -> Path:
+    try:
+        return Path(given).expanduser().resolve()
+    except (OSError, RuntimeError):  # the second before Python 3.13
+        raise ValueError(f"{name} is {one_line(given)}, a link that leads to itself; give a file") from None
 
 
 def _device(name: str) -> torch.device:
@@ -247,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console program; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     use_safe_streams()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # a log file holds lines
     if not words:
         print(how_to_begin_evaluating(USAGE), file=sys.stderr)
         return 2

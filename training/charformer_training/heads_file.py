@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 from modeling_charformer.auxiliary_heads import TRAINING_ONLY
 from modeling_charformer.loss_settings import LAST_POSITION, AuxiliaryLossSettings
 
-from .models import HEADS_FILE, OLD_HEADS_FILE, saved_heads
+from .models import HEADS_FILE, OLD_HEADS_FILE, saved_heads, unwrap_peft
 
 
 VOCABULARY = "auxiliary_heads.draft_vocabulary"
@@ -27,6 +27,8 @@ class SavesHeads(PreTrainedModel):
     """A model that saves its auxiliary heads in a file of their own, apart from the plain model."""
 
     loss_settings: AuxiliaryLossSettings
+    is_saved_beside_adapter = False
+    """Whether the PEFT model around this one saves the heads too."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save the plain model, like `save_pretrained` of any model, and the auxiliary heads in a subfolder."""
@@ -133,6 +135,16 @@ def class_beside_adapter(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (SavesHeadsBesideAdapter, kind), content)
 
 
+def keep_heads_beside_adapter(model: nn.Module | None) -> None:
+    """Let a PEFT model's `save_pretrained` keep the auxiliary heads of the model in it; any other model stays as it is."""
+    wrapper: Any = getattr(model, "_orig_mod", model)  # of a compiled model
+    base = None if wrapper is None else unwrap_peft(wrapper)
+    if base is wrapper or not isinstance(base, SavesHeads) or isinstance(wrapper, SavesHeadsBesideAdapter):
+        return
+    wrapper.__class__ = class_beside_adapter(cast(Any, type(wrapper)))
+    base.is_saved_beside_adapter = True
+
+
 def _empty_beside_adapter(kind: type[nn.Module]) -> nn.Module:
     made: Any = class_beside_adapter(cast(Any, kind))
     return cast(nn.Module, made.__new__(made))
@@ -146,10 +158,20 @@ def saved_settings(path: Path) -> dict[str, Any] | None:
 
 
 def cached_heads(name_or_path: str) -> Path:
+    """The file of the heads in a folder, or in a repository on the Hub.
+
+    Raises:
+        OSError: If there is none. Beside an adapter, the message says where else the heads may be.
+    """
     try:
         return Path(str(cached_file(name_or_path, Path(HEADS_FILE).name, subfolder=str(Path(HEADS_FILE).parent))))
     except OSError as error:  # raised whatever is missing
         try:
             return Path(str(cached_file(name_or_path, OLD_HEADS_FILE)))
         except OSError:
+            if Path(name_or_path, "adapter_config.json").is_file():
+                raise OSError(
+                    f"{name_or_path} holds an adapter without {HEADS_FILE}. If its base model has auxiliary heads, give the"
+                    " base model's folder or id"
+                ) from error
             raise error from None

@@ -17,6 +17,7 @@ from .evaluated_terms import EvaluatesTerms
 from .fused_head import check_same_heads, fused_head_of, has_fused_head
 from .gradient_options import check_gradient_options, conflict_free_gradients, measured_gradients
 from .head_accuracy import check_head_accuracy
+from .heads_file import keep_heads_beside_adapter
 from .logger_names import LoggerNames
 from .loss_terms import LossTerms, auxiliary_loss, loss_dict_of
 from .models import heads_as_adapters, shifts_labels
@@ -90,6 +91,7 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             super().__init__(*args, **kwargs)
         let_lower_be_better(self.args)
         model: Any = self.model
+        keep_heads_beside_adapter(model)
         if (shifts := shifts_labels(model)) is not None:
             # Transformers looks for ForCausalLM at the end of the class name, and counts one target too many in GPT-2's rows.
             self._loss_shifts_labels = shifts
@@ -180,6 +182,7 @@ class AuxiliaryLossMixin(EvaluatesTerms):
         self.loss_terms.forget()
         if (model := self.model) is not None and model is not self.loss_terms.model:
             self.loss_terms.use(model)  # `model_init` has made it, for a trial of its own
+            keep_heads_beside_adapter(model)
             self._lacks_losses = None
         trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         if self.loss_terms.settings is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, TrainingArguments
 
 from modeling_charformer import CharformerConfig, CharformerForCausalLM
 from modeling_charformer.configuration_charformer import SIZES, parameter_counts
@@ -48,8 +48,8 @@ def check_size(fields: Mapping[str, Any]) -> None:
         )
 
 
-def check_batch(fields: Mapping[str, Any], batch_size: int, on_cpu: bool) -> None:
-    """Refuse a batch that this machine cannot hold: its ids and labels, and where the model is `on_cpu`, its logits.
+def check_batches(fields: Mapping[str, Any], training: TrainingArguments) -> None:
+    """Refuse batches that this machine cannot hold: the ids and labels of a whole step, and on a CPU one batch's logits.
 
     Raises:
         ValueError: Names the fields, their values and what is accepted.
@@ -57,11 +57,14 @@ def check_batch(fields: Mapping[str, Any], batch_size: int, on_cpu: bool) -> Non
     window, vocab_size = (
         fields.get(name, getattr(CharformerConfig, name)) for name in ("max_position_embeddings", "vocab_size")
     )
-    needed, memory = batch_size * window * (16 + (4 * vocab_size if on_cpu else 0)), _memory()
+    batch_size, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    of_logits = 4 * vocab_size if training.device.type == "cpu" else 0
+    needed, memory = batch_size * window * (16 * accumulated + of_logits), _memory()
     if needed > memory:
+        steps = f" and gradient_accumulation_steps is {accumulated:,}" if accumulated > 1 else ""
         raise ValueError(
-            f"per_device_train_batch_size is {batch_size:,}: with max_position_embeddings={window:,} a batch needs more than"
-            f" {needed / 1e9:,.0f} GB; it must fit into the {memory / 1e9:,.0f} GB of memory here"
+            f"per_device_train_batch_size is {batch_size:,}{steps}: with max_position_embeddings={window:,} a step needs more"
+            f" than {needed / 1e9:,.0f} GB; it must fit into the {memory / 1e9:,.0f} GB of memory here"
         )
 
 

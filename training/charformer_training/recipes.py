@@ -24,7 +24,7 @@ from .arguments import (
 )
 from .checks import check_ranges, check_type, checked_path, shown
 from .command_help import CONFIGS, training_help
-from .pretrained import check_batch, check_size
+from .pretrained import check_batches, check_size
 from .strict_yaml import MAX_LENGTH, read_yaml
 from .terminal import one_line
 from .trainer_options import check_best_is_kept, check_optimizer, check_options
@@ -140,7 +140,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("fp16 is true; on a CPU it would have no effect: leave it out, or give bf16")
     if model.model_name_or_path is None:
-        check_batch(model.config_fields(), training.per_device_train_batch_size, training.device.type == "cpu")
+        check_batches(model.config_fields(), training)
     # The windows themselves are random; shuffling their numbers would only cost memory.
     training.train_sampling_strategy = "sequential"
     return Arguments(model, data, run, training)

@@ -13,8 +13,10 @@ from accelerate.utils import broadcast_object_list
 
 from .arguments import Arguments, RunArguments
 from .files import append_line, remove, remove_scratch, whole_file
+from .locks import LOCK_FILE
 from .manifest import inspect_result, newest_good
-from .pushing import COMMAND, RECIPE, RESULT
+from .plots import PICTURE
+from .pushing import CARD_FILE, COMMAND, RECIPE, RESULT
 from .strict_yaml import write_yaml
 
 
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 SAMPLES = "samples.jsonl"
 METRICS = "metrics.json"
+# Files that a run writes beside the model.
+RUN_FILES = (SAMPLES, RECIPE, COMMAND, RESULT, METRICS, PICTURE, LOCK_FILE, CARD_FILE)
 # Files of a trained model in a run's folder.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 # Fields that a recorded recipe leaves out: secrets, and how the command was to begin or resume.

@@ -1,6 +1,7 @@
 """The settings of a run that affect its result. They are saved with each checkpoint, and compared on resuming."""
 
 import dataclasses
+import difflib
 import json
 import os
 import re
@@ -192,7 +193,9 @@ def check_accepted(accepted: Collection[str], known: Collection[str]) -> None:
     """
     if unknown := sorted(set(accepted) - set(known)):
         names = one_line(", ".join(unknown))
-        raise ValueError(f"accept_changes names {names}; a run has the settings {', '.join(sorted(known))}")
+        close = [name for word in unknown for name in difflib.get_close_matches(word, [*known], n=1)]
+        meant = f"; meant {', '.join(close)}?" if close else "."
+        raise ValueError(f"accept_changes names {names}{meant} A run has the settings {', '.join(sorted(known))}")
 
 
 def _short(value: Any) -> str:

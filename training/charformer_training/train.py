@@ -27,11 +27,11 @@ from .locks import LOCK_FILE
 from .manifest import newest_good, write_result
 from .ngrams import ngram_bits_per_byte
 from .plots import PICTURE
-from .pretrained import load_language_model, read_config
-from .pushing import COMMAND, RECIPE, RESULT, card_of
+from .pretrained import check_batches, load_language_model, read_config
+from .pushing import COMMAND, RESULT, card_of
 from .recipes import USAGE, parse_arguments
 from .resuming import only_run
-from .run_folder import METRICS, SAMPLES, Start, plan_start, record_run
+from .run_folder import METRICS, RUN_FILES, SAMPLES, Start, plan_start, record_run
 from .run_settings import check_accepted, check_same_settings
 from .stopping import StoppedBySignal
 from .terminal import USER_ERRORS, printable, report_error, use_safe_streams
@@ -41,7 +41,9 @@ from .units import count_characters, is_utf8
 
 logger = logging.get_logger(__name__)
 
-_OWN_FILES = (SAMPLES, RECIPE, COMMAND, RESULT, METRICS, PICTURE, LOCK_FILE, "README.md", "trainer_state.json") + (
+_OWN_FILES = (
+    *RUN_FILES,
+    "trainer_state.json",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -158,6 +160,7 @@ def _train_alone(arguments: Arguments, command: Sequence[str]) -> dict[str, Any]
     folder = Path(str(training.output_dir))
     set_seed(training.seed)
     model = build_model(model_arguments)  # wrong settings raise before the text is read
+    check_batches(model.config.to_dict(), training)
     start = plan_start(arguments)
     with training.main_process_first(desc="reading the corpus"):
         corpus = load_corpus(data, training.local_process_index == 0, training.output_dir)
