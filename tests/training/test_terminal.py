@@ -1,5 +1,6 @@
 import contextlib
 import io
+import logging
 import os
 import sys
 
@@ -30,6 +31,17 @@ def test_an_error_of_a_loaders_worker_is_its_last_line():
     text = "Caught X in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\nX: the text: gone\n"
     assert error_message(ValueError(text)) == "the text: gone"
     assert error_message(ValueError("two\nlines\x1b[2J")) == "two\nlines\\x1b[2J"
+
+
+def test_what_libraries_log_cannot_drive_a_terminal(monkeypatch):
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+    for _ in range(2):
+        use_safe_streams()
+    assert len(handler.filters) == 1
+    logging.getLogger("transformers.of_a_test").warning("\x1b[31munknown\x1b[0m %s", "\x1b[2J")
+    assert stream.getvalue() == "unknown \\x1b[2J\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")

@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import re
 import sys
 import unicodedata
+from logging import Filter, LogRecord, getLogger
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -67,6 +69,14 @@ def report_error(program: str, error: BaseException) -> None:
     print(f"\n{program}: error: {error_message(error) or type(error).__name__}", file=sys.stderr)
 
 
+class _Printable(Filter):
+    """Makes what libraries log safe to print, since they quote configurations and names of files."""
+
+    def filter(self, record: LogRecord) -> bool:
+        record.msg, record.args = printable(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())), ()  # without colours
+        return True
+
+
 class _LossyFile(io.FileIO):
     """A file whose `write` never fails. What cannot be written is lost, which stderr says once."""
 
@@ -89,6 +99,8 @@ class _LossyFile(io.FileIO):
 def use_safe_streams(for_a_run: bool = False) -> None:
     """Let stdout and stderr escape characters that their encoding lacks, so that printing a name never fails.
 
+    What libraries log is made `printable`, too.
+
     With `for_a_run` they also survive a terminal that is closed, a pipe that nobody reads any more, and a full disk: a run
     of hours is worth more than its log.
     """
@@ -98,6 +110,10 @@ def use_safe_streams(for_a_run: bool = False) -> None:
             lossy = io.BufferedWriter(_LossyFile(stream.fileno(), "wb", closefd=False))
             by_line = stream.line_buffering or stream.write_through
             setattr(sys, name, io.TextIOWrapper(lossy, stream.encoding, line_buffering=by_line))
+    for library in ("transformers", "datasets", "huggingface_hub"):
+        for handler in getLogger(library).handlers:
+            if not any(isinstance(known, _Printable) for known in handler.filters):
+                handler.addFilter(_Printable())
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # a replaced or closed stream
             stream.reconfigure(errors="backslashreplace")
