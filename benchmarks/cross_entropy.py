@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from benchmarks.any_model import cpu_seconds
 from benchmarks.measure import in_own_process, machine, peak_memory, times_by_turns
-from modeling_charformer.cross_entropy import MAX_LOGITS, chunked_cross_entropy_sums
-from modeling_charformer.linear_cross_entropy import LinearClassifier, row_cross_entropies
+from modeling_charformer.cross_entropy import chunked_cross_entropy_sums
+from modeling_charformer.linear_cross_entropy import MAX_LOGITS, LinearClassifier, row_cross_entropies
 
 
 SHAPES = {"gpt2": (768, 50_257), "qwen": (512, 151_936)}

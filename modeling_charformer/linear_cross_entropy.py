@@ -26,9 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cross_entropy import IGNORE_INDEX, MAX_LOGITS
+from .cross_entropy import IGNORE_INDEX
 
 
+# A piece has so many logits at most, 128 MiB in float32. In smaller pieces, matrix products read the classifier too often.
+MAX_LOGITS = 2**25
+# The softmax of a piece takes as much memory again, so it is computed for so many logits at a time.
+SOFTMAX_LOGITS = 2**22
 # With fewer symbols, running a classifier twice costs less than keeping the gradients.
 MIN_VOCABULARY = 4096
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -160,18 +164,19 @@ class _RowCrossEntropies(torch.autograd.Function):
         expected = expected * counted / (expected * counted).abs().max().clamp(min=1e-30)
         row_gradient = torch.zeros_like(rows) if of_rows else None
         # For the gradient on the classifier: those on the logits, or their product with the rows.
-        ctx.kept, ctx.product = [], None
-        if of_classifier and len(rows) * len(weight) > max(weight.numel(), MAX_LOGITS):
+        ctx.kept, ctx.product, logits = None, None, len(rows) * len(weight)
+        keeps = of_classifier and logits <= max(weight.numel(), MAX_LOGITS)
+        if of_classifier and not keeps:
             ctx.product = _ClassifierGradient(bias is not None)
         values = []
-        for part, value, gradient in _pieces(rows, classifier, targets):
+        for part, value, gradient in _pieces(rows, classifier, targets, logits if keeps else MAX_LOGITS):
             values.append(value)
             if row_gradient is not None:
                 row_gradient[part] = (gradient @ classifier.weight) * counted[part, None]
             if ctx.product is not None:
                 ctx.product.add(gradient, rows[part], expected[part])
-            elif of_classifier:
-                ctx.kept.append((part, value, gradient))
+            elif keeps:
+                ctx.kept = gradient
             del gradient  # before the next piece is computed
         ctx.waiting, ctx.form = waiting, (scale, cap)
         ctx.save_for_backward(rows, weight, bias, targets, expected, counted, row_gradient)
@@ -186,7 +191,7 @@ class _RowCrossEntropies(torch.autograd.Function):
         rows, weight, bias, targets, expected, counted, row_gradient = ctx.saved_tensors
         of_rows, of_classifier = ctx.needs_input_grad[:2]
         # Kept for the first backward pass alone: the node may outlive it, and what it gives away may change.
-        (kept, product), ctx.kept, ctx.product = (ctx.kept, ctx.product), [], None
+        (kept, product), ctx.kept, ctx.product = (ctx.kept, ctx.product), None, None
         if of_classifier:
             classifier, rows = LinearClassifier(weight, bias, *ctx.form), rows.detach()
             ctx.waiting.sums = _Sums(classifier, rows, targets, gradient * counted, expected, kept, product)
@@ -202,7 +207,8 @@ class _Sums(NamedTuple):
     targets: Tensor
     on_outputs: Tensor
     expected: Tensor
-    kept: list[tuple[slice, Tensor, Tensor]]
+    kept: Tensor | None
+    """The gradient on the logits `(N, V)`."""
     product: "_ClassifierGradient | None"
 
     def total(self) -> tuple[Tensor, Tensor | None]:
@@ -213,12 +219,15 @@ class _Sums(NamedTuple):
             found = self.product.times(factor)
         else:
             found = _ClassifierGradient(bias is not None)
-            again = _pieces(self.rows, self.classifier.to(self.rows.dtype), self.targets)
             # At most 1, as in the forward pass: large numbers, like a scaled loss, would overflow in half precision.
             largest = self.on_outputs.abs().max().clamp(min=1e-30)
-            for part, _, piece in self.kept or again:
-                found.add(piece, self.rows[part], self.on_outputs[part] / largest)
-                del piece
+            if self.kept is not None:
+                found.add(self.kept, self.rows, self.on_outputs / largest)
+            else:
+                classifier = self.classifier.to(self.rows.dtype)
+                for part, _, piece in _pieces(self.rows, classifier, self.targets, MAX_LOGITS):
+                    found.add(piece, self.rows[part], self.on_outputs[part] / largest)
+                    del piece
             found = found.times(float(largest))
         of_weight, of_bias = cast(Tensor, found.of_weight), found.of_bias
         return of_weight.to(weight.dtype), None if bias is None or of_bias is None else of_bias.to(bias.dtype)
@@ -260,33 +269,45 @@ def _factor(gradient: Tensor, expected: Tensor) -> float | None:
     return float(factor) if torch.allclose(gradient, factor * expected, rtol=1e-5, atol=0.0) else None
 
 
-def _pieces(rows: Tensor, classifier: LinearClassifier, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _pieces(
+    rows: Tensor, classifier: LinearClassifier, targets: Tensor, max_logits: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of some rows at a time: which they are, their cross-entropies `(n,)`, and the gradient of these before the scale `(n, V)`.
 
     The gradient of a row without a target is not 0.
     """
-    number = -(-len(rows) * len(classifier.weight) // MAX_LOGITS)
-    size = -(-len(rows) // max(1, number))
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        yield part, *_cross_entropies(rows[part], classifier, targets[part])
+    for part in _parts(len(rows), len(classifier.weight), max_logits):
+        logits = F.linear(rows[part], classifier.weight, classifier.bias)
+        values = [
+            _turn_into_gradient(logits[some], classifier, targets[part][some])
+            for some in _parts(len(logits), len(classifier.weight), SOFTMAX_LOGITS)
+        ]
+        yield part, torch.cat(values), logits
+        del logits
 
 
-def _cross_entropies(rows: Tensor, classifier: LinearClassifier, targets: Tensor) -> tuple[Tensor, Tensor]:
-    weight, bias, scale, cap, _ = classifier
-    logits = F.linear(rows, weight, bias).float()
+def _parts(rows: int, vocab_size: int, max_logits: int) -> Iterator[slice]:
+    """Equal parts of rows, with `max_logits` logits at most."""
+    number = max(1, -(-rows * vocab_size // max_logits))
+    size = max(1, -(-rows // number))
+    return (slice(start, start + size) for start in range(0, max(1, rows), size))
+
+
+def _turn_into_gradient(logits: Tensor, classifier: LinearClassifier, targets: Tensor) -> Tensor:
+    """The cross-entropies `(n,)` of `logits` `(n, V)`, which then hold the gradient of these."""
+    scale, cap, bent = classifier.scale, classifier.cap, None
+    outputs = logits.float()
     if scale != 1.0:
-        logits *= scale
-    bent = None
+        outputs = outputs * scale
     if cap is not None:
-        bent = logits.div_(cap).tanh_()
-        logits = bent * cap
-    log_probabilities = logits.log_softmax(-1)
-    del logits
+        bent = (outputs / cap).tanh_()
+        outputs = bent * cap
+    log_probabilities = outputs.log_softmax(-1)
     wanted = targets.clamp(min=0)[:, None]
     values = -log_probabilities.gather(1, wanted)[:, 0].masked_fill(targets == IGNORE_INDEX, 0.0)
     gradient = log_probabilities.exp_()
     gradient.scatter_add_(1, wanted, torch.full_like(values, -1.0)[:, None])
     if bent is not None:
         gradient *= 1 - bent * bent
-    return values, gradient.to(rows.dtype)
+    logits.copy_(gradient)
+    return values

@@ -5,6 +5,7 @@ python drafting_program.py MODEL HEADS NUMBER_OF_DRAFTS MAX_TOKENS < prompts.jso
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -16,6 +17,10 @@ def main() -> None:
     more: dict[str, Any] = {}
     if heads != "none":
         more["speculative_config"] = {"method": "medusa", "model": heads, "num_speculative_tokens": count}
+        config = json.loads(Path(heads, "config.json").read_text())
+        if config["truncated_vocab_size"] < config["vocab_size"]:
+            # vLLM 0.32 sets `token_map`, and then takes it for a weight that it has not loaded.
+            more["model_loader_extra_config"] = {"enable_weights_track": False}
     llm = LLM(
         folder,
         trust_remote_code=True,

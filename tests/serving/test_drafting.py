@@ -88,7 +88,7 @@ def check(name: str, model: Any, folder: Path, heads: Path, prompts: list[list[i
     counters = drafted["counters"]
     found = counters["vllm:spec_decode_num_accepted_tokens"] / counters["vllm:spec_decode_num_drafts"]
     print(f"\n{name}: {1 + found:.3f} tokens a pass in vLLM, {1 + expected:.3f} by hand")
-    assert found > 0.2
+    assert found > 0.1
     assert 1 + found == pytest.approx(1 + expected, rel=0.05)
 
 

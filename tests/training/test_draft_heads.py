@@ -123,7 +123,8 @@ def test_a_draft_vocabulary_is_written_as_a_map_of_tokens(tmp_path):
     weights = load_file(tmp_path / "heads" / "model.safetensors")
     assert (config["vocab_size"], config["truncated_vocab_size"]) == (61, 4)
     assert weights["token_map"].tolist() == [3, 7, 21, 50]
-    assert "They draft 4 of the model's tokens" in (tmp_path / "heads" / "README.md").read_text()
+    card = (tmp_path / "heads" / "README.md").read_text()
+    assert "They draft 4 of the model's tokens" in card and '{"enable_weights_track": false}' in card
     states = torch.randn(5, 16)
     for target in (2, 3):
         name = f"blocks.{target - 2}.layers.0"

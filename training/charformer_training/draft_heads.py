@@ -205,6 +205,9 @@ def _card(format: str, heads: MedusaHeads, base_model: str | None) -> ModelCard:
     if format == "medusa":
         settings = json.dumps({"method": "medusa", "model": "THIS_FOLDER", "num_speculative_tokens": count})
         use = f"vllm serve {model} --speculative-config '{settings}'"
+        if heads.vocabulary is not None:
+            # vLLM 0.32 sets `token_map` from the file, and then misses it among the weights that it has loaded.
+            use += """ --model-loader-extra-config '{"enable_weights_track": false}'"""
     else:
         use = f"text-generation-launcher --model-id THIS_FOLDER   # base model: {model}"
     return ModelCard(
