@@ -24,6 +24,7 @@ from charformer_training import (
     any_model,
     load_auxiliary_losses,
 )
+from charformer_training.heads_file import cached_heads
 from charformer_training.models import HEADS_FILE, OLD_HEADS_FILE
 from tests.training.any_models import build, make_ids
 
@@ -149,8 +150,12 @@ def test_an_adapter_added_after_the_losses_is_saved_with_the_heads_by_a_trainer(
     model.save_pretrained(tmp_path / "saved by PEFT")
     expected = model.get_base_model().auxiliary_heads.target_2.linear.weight
     looked_up: list[str] = []
-    found = any_model.cached_heads
-    monkeypatch.setattr(any_model, "cached_heads", lambda name: looked_up.append(name) or found(name))
+
+    def find(name: str) -> Any:
+        looked_up.append(name)
+        return cached_heads(name)
+
+    monkeypatch.setattr(any_model, "cached_heads", find)
     for name in ("checkpoint-1", "saved by the trainer", "saved by PEFT"):
         folder = tmp_path / name
         loaded: Any = load_auxiliary_losses(peft.PeftModel.from_pretrained(build("llama"), folder), folder)

@@ -80,6 +80,9 @@ class TestWhole:
         assert inspect(checkpoint).faults == () and "notes.txt is not of this run" in inspect(checkpoint).warnings[0]
         (checkpoint / "scaler.pt").write_bytes(b"")
         assert inspect(checkpoint).faults == ("scaler.pt is not of this run",)
+        (checkpoint / "scaler.pt").unlink()
+        (checkpoint / "pytorch_model_fsdp_0").mkdir()  # the Trainer asks for such a folder by its name
+        assert inspect(checkpoint).faults == ("pytorch_model_fsdp_0 is not of this run",)
         os.mkfifo(checkpoint / "model-x.safetensors")  # reading it would wait forever
         assert inspect(checkpoint).faults == ("model-x.safetensors is no regular file",)
 

@@ -61,7 +61,6 @@ def evaluate(model_path: str, text: str, arguments: EvaluateArguments) -> list[E
             bits_per_character(model, data, arguments.window, stride, arguments.batch_size, state_file=state)
         )
     if processes.is_main_process:
-        print(table(results, f"{data_arguments.source}, {_in_words(part)}"))
         report = {
             "model": one_line(Path(model_path).name) if Path(model_path).exists() else model_path,
             "text": data_arguments.source,
@@ -72,9 +71,12 @@ def evaluate(model_path: str, text: str, arguments: EvaluateArguments) -> list[E
             "transformers": transformers.__version__,
             "results": [asdict(result) for result in results],
         }
-        if arguments.output is not None:
-            with whole_file(arguments.output) as file:
-                file.write((json.dumps(report, indent=2) + "\n").encode())
+        try:
+            if arguments.output is not None:
+                with whole_file(arguments.output) as file:
+                    file.write((json.dumps(report, indent=2) + "\n").encode())
+        finally:  # neither is lost with the other
+            print(table(results, f"{data_arguments.source}, {_in_words(part)}"))
         if arguments.plots is not None:
             curves = bits_by_position(model, data, arguments.window, arguments.batch_size)
             plot_bits_by_position(curves, Path(arguments.plots))

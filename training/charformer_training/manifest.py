@@ -150,7 +150,13 @@ def _inspect_manifest(folder: Path) -> Checkpoint:
         return Checkpoint(folder, (f"{MANIFEST} is damaged",))
     files, present = content["files"], _files(folder)
     faults = _differing(files, present)
-    foreign = sorted(present.keys() - files.keys())
+    # An empty folder of such a name would also be read.
+    folders = {
+        name
+        for name, path in _entries(folder)
+        if path.is_dir() and not any(file.startswith(f"{name}/") for file in files)
+    }
+    foreign = sorted(present.keys() - files.keys() | {name for name in folders if READ_ON_RESUME.match(name)})
     faults += [f"{name} is not of this run" for name in foreign if READ_ON_RESUME.match(name)]
     warnings = [
         f"{folder / name} is not of this run, and is not read" for name in foreign if not READ_ON_RESUME.match(name)

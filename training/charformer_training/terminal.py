@@ -1,8 +1,13 @@
 """Messages to the user, and foreign text made safe to print."""
 
 import contextlib
+import io
+import os
+import re
 import sys
 import unicodedata
+from logging import Filter, LogRecord, getLogger
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -64,11 +69,54 @@ def report_error(program: str, error: BaseException) -> None:
     print(f"\n{program}: error: {error_message(error) or type(error).__name__}", file=sys.stderr)
 
 
-def use_safe_streams() -> None:
-    """Let stdout and stderr escape characters that their encoding lacks, so that printing a name never fails."""
+class _Printable(Filter):
+    """Makes what libraries log safe to print, since they quote configurations and names of files."""
+
+    def filter(self, record: LogRecord) -> bool:
+        record.msg, record.args = printable(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())), ()  # without colours
+        return True
+
+
+class _LossyFile(io.FileIO):
+    """A file whose `write` never fails. What cannot be written is lost, which stderr says once."""
+
+    _lost = False
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+        except OSError as error:
+            if not self._lost:
+                self._lost = True
+                with contextlib.suppress(OSError):
+                    os.write(
+                        2, f"\nWhat is printed from here on is lost ({error.strerror}); the run goes on\n".encode()
+                    )
+            written = None
+        return len(memoryview(data).cast("B")) if written is None else written
+
+
+def use_safe_streams(for_a_run: bool = False) -> None:
+    """Let stdout and stderr escape characters that their encoding lacks, so that printing a name never fails.
+
+    What libraries log is made `printable`, too.
+
+    With `for_a_run` they also survive a terminal that is closed, a pipe that nobody reads any more, and a full disk: a run
+    of hours is worth more than its log.
+    """
+    for name in ("stdout", "stderr") if for_a_run else ():
+        stream: Any = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):  # not one that a caller has put there
+            lossy = io.BufferedWriter(_LossyFile(stream.fileno(), "wb", closefd=False))
+            by_line = stream.line_buffering or stream.write_through
+            setattr(sys, name, io.TextIOWrapper(lossy, stream.encoding, line_buffering=by_line))
+    for library in ("transformers", "datasets", "huggingface_hub"):
+        for handler in getLogger(library).handlers:
+            if not any(isinstance(known, _Printable) for known in handler.filters):
+                handler.addFilter(_Printable())
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # a replaced or closed stream
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # TextIO does not declare it
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # a replaced or closed stream
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _escaped(char: str) -> str:

@@ -387,7 +387,7 @@ def _summary(folder: Path, metrics: dict[str, Any], text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console program; returns its exit status."""
     arguments, words = None, list(sys.argv[1:] if argv is None else argv)
-    use_safe_streams()
+    use_safe_streams(for_a_run=True)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # a log file holds lines
     if not words:
