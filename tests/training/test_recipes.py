@@ -170,7 +170,7 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
         ("--weight_decay -1", "weight_decay is -1.0; it must be 0 or more"),
         ("--adam_beta1 1", "adam_beta1 is 1.0; it must be from 0 to below 1"),
         ("--eval_delay nan", "eval_delay is nan; it must be a finite number, 0 or more"),
-        ("--dataloader_num_workers -2", "dataloader_num_workers is -2; it must be 0 or more"),
+        ("--dataloader_num_workers -2", "dataloader_num_workers is -2; it must be from 0 to "),
         ("--warmup_steps 1.5", "warmup_steps is 1.5; it must be a whole number of 0 or more"),
         ("--seed -1", "seed is -1; it must be from 0"),
         ("--max_steps 3.0", "max_steps is '3.0'; it must be a whole number"),
