@@ -216,7 +216,7 @@ def test_text_that_is_no_recipe_is_refused(recipe, text, message):
         ("--train_sampling_strategy group_by_length", "train_sampling_strategy is 'group_by_length'; leave it out"),
         (f"--output_dir {QUICKSTART}", "a file; give a folder"),
         ("--torch_compile_mode fast", "torch_compile_mode is 'fast'; it must be one of"),
-        ("--per_device_train_batch_size 1000000000", "a batch needs more than"),
+        ("--per_device_train_batch_size 1000000000", "a step needs more than"),
         ("--seed 1 --learning_rate 1 --seed 2", "seed is given twice; give it once"),
         ("--hub-token SECRET --hub_token=SECRET", "hub_token is given twice; give it once"),
         ("--hub_tokn SECRET", "there is no option --hub_tokn; meant --hub_token?"),
