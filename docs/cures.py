@@ -64,6 +64,8 @@ CURES: dict[str, dict[str, str]] = {
         "cannot be read": "Make the file readable, or download it again if it is damaged, and keep it until the text is read.",
         "is not UTF-8 after row": "Convert the table: `iconv -f ENCODING -t UTF-8`.",
         "has the columns": "Give one of these as `text_column`.",
+        "a name is given twice": "Correct that row: each of its names may stand in it once.",
+        "columns have the name": "Rename all but one of these columns.",
         "cannot be written in UTF-8": "Half of a surrogate pair stands alone there. Write the table again from its source.",
     },
     "data": {
@@ -151,7 +153,7 @@ CURES: dict[str, dict[str, str]] = {
         "is not good": "Resume from the checkpoint that the message names.",
         "is the checkpoint of another model": "Give the settings of the run, or another `output_dir` for the new ones.",
     },
-    "run_settings": {"a run has the settings": "Name one of these."},
+    "run_settings": {"A run has the settings": "Name one of these."},
     "shipped": {"comes with the package": "Name one of the files that the message lists."},
     "strict_yaml": {
         "is given twice": "Delete one of the two lines.",
