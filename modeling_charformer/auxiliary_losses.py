@@ -221,7 +221,7 @@ class LossStep:
         # A head whose weight is 0 is not run. The model's own head runs anyway, so its losses are reported.
         self.terms = [
             term
-            for term in settings.terms
+            for term in (settings.terms if self.weights else [])  # generation asks for none, at each character
             if self.weights.get(term.name) or (term.name in self.weights and (term.is_main or term.name in reported))
         ]
         self.values: dict[str, Tensor] = {}

@@ -23,13 +23,14 @@ LOOK_UP, LOOK_BACK, AGREEMENT = 16, 4096, 0.1
 LOOK_UP_TRUST = 0.9
 # The most drafts of an early exit. Each costs a pass through some layers.
 MAX_EARLY_DRAFTS = 8
-# So many passes with drafts are compared with plain ones. If they did not pay, so many passes go without: at first, and at most.
-# `TOLERANCE` is how much slower than plain passes they may be, since times are noisy. `TRIAL` passes tell what drafts
-# cost. They are enough if no draft was right, or if they were slower by `LOSS`. The first of them has `TRIAL` drafts
-# at most.
-PATIENCE, TRIAL, SHORTEST_REST, LONGEST_REST, TOLERANCE, LOSS = 8, 3, 16, 128, 1.03, 1.15
-# How many ranges of a drafter's probabilities are told apart.
-BINS = 5
+# So many passes with drafts are compared with plain ones. `TRIAL` passes are enough if no draft was right, or if they were
+# slower by `LOSS`. The first of them has `TRIAL` drafts at most.
+PATIENCE, TRIAL, LOSS = 8, 3, 1.15
+# If drafts did not pay, passes go without until what was lost is this share of the time, and twice as long each time that they
+# do not pay again. So many passes go without at least, and at most.
+SHARE_LOST, SHORTEST_REST, LONGEST_REST = 0.03, 16, 512
+# How many ranges of a drafter's probabilities are told apart, and how many drafts are remembered when they have not paid.
+BINS, REMEMBERED = 5, 4
 # After this many passes one without drafts is timed.
 PLAIN_EVERY = 64
 
@@ -102,7 +103,8 @@ class Pace:
     """Which drafts pay, from what passes cost and what drafts bring, both measured while they run.
 
     One draft more costs some seconds. With `rate` tokens a second, it is worth them if it and all drafts before it are right with
-    a probability of at least seconds times `rate`. All counts of tokens are means over the rows of a batch.
+    a probability of at least seconds times `rate`. A batch is finished when its last row is: all counts of tokens are means
+    over the rows that are behind.
     """
 
     def __init__(self, samples: bool = False) -> None:
@@ -124,14 +126,12 @@ class Pace:
         """Forget the measured times, since passes hold fewer rows from now on."""
         for times in (self.plain, self.recent, self.of_draft):
             times.clear()
-        self.passes = self.resting = self.losses = 0
-        self.known_thresholds = None
 
     def rests(self) -> bool:
         """Whether the next pass goes without drafts: the first, now and then one to be timed, and where drafts do not pay."""
         self.passes += 1
         self.resting -= 1
-        return self.resting >= 0 or self.passes % PLAIN_EVERY == 1
+        return self.resting >= 0 or not self.plain or self.passes % PLAIN_EVERY == 1
 
     def chance(self, probability: float) -> float:
         """The probability that a draft is right, from the probability that the drafter gives it.
@@ -151,8 +151,8 @@ class Pace:
             found[1] += 1
 
     def most_drafts(self) -> int:
-        """The highest number of drafts to make."""
-        return LOOK_UP if self.of_draft else TRIAL
+        """The highest number of drafts to make: few until it is known what they cost."""
+        return LOOK_UP if self.recent else TRIAL
 
     def trusts_text(self) -> bool:
         """Whether text that was looked up is drafted also where the drafter contradicts it: where it is right more often."""
@@ -165,9 +165,9 @@ class Pace:
 
     def thresholds(self) -> tuple[float, float]:
         """The probabilities below which it does not pay to write one more draft, and to verify a written one."""
-        if len(self.recent) < TRIAL:
+        if not self.recent:
             return CONFIDENCE, LOWEST
-        if self.known_thresholds and self.passes % PATIENCE:
+        if self.known_thresholds and len(self.recent) > TRIAL and self.passes % PATIENCE:
             return self.known_thresholds
         counts, tokens, drafting, seconds = zip(*self.recent, strict=True)
         usual = 2 * statistics.median(seconds)
@@ -193,18 +193,23 @@ class Pace:
         self.recent.append((verified, tokens, drafting, seconds))
         if drafts:
             self.of_draft.append(drafting / drafts)
-        passes, seconds_in_all = len(self.recent), sum(one[3] for one in self.recent)
-        written = sum(one[1] for one in self.recent)
+        passes = len(self.recent)
         if passes < TRIAL:
             return
-        tolerance = TOLERANCE if passes >= PATIENCE else LOSS
-        if written > passes and written * statistics.median(self.plain) * tolerance >= seconds_in_all:
+        plain = statistics.median(self.plain)
+        usual = 2 * statistics.median(one[3] for one in self.recent)
+        written, used = sum(one[1] for one in self.recent), sum(min(one[3], usual) for one in self.recent) / plain
+        if written > passes and written * (LOSS if passes < PATIENCE else 1) >= used:
             if passes >= PATIENCE:
                 self.losses = 0
             return
+        rest = max(SHORTEST_REST, round((used - written) / SHARE_LOST))
+        self.resting = min(rest * 2**self.losses, LONGEST_REST)
         self.losses += 1
-        self.resting = min(SHORTEST_REST * 2 ** (self.losses - 1), LONGEST_REST)
         self.recent.clear()
+        # The next trial must not depend on how bad drafts were long ago.
+        known = REMEMBERED / max(REMEMBERED, sum(trials for _, trials in self.right))
+        self.right = [[known * hits, known * trials] for hits, trials in self.right]
 
 
 def _bounded(probability: float) -> float:
@@ -260,9 +265,9 @@ def write_drafts(
     last: Tensor,
     limit: int,
     pace: Pace,
-    live: list[int],
+    deciding: list[int],
 ) -> Drafts:
-    """At most `limit` drafts for each of B texts; only the rows `live` decide how many.
+    """At most `limit` drafts for each of B texts; only the rows `deciding` decide how many.
 
     Where a text repeats itself, its earlier continuation, which is `looked_up`, is drafted (prompt look-up, Saxena 2023)
     until the drafter contradicts it. It also continues after the drafter's last draft. `last` `(B,)` holds the last
@@ -273,9 +278,9 @@ def write_drafts(
     accuracy = pace.accuracy()
     drafts: list[Tensor] = []
     found = Drafts(last[:, None][:, :0], [[] for _ in looked_up])
-    # Text that repeats itself is looked up for as long as that goes well; the drafter is not asked.
-    asked = 0 if pace.repeats and all(agrees[row] for row in live) else min(max_drafts, limit, pace.most_drafts())
-    for number in range(asked):
+    # Text that repeats itself is looked up for as long as that goes well; the drafter is not asked. Nor is a bad one.
+    asks = accuracy >= worth_drafting and not (pace.repeats and all(agrees[row] for row in deciding))
+    for number in range(min(max_drafts, limit, pace.most_drafts()) if asks else 0):
         probabilities, choice = choose(drafts, draft(number, drafts[-1] if drafts else last))
         found.written += 1
         if any(agrees):
@@ -287,14 +292,15 @@ def write_drafts(
                 if not agrees[row]:
                     found.probabilities[row].append(probability)
                     confidence[row] *= pace.chance(probability)
-        mean = sum(confidence[row] for row in live) / len(live)
+        mean = sum(confidence[row] for row in deciding) / len(deciding)
         if mean < worth_verifying:
             break
         drafts.append(choice)
         if not any(agrees) and mean * accuracy < worth_drafting:
             break
     width = max((len(known) for known, agreed in zip(looked_up, agrees, strict=True) if agreed), default=0)
-    trust = sum(confidence[row] for row in live if agrees[row]) / len(live)
+    width = min(width, pace.most_drafts())
+    trust = sum(confidence[row] for row in deciding if agrees[row]) / len(deciding)
     while len(drafts) < width and trust >= worth_verifying:
         now = [known[len(drafts)] if len(drafts) < len(known) else 0 for known in looked_up]
         drafts.append(torch.tensor(now, device=last.device))

@@ -177,18 +177,19 @@ class VerifiedDecoding:
 
     def _pass(self) -> None:
         """Draft, verify and write once, and take down what it cost."""
-        if self.is_batch and 2 * len(self._live()) <= self.rows:
+        if self.is_batch and 4 * len(self._live()) <= 3 * self.rows:
             self._leave_out_finished()
-        begin, before, rows = time.perf_counter(), [*self.lengths], len(self._live())
+        begin, before, live, behind = time.perf_counter(), [*self.lengths], self._live(), self._behind()
         if self.pace.rests():
             none = self.text[:, :0]
             self._accept(self._forward(none), none)
             self.pace.plain.append(time.perf_counter() - begin)
             return
-        drafts = self._draft()
+        drafts = self._draft(live, behind)
         drafting = time.perf_counter() - begin
         matches = self._accept(self._forward(drafts.tokens), drafts.tokens)
-        for row, probabilities in enumerate(drafts.probabilities):
+        for row in live if drafts.written else []:
+            probabilities = drafts.probabilities[row]
             # Those that were looked up come first; what the drafter wrote after them may not have been verified.
             first = drafts.written - len(probabilities)
             if matches[row] >= first:
@@ -198,8 +199,8 @@ class VerifiedDecoding:
                 self.pace.contradicted[0] += after[0] == chr(token)
                 self.pace.contradicted[1] += 1
         looked_up = drafts.tokens.shape[1] - drafts.written
-        self.pace.repeats = looked_up > 0 and all(one == drafts.tokens.shape[1] for one in matches)
-        tokens = (sum(self.lengths) - sum(before)) / rows
+        self.pace.repeats = looked_up > 0 and all(matches[row] == drafts.tokens.shape[1] for row in behind)
+        tokens = sum(self.lengths[row] - before[row] for row in behind) / len(behind)
         seconds = time.perf_counter() - begin
         self.pace.passed(drafts.tokens.shape[1], drafts.written, tokens, drafting, seconds)
 
@@ -233,16 +234,23 @@ class VerifiedDecoding:
         end = max(ends) if all(ends) else self.stops.max_length
         return [row for row in range(self.rows) if self.lengths[row] < end]
 
+    def _behind(self) -> list[int]:
+        """The numbers of the live rows with the most left to write, half of them or more: they decide when all are finished."""
+        live = self._live()
+        half = sorted(self.lengths[row] for row in live)[(len(live) - 1) // 2]
+        return [row for row in live if self.lengths[row] <= half]
+
     def _is_done(self) -> bool:
         if self.stops.clocks and self.stops.time_is_up(self.text):
             self.ends = [end or length for end, length in zip(self.ends, self.lengths, strict=True)]
             return True
         return not self._live()
 
-    def _draft(self) -> Drafts:
-        live = self._live()
+    def _draft(self, live: list[int], behind: list[int]) -> Drafts:
         limit = max(self.stops.max_length - self.lengths[row] for row in live) - 1
-        room = self.model._room_for_drafts(self.cache)
+        # In a batch the padding is no part of the window, and `last_position` keeps the positions inside it.
+        inside = self.is_batch and self.position is not None
+        room = None if inside else self.model._room_for_drafts(self.cache)
         limit = limit if room is None else min(limit, room)
         if limit < 1:
             return Drafts(self.text[:, :0], [])
@@ -252,7 +260,7 @@ class VerifiedDecoding:
         looked_up = [continuation(text, min(LOOK_UP, limit), match) for text in self.strings]
         with self.drafter.drafts(self.kwargs, mask, self.state) as draft:
             return write_drafts(
-                draft, self.drafter.max_drafts, self._choose, looked_up, self._last(), limit, self.pace, live
+                draft, self.drafter.max_drafts, self._choose, looked_up, self._last(), limit, self.pace, behind
             )
 
     def _last(self) -> Tensor:
@@ -346,7 +354,8 @@ class VerifiedDecoding:
             kept[row] = self._extend(row, tokens[row][: matches[row] + 1])
         if self.streamer is not None:
             self.streamer.put(picked[:, : kept[0]].cpu())
-        kept = [one or max(kept) for one in kept]
+        # Finished rows run ahead of the others no further than need be: the longest row decides how long the cache is.
+        kept = [one or min(filter(None, kept), default=fed) for one in kept]
         states = self.states[:, -fed:]
         alike = len(set(kept)) == 1
         self.state = states[:, kept[0] - 1] if alike else self._of_each(states, kept)
@@ -409,7 +418,7 @@ class VerifiedDecoding:
                 setattr(layer, name, kept_states.view(rows, heads, -1, size))
 
     def _leave_out_finished(self) -> None:
-        """Once half of a batch's rows are finished, pass the others alone through the model."""
+        """Once a quarter of a batch's rows are finished, pass the others alone through the model."""
         live = self._live()
         of_rows = [one for one in (self.position, self.token_type) if one is not None]
         unknown = any(isinstance(one, Tensor) for one in self.kwargs.values())

@@ -1,6 +1,9 @@
 """What is looked up in a text, and when it is drafted."""
 
-from modeling_charformer.drafting_charformer import Pace, as_string, continuation
+import pytest
+import torch
+
+from modeling_charformer.drafting_charformer import Pace, as_string, continuation, write_drafts
 
 
 def test_text_that_goes_in_circles_is_looked_up_at_full_length():
@@ -22,3 +25,57 @@ def test_looked_up_text_is_trusted_against_a_drafter_that_is_right_less_often():
     for _ in range(30):
         pace.verified([0.5], 1)
     assert not pace.trusts_text()
+
+
+@pytest.mark.parametrize("seconds", [1.3, 2.0, 3.0])
+@pytest.mark.parametrize("tokens", [96, 300])
+def test_bad_drafts_cost_a_twentieth_of_the_time_at_most_however_dear_they_are(tokens, seconds):
+    pace, used = Pace(), 0.0
+    for _ in range(tokens):
+        if pace.rests():
+            pace.plain.append(1.0)
+            used += 1.0
+        else:
+            first = not pace.recent
+            pace.passed(
+                verified=3 * first, drafts=3 * first, tokens=1.0, drafting=0.0, seconds=seconds if first else 1.05
+            )
+            used += seconds if first else 1.05
+    assert tokens < used <= 1.05 * tokens
+
+
+def test_what_drafts_cost_is_measured_anew_when_rows_are_left_out_but_a_rest_goes_on():
+    pace = Pace()
+    assert pace.rests()
+    pace.plain.append(1.0)
+    for _ in range(3):
+        pace.passed(verified=1, drafts=1, tokens=1.0, drafting=0.1, seconds=1.5)
+    pace.begin_again()
+    assert [pace.rests() for _ in range(50)] == [True] * 50
+    pace = Pace()
+    pace.rests()
+    pace.plain.append(1.0)
+    pace.begin_again()
+    assert pace.rests()
+
+
+def test_a_drafter_that_is_seldom_right_is_not_asked():
+    asked = []
+
+    def draft(number, previous):
+        asked.append(number)
+        return torch.eye(4)[:1]
+
+    def drafts(hits):
+        pace = Pace()
+        pace.plain.append(1.0)
+        for number in range(20):
+            pace.verified([0.99], int(number < hits))
+        pace.passed(verified=1, drafts=1, tokens=1.5, drafting=0.1, seconds=1.2)
+        asked.clear()
+        choose = lambda drafts, logits: (logits, logits.argmax(-1))  # noqa: E731
+        write_drafts(draft, 3, choose, [[]], torch.zeros(1, dtype=torch.long), 3, pace, [0])
+        return len(asked)
+
+    assert drafts(0) == 0
+    assert drafts(20) == 3

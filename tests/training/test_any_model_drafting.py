@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 from transformers.generation.streamers import BaseStreamer
 
 from charformer_training import add_auxiliary_losses, load_auxiliary_losses
+from modeling_charformer import drafting_charformer, verification_charformer
 from modeling_charformer.compatibility import CACHE
 from tests.training.any_models import build
 
@@ -108,6 +109,34 @@ def test_finished_rows_are_not_passed_through_the_model(drafts_in_every_pass):
     assert drafted.tolist() == plain.tolist()
     assert sizes[0] == 4
     assert sizes[-1] <= 2
+
+
+def test_the_rows_that_are_behind_decide_how_much_is_drafted(monkeypatch):
+    deciding, lengths = [], []
+    write = drafting_charformer.write_drafts
+
+    def watched(*args):
+        deciding.append(args[-1])
+        return write(*args)
+
+    def draft(self, live, behind):
+        lengths.append([self.lengths[row] if row in live else None for row in range(self.rows)])
+        return of_drafts(self, live, behind)
+
+    of_drafts = verification_charformer.VerifiedDecoding._draft
+    monkeypatch.setattr(verification_charformer, "write_drafts", watched)
+    monkeypatch.setattr(verification_charformer.VerifiedDecoding, "_draft", draft)
+    half_trained("llama").generate(
+        use_extra_targets=True, **BATCH, max_new_tokens=20, do_sample=False, eos_token_id=None
+    )
+    assert any(len(rows) < 4 for rows in deciding)
+    for rows, written in zip(deciding, lengths, strict=False):  # the last passes have no place for drafts
+        live = sorted(length for length in written if length is not None)
+        slow = [
+            row for row, length in enumerate(written) if length is not None and length <= live[(len(live) - 1) // 2]
+        ]
+        assert rows == slow
+        assert 2 * len(rows) >= len(live)
 
 
 def test_a_repetition_penalty_leaves_the_padding_of_each_row_out():
