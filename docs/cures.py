@@ -153,7 +153,7 @@ CURES: dict[str, dict[str, str]] = {
         "is not good": "Resume from the checkpoint that the message names.",
         "is the checkpoint of another model": "Give the settings of the run, or another `output_dir` for the new ones.",
     },
-    "run_settings": {"A run has the settings": "Name one of these."},
+    "run_settings": {"it takes settings of a run": "Name one of them."},
     "shipped": {"comes with the package": "Name one of the files that the message lists."},
     "strict_yaml": {
         "is given twice": "Delete one of the two lines.",

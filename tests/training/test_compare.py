@@ -83,7 +83,11 @@ def test_table_has_last_and_best_figures_and_the_settings_that_differ(runs, tmp_
 
 def test_a_setting_that_is_null_is_none_and_only_an_absent_one_is_unknown(tmp_path, capsys):
     log = entries({"next_char": [2.0]}, [])
-    configs = {"all": {"intermediate_layers": "all", "new": None}, "none": {"intermediate_layers": None}, "old": {}}
+    configs: dict[str, dict] = {
+        "all": {"intermediate_layers": "all", "new": None},
+        "none": {"intermediate_layers": None},
+        "old": {},
+    }
     runs = [str(write_run(tmp_path / name, log, config)) for name, config in configs.items()]
     assert main([*runs, "--output", str(tmp_path / "picture.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
