@@ -96,6 +96,15 @@ def test_a_setting_that_is_null_is_none_and_only_an_absent_one_is_unknown(tmp_pa
     assert differing[1] == ""  # `new` is known of one run only
 
 
+def test_a_saved_learning_rate_is_shown_in_place_of_the_highest_logged(tmp_path):
+    for saved, name in ((0.5, "_result.json"), (0.25, "manifest.json")):
+        run = write_run(tmp_path / name, entries({"next_char": [2.0]}, []))
+        assert read_run(run).settings["highest learning rate logged"] == 0.1
+        (run / name).write_text(json.dumps({"settings": {"learning_rate": saved}}))
+        settings = read_run(run).settings
+        assert settings["learning_rate"] == saved and "highest learning rate logged" not in settings
+
+
 def test_layers_of_deep_models_are_shown_as_their_mean(tmp_path, figures):
     log = entries({"next_char": [2.0], **{f"layer_{layer}": [float(layer)] for layer in range(1, 12)}}, [])
     runs = [str(write_run(tmp_path / name, log)) for name in "ab"]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import checked_path
 from .history import Curve, Entry, curve, is_training, term_curves, terms
+from .manifest import MANIFEST
+from .pushing import RESULT
 from .running_means import group_by_layer
 from .terminal import USER_ERRORS, error_message, one_line, use_safe_streams
 
@@ -92,9 +94,8 @@ def _settings(folder: Path, state: Mapping[str, Any], log: Sequence[Entry]) -> d
     path = folder / "config.json"
     config = _read_json(path) if path.is_file() else {}
     settings = {name: value for name, value in config.items() if name not in UNIMPORTANT}
-    rates = curve(log, "learning_rate")[1]
     facts = {
-        "highest learning rate logged": max(rates) if rates else None,
+        **_learning_rate(folder, log),
         "rows in a batch": state.get("train_batch_size"),
         "steps in all": state.get("max_steps"),
     }
@@ -107,6 +108,16 @@ def _settings(folder: Path, state: Mapping[str, Any], log: Sequence[Entry]) -> d
                 facts[f"{split} split"] = f"{content[0]} bytes, sha256 {str(content[1])[:12]}..."
     # A field of the configuration that is null has a value (`--intermediate_layers none`); a fact that is null is unknown.
     return settings | {name: value for name, value in facts.items() if value is not None}
+
+
+def _learning_rate(folder: Path, log: Sequence[Entry]) -> dict[str, Any]:
+    """The setting, if it was saved with the run; otherwise the highest rate logged, which depends on `logging_steps`."""
+    for name in (RESULT, MANIFEST):
+        settings = _read_json(folder / name).get("settings") if (folder / name).is_file() else None
+        if isinstance(settings, dict) and "learning_rate" in settings:
+            return {"learning_rate": settings["learning_rate"]}
+    rates = curve(log, "learning_rate")[1]
+    return {"highest learning rate logged": max(rates) if rates else None}
 
 
 def figures(runs: Sequence[Run]) -> dict[str, list[Curve]]:
