@@ -145,11 +145,11 @@ def test_drafts_that_are_never_right_are_given_up_and_others_are_not():
     for tokens in (1.0, 1.25):
         pace = drafting_charformer.Pace()
         pace.rests()
-        pace.plain.append(1.0)
+        pace.passed_without(1.0)
         for _ in range(3):
             pace.passed(verified=4, drafts=4, tokens=tokens, drafting=0.1, seconds=1.1)
-        rests.append([pace.rests() for _ in range(20)])
-    assert rests == [[True] * 16 + [False] * 4, [False] * 20]
+        rests.append([pace.rests() for _ in range(40)])
+    assert rests == [[True] * 32 + [False] * 8, [False] * 40]
 
 
 def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
