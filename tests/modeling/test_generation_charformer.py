@@ -16,6 +16,7 @@ from transformers import (
     pipeline,
     set_seed,
 )
+from transformers.generation import stopping_criteria
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_charformer import (
@@ -429,6 +430,16 @@ def test_rolling_is_the_plain_loop(model, keep, drafting):
     expected = rolled(model, PROMPT[0].tolist(), 100, keep)
     ids = model.generate(PROMPT, max_length=100, do_sample=False, rolling_context=keep, **drafting)
     assert ids[0].tolist() == expected
+
+
+@pytest.mark.parametrize("drafting", [{}, {"use_extra_targets": True}], ids=str)
+def test_rolling_past_the_window_is_no_reason_to_warn(model, drafting, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", told.append)
+    model.generate(PROMPT, max_length=50, do_sample=False, rolling_context=5, **drafting)
+    assert told == []
+    stopping_criteria.MaxLengthCriteria(60, 32)(torch.zeros(1, 50), None)
+    assert len(told) == 1
 
 
 def test_rolling_takes_prompts_longer_than_the_window(model):
