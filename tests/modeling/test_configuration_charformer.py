@@ -125,7 +125,8 @@ def test_no_other_name_is_a_name_of_transformers():
 
 
 def test_saved_attribute_with_another_models_name_loads_with_a_warning(tmp_path, monkeypatch):
-    config, warnings = CharformerConfig(num_hidden_layers=3), []
+    config = CharformerConfig(num_hidden_layers=3)
+    warnings: list[str] = []
     config.num_layers = 7
     config.save_pretrained(tmp_path)
     monkeypatch.setattr(configuration_charformer.logger, "warning_once", warnings.append)
