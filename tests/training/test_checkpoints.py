@@ -23,6 +23,7 @@ from transformers import (
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, add_auxiliary_losses
 from charformer_training.manifest import inspect, newest_good, write_manifest
+from charformer_training.run_settings import check_accepted
 from charformer_training.stopping import StoppedBySignal
 from tests.helpers import loss_logs
 
@@ -235,15 +236,31 @@ class TestOtherSettings:
 
     def test_a_name_that_is_none_of_a_setting_is_refused(self, make_trainer, checkpoint):
         with pytest.raises(
-            ValueError, match="accept_changes names learning_rat; meant learning_rate\\? A run has the settings"
+            ValueError, match="accept_changes names learning_rat; it takes settings of a run: meant learning_rate\\?$"
         ):
             make_trainer(**SAVING).train(resume_from_checkpoint=str(checkpoint), accept_changes=["learning_rat"])
         trainer = make_trainer()
         with pytest.raises(
-            ValueError, match="accept_changes names learning_rat; meant learning_rate\\? A run has the settings"
+            ValueError, match="accept_changes names learning_rat; it takes settings of a run: meant learning_rate\\?$"
         ):
             trainer.train(accept_changes=["learning_rat"])  # nothing is resumed
         assert trainer.state.global_step == 0
+
+    @pytest.mark.parametrize(
+        ("accepted", "message"),
+        [
+            (
+                ["max_steps", "eval_steps", "logging_steps"],
+                "names eval_steps, logging_steps, which may change freely; leave",
+            ),
+            (["max_step"], "names max_step; it takes settings of a run: meant max_steps\\?$"),
+            (["zzz"], "names zzz; it takes settings of a run, which are max_steps, seed$"),
+        ],
+        ids=str,
+    )
+    def test_the_hint_fits_the_name(self, accepted, message):
+        with pytest.raises(ValueError, match=message):
+            check_accepted(accepted, {"max_steps", "seed"})
 
 
 class SendSignal(TrainerCallback):

@@ -81,6 +81,17 @@ def test_table_has_last_and_best_figures_and_the_settings_that_differ(runs, tmp_
     assert differing[2] == []  # neither use_cache, nor what is the same
 
 
+def test_a_setting_that_is_null_is_none_and_only_an_absent_one_is_unknown(tmp_path, capsys):
+    log = entries({"next_char": [2.0]}, [])
+    configs = {"all": {"intermediate_layers": "all", "new": None}, "none": {"intermediate_layers": None}, "old": {}}
+    runs = [str(write_run(tmp_path / name, log, config)) for name, config in configs.items()]
+    assert main([*runs, "--output", str(tmp_path / "picture.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    differing = lines[lines.index("Settings that differ:") + 1 :]
+    assert differing[0].split() == ["intermediate_layers", "all", "none", "-"]
+    assert differing[1] == ""  # `new` is known of one run only
+
+
 def test_layers_of_deep_models_are_shown_as_their_mean(tmp_path, figures):
     log = entries({"next_char": [2.0], **{f"layer_{layer}": [float(layer)] for layer in range(1, 12)}}, [])
     runs = [str(write_run(tmp_path / name, log)) for name in "ab"]

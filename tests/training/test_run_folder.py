@@ -125,7 +125,7 @@ class TestOneCommandGivenAgain:
         assert main(command(**how, accept_changes="learning_rat")) == 1
         message = capsys.readouterr().err
         assert (
-            "accept_changes names learning_rat; meant learning_rate? A run has the settings" in message
+            "accept_changes names learning_rat; it takes settings of a run: meant learning_rate?" in message
             and "learning_rate" in message
         )
         left = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "_run.lock"]

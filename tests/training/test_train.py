@@ -251,6 +251,12 @@ class TestWrongInput:
             ({"intermediate_layers": "9"}, "intermediate_layers contains [9]"),
             ({"intermediate_layers": "1 x"}, "intermediate_layers is ['1', 'x']"),
             (
+                {"intermediate_layers": "2,9"},
+                "intermediate_layers is '2,9'; give 'all', 'none', or layer numbers, on the command line as"
+                " --intermediate_layers 2 9, in a recipe as [2, 9]",
+            ),
+            ({"intermediate_layers": "some"}, "--intermediate_layers 1 2, in a recipe as [1, 2]"),
+            (
                 {"intermediate_schedule": "papr"},
                 "known schedules: ['constant', 'cosine', 'forward', 'linear', 'paper'",
             ),

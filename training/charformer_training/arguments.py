@@ -25,6 +25,7 @@ from .trainer_options import check_optimizer_arguments
 STANDARD_LIBRARY = "python-stdlib"
 SPLIT_NAMES = ("train", "validation", "test")
 SHARES = (0.9, 0.05)  # of the train and the validation split
+_LAYER_WORDS = ("all", "none", "thirds")  # the last only for classifiers
 
 
 def _command_line_type(hint: Any) -> Any:
@@ -113,12 +114,17 @@ def _config_value(name: str, value: Any) -> Any:
 
 def _layer_choice(name: str, value: str | list[str | int]) -> str | list[int] | None:
     words = [value] if isinstance(value, str | int) else list(value)
-    if len(words) == 1 and isinstance(words[0], str) and not words[0].lstrip("+-").isdigit():
-        return None if words[0] == "none" else words[0]
+    if len(words) == 1 and words[0] in _LAYER_WORDS:
+        return None if words[0] == "none" else str(words[0])
     try:
         return [int(word) for word in words]
     except ValueError:
-        raise ValueError(f"{name} is {value!r}; it must be 'all', 'none', or layer numbers") from None
+        # Those who write `2,9` want the numbers in it.
+        numbers = re.findall(r"\d+", " ".join(map(str, words)), re.ASCII) or ["1", "2"]
+        raise ValueError(
+            f"{name} is {shown(name, words[0] if len(words) == 1 else words)}; give 'all', 'none', or layer numbers, on the command line as --{name}"
+            f" {' '.join(numbers)}, in a recipe as [{', '.join(numbers)}]"
+        ) from None
 
 
 @dataclass

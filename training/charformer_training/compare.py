@@ -39,7 +39,7 @@ class Run:
     """Optimizer steps done."""
     max_steps: int
     settings: dict[str, Any]
-    """The model's configuration, and the known settings of training and data, by name."""
+    """The model's configuration, and the known settings of training and data, by name. What is not known is absent."""
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
@@ -93,19 +93,20 @@ def _settings(folder: Path, state: Mapping[str, Any], log: Sequence[Entry]) -> d
     config = _read_json(path) if path.is_file() else {}
     settings = {name: value for name, value in config.items() if name not in UNIMPORTANT}
     rates = curve(log, "learning_rate")[1]
-    settings |= {
+    facts = {
         "highest learning rate logged": max(rates) if rates else None,
         "rows in a batch": state.get("train_batch_size"),
         "steps in all": state.get("max_steps"),
     }
     if (metrics := folder / "metrics.json").is_file():
         results = _read_json(metrics)
-        settings["data"] = results.get("data")
+        facts["data"] = results.get("data")
         splits = results.get("splits")
-        for split, facts in splits.items() if isinstance(splits, dict) else ():
-            if isinstance(facts, list) and len(facts) == 2:
-                settings[f"{split} split"] = f"{facts[0]} bytes, sha256 {str(facts[1])[:12]}..."
-    return settings
+        for split, content in splits.items() if isinstance(splits, dict) else ():
+            if isinstance(content, list) and len(content) == 2:
+                facts[f"{split} split"] = f"{content[0]} bytes, sha256 {str(content[1])[:12]}..."
+    # A field of the configuration that is null has a value (`--intermediate_layers none`); a fact that is null is unknown.
+    return settings | {name: value for name, value in facts.items() if value is not None}
 
 
 def figures(runs: Sequence[Run]) -> dict[str, list[Curve]]:
@@ -151,11 +152,10 @@ def table(runs: Sequence[Run]) -> str:
     rows.append(["steps", *(f"{run.step:,} of {run.max_steps:,}" for run in runs)])
     rows += [[one_line(name), *map(_last_and_best, curves)] for name, curves in figures(runs).items()]
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    known = {name: [run.settings.get(name) for run in runs] for name in names}
     differing = [
-        [one_line(name), *map(_shown, values)]
-        for name, values in known.items()
-        if len({_shown(value) for value in values if value is not None}) > 1
+        [one_line(name), *(_shown(run.settings[name]) if name in run.settings else "-" for run in runs)]
+        for name in names
+        if len({_shown(run.settings[name]) for run in runs if name in run.settings}) > 1
     ]
     rows += [[], ["Settings that differ:" if differing else "Settings that differ: none known"], *differing]
     widths = [max((len(row[column]) for row in rows if len(row) > 1), default=0) for column in range(len(runs) + 1)]
@@ -174,7 +174,7 @@ def _figure(value: float) -> str:
 
 def _shown(value: Any) -> str:
     if value is None:
-        return "-"
+        return "none"
     if isinstance(value, float):
         return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

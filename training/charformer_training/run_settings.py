@@ -189,13 +189,20 @@ def check_accepted(accepted: Collection[str], known: Collection[str]) -> None:
     """Refuse names that are no settings of a run, also when nothing is resumed.
 
     Raises:
-        ValueError: Names them and all settings.
+        ValueError: Names them, and those that were meant or all settings.
     """
-    if unknown := sorted(set(accepted) - set(known)):
-        names = one_line(", ".join(unknown))
+    unknown = sorted(set(accepted) - set(known))
+    fields = {item.name for item in dataclasses.fields(TrainingArguments)}
+    if free := [
+        name for name in unknown if name in fields and (name in FREE_FIELDS or name.startswith(FREE_PREFIXES))
+    ]:
+        raise ValueError(
+            f"accept_changes names {', '.join(free)}, which may change freely; leave them out of accept_changes"
+        )
+    if unknown:
         close = [name for word in unknown for name in difflib.get_close_matches(word, [*known], n=1)]
-        meant = f"; meant {', '.join(close)}?" if close else "."
-        raise ValueError(f"accept_changes names {names}{meant} A run has the settings {', '.join(sorted(known))}")
+        hint = f": meant {', '.join(close)}?" if close else f", which are {', '.join(sorted(known))}"
+        raise ValueError(f"accept_changes names {one_line(', '.join(unknown))}; it takes settings of a run{hint}")
 
 
 def _short(value: Any) -> str:
