@@ -37,8 +37,31 @@ MAX_LAYERS, MAX_HEADS, MAX_LABELS, MAX_PARAMETERS = 10_000, 100_000, 1_000_000, 
 logger = logging.get_logger(__name__)
 
 
+# The names that the configurations of other models give to fields.
+OTHER_NAMES = {
+    "vocab_size": ("n_vocab",),
+    "hidden_size": ("n_embd", "n_embed", "d_model", "dim", "embed_dim", "hidden_dim", "model_dim"),
+    "intermediate_size": ("n_inner", "d_inner", "d_ff", "ffn_dim", "ffn_hidden_size"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "max_position_embeddings": (
+        *("n_positions", "n_ctx", "block_size", "max_seq_len", "max_seq_length", "max_sequence_length"),
+        *("seq_len", "seq_length", "context_length", "context_size"),
+    ),
+    "hidden_act": ("activation_function", "hidden_activation"),
+    "attention_dropout": ("attn_pdrop", "attention_probs_dropout_prob"),
+    "attention_dropout and activation_dropout": (
+        *("dropout", "dropout_rate", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop"),
+    ),
+    "initializer_range": ("init_std", "initializer_std"),
+}
+
+
 def _close_field(name: str) -> str | None:
-    """The field that the unknown `name` is probably a misspelling of, if any."""
+    """The field that the unknown `name` probably means: a misspelling, or another model's name for it."""
+    for field, others in OTHER_NAMES.items():
+        if name in others:
+            return field
     close = difflib.get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.8)
     return close[0] if close else None
 
@@ -67,7 +90,8 @@ def parameter_counts(fields: Mapping[str, Any]) -> dict[str, int]:
 class CharformerConfig(LossFields, CharformerPushToHubMixin, PreTrainedConfig):
     r"""Settings of a Charformer; the defaults are the 12-layer model (T12) of Al-Rfou et al. (2018, arXiv 1808.04444).
 
-    A misspelt field raises. A field with an unrelated name is kept as an attribute, like everywhere in Transformers.
+    A misspelt field raises, and so does another model's name for one, such as `n_layer`. A field with an
+    unrelated name is kept as an attribute, like everywhere in Transformers.
 
     Wrong values raise when the configuration is built. Values assigned later are checked when a model is built from it. The
     errors are `StrictDataclassFieldValidationError` for a wrong type and `StrictDataclassClassValidationError`
@@ -151,7 +175,7 @@ class CharformerConfig(LossFields, CharformerPushToHubMixin, PreTrainedConfig):
             # `kwargs` also holds the fields of the base class.
             close = None if hasattr(self, name) else _close_field(name)
             if close:
-                raise ValueError(f"CharformerConfig has no field {name!r} (given {kwargs[name]!r}); meant {close!r}?")
+                raise ValueError(f"CharformerConfig has no field {name!r} (given {kwargs[name]!r}); meant {close}?")
         num_labels = kwargs.get("num_labels")
         # Checked first, because the base class creates a name for each label.
         if isinstance(num_labels, int) and num_labels > MAX_LABELS:
@@ -165,11 +189,11 @@ class CharformerConfig(LossFields, CharformerPushToHubMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Load like any configuration. A saved attribute whose name is close to a field's loads with a warning."""
+        """Load like any configuration. A saved attribute with a name that the constructor refuses loads with a warning."""
         odd = {name: close for name in config_dict if not hasattr(cls, name) and (close := _close_field(name))}
         for name, close in odd.items():
             logger.warning_once(
-                f"the configuration holds {name!r}, which is no field of a Charformer; {close!r} is one"
+                f"the configuration holds {name!r}, which is no field of a Charformer and changes nothing; it has {close}"
             )
         loaded = super().from_dict({name: value for name, value in config_dict.items() if name not in odd}, **kwargs)
         for name in odd:

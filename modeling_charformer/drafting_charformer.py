@@ -2,7 +2,7 @@
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +26,8 @@ MAX_EARLY_DRAFTS = 8
 # So many passes with drafts are compared with plain ones. `TRIAL` passes are enough if no draft was right, or if they were
 # slower by `LOSS`. The first of them has `TRIAL` drafts at most.
 PATIENCE, TRIAL, LOSS = 8, 3, 1.15
-# If drafts did not pay, passes go without until what was lost is this share of the time, and twice as long each time that they
-# do not pay again. So many passes go without at least, and at most.
-SHARE_LOST, SHORTEST_REST, LONGEST_REST = 0.03, 16, 512
+# If drafts did not pay, so many passes go without, and twice as many each time that they do not pay again: at first, at most.
+SHORTEST_REST, LONGEST_REST = 32, 512
 # How many ranges of a drafter's probabilities are told apart, and how many drafts are remembered when they have not paid.
 BINS, REMEMBERED = 5, 4
 # After this many passes one without drafts is timed.
@@ -115,7 +114,9 @@ class Pace:
         self.of_draft: deque[float] = deque(maxlen=9)
         # By the drafter's probability of a draft: how often it was right, of how many.
         self.right = [[0.0, 0.0] for _ in range(BINS)]
-        self.passes = self.resting = self.losses = 0
+        self.passes = self.resting = self.rested = self.losses = 0
+        # Tokens and seconds of the last drafts that did not pay, though some were right.
+        self.given_up: tuple[float, float] | None = None
         # How often the text was right where the drafter contradicted what was looked up there, of how many times.
         self.contradicted = [0, 0]
         self.known_thresholds: tuple[float, float] | None = None
@@ -180,6 +181,15 @@ class Pace:
         self.known_thresholds = _bounded((slope + of_draft) * rate), _bounded(slope * rate)
         return self.known_thresholds
 
+    def passed_without(self, seconds: float) -> None:
+        """Take down one pass without drafts; after some of them it is judged again whether the last drafts did not pay."""
+        self.plain.append(seconds)
+        self.rested += 1
+        if self.given_up is not None and self.rested == PATIENCE:
+            tokens, used = self.given_up
+            if tokens * statistics.mean(_bounded_times(self.plain)) >= used:
+                self.resting, self.losses = 0, self.losses - 1
+
     def passed(self, verified: int, drafts: int, tokens: float, drafting: float, seconds: float) -> None:
         """Take down one pass with drafting.
 
@@ -196,20 +206,26 @@ class Pace:
         passes = len(self.recent)
         if passes < TRIAL:
             return
-        plain = statistics.median(self.plain)
-        usual = 2 * statistics.median(one[3] for one in self.recent)
-        written, used = sum(one[1] for one in self.recent), sum(min(one[3], usual) for one in self.recent) / plain
-        if written > passes and written * (LOSS if passes < PATIENCE else 1) >= used:
+        plain = statistics.mean(_bounded_times(self.plain))
+        written, used = sum(one[1] for one in self.recent), sum(_bounded_times(one[3] for one in self.recent))
+        if written > passes and written * plain * (LOSS if passes < PATIENCE else 1) >= used:
             if passes >= PATIENCE:
                 self.losses = 0
             return
-        rest = max(SHORTEST_REST, round((used - written) / SHARE_LOST))
-        self.resting = min(rest * 2**self.losses, LONGEST_REST)
+        self.resting, self.rested = min(SHORTEST_REST * 2**self.losses, LONGEST_REST), 0
+        self.given_up = (written, used) if written > passes else None
         self.losses += 1
         self.recent.clear()
         # The next trial must not depend on how bad drafts were long ago.
         known = REMEMBERED / max(REMEMBERED, sum(trials for _, trials in self.right))
         self.right = [[known * hits, known * trials] for hits, trials in self.right]
+
+
+def _bounded_times(seconds: Iterable[float]) -> list[float]:
+    """The times, none above twice their median: other programs interrupt some passes."""
+    times = [*seconds]
+    usual = 2 * statistics.median(times)
+    return [min(one, usual) for one in times]
 
 
 def _bounded(probability: float) -> float:

@@ -207,7 +207,10 @@ class CharformerGenerationMixin(SelfDraftingMixin):
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, stopping_criteria: Any, tokenizer: Any = None, **kwargs: Any
     ) -> StoppingCriteriaList:
-        """Match stop strings byte by byte, since a character outside ASCII is several tokens."""
+        """Match stop strings byte by byte, since a character outside ASCII is several tokens.
+
+        Where the window rolls, Transformers' warning that text goes past it is left out.
+        """
         if generation_config.stop_strings and hasattr(
             tokenizer, "errors"
         ):  # CharformerTokenizer's, from whatever module
@@ -221,6 +224,10 @@ class CharformerGenerationMixin(SelfDraftingMixin):
         criteria: StoppingCriteriaList = super()._get_stopping_criteria(  # type: ignore[misc]  # GenerationMixin's, a later base
             generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs
         )
+        if getattr(generation_config, "rolling_context", None) is not None:
+            for one in criteria:
+                if isinstance(one, MaxLengthCriteria):
+                    one.max_position_embeddings = None
         return criteria
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:

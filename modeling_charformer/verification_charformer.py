@@ -183,7 +183,7 @@ class VerifiedDecoding:
         if self.pace.rests():
             none = self.text[:, :0]
             self._accept(self._forward(none), none)
-            self.pace.plain.append(time.perf_counter() - begin)
+            self.pace.passed_without(time.perf_counter() - begin)
             return
         drafts = self._draft(live, behind)
         drafting = time.perf_counter() - begin

@@ -9,9 +9,11 @@ from modeling_charformer import (
     CharformerConfig,
     CharformerForCausalLM,
     ScheduleContext,
+    configuration_charformer,
     register_schedule,
     schedule_names,
 )
+from modeling_charformer.configuration_charformer import OTHER_NAMES
 from tests.helpers import CONFIGS
 
 
@@ -94,10 +96,20 @@ def test_wrong_type_raises(settings):
 
 @pytest.mark.parametrize(
     ("misspelt", "meant"),
-    [("num_target", "num_targets"), ("intermediate_layer", "intermediate_layers"), ("hiden_size", "hidden_size")],
+    [
+        ("num_target", "num_targets"),
+        ("intermediate_layer", "intermediate_layers"),
+        ("hiden_size", "hidden_size"),
+        ("num_layers", "num_hidden_layers"),
+        ("n_embd", "hidden_size"),
+        ("n_head", "num_attention_heads"),
+        ("d_ff", "intermediate_size"),
+        ("block_size", "max_position_embeddings"),
+        ("dropout", "attention_dropout and activation_dropout"),
+    ],
 )
-def test_misspelt_field_suggests_the_right_one(misspelt: Any, meant: str):
-    with pytest.raises(ValueError, match=f"no field '{misspelt}'.*meant '{meant}'"):
+def test_misspelt_field_or_another_models_name_suggests_the_right_one(misspelt: Any, meant: str):
+    with pytest.raises(ValueError, match=f"no field '{misspelt}'.*meant {meant}[?]"):
         settings: dict[str, Any] = {misspelt: 3}
         CharformerConfig(**settings)
 
@@ -105,6 +117,24 @@ def test_misspelt_field_suggests_the_right_one(misspelt: Any, meant: str):
 def test_unrelated_field_is_kept():
     extra: dict[str, Any] = {"note_of_mine": "x", "num_labels": 5}
     assert CharformerConfig(**extra).note_of_mine == "x"
+
+
+def test_no_other_name_is_a_name_of_transformers():
+    standard = [name for names in OTHER_NAMES.values() for name in names if hasattr(CharformerConfig(), name)]
+    assert not standard
+
+
+def test_saved_attribute_with_another_models_name_loads_with_a_warning(tmp_path, monkeypatch):
+    config = CharformerConfig(num_hidden_layers=3)
+    warnings: list[str] = []
+    config.num_layers = 7
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(configuration_charformer.logger, "warning_once", warnings.append)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert (loaded.num_layers, loaded.num_hidden_layers) == (7, 3)
+    assert (
+        "'num_layers', which is no field of a Charformer and changes nothing; it has num_hidden_layers" in warnings[0]
+    )
 
 
 def test_value_assigned_later_is_checked_when_a_model_is_built():

@@ -33,7 +33,7 @@ def test_bad_drafts_cost_a_twentieth_of_the_time_at_most_however_dear_they_are(t
     pace, used = Pace(), 0.0
     for _ in range(tokens):
         if pace.rests():
-            pace.plain.append(1.0)
+            pace.passed_without(1.0)
             used += 1.0
         else:
             first = not pace.recent
@@ -51,12 +51,27 @@ def test_what_drafts_cost_is_measured_anew_when_rows_are_left_out_but_a_rest_goe
     for _ in range(3):
         pace.passed(verified=1, drafts=1, tokens=1.0, drafting=0.1, seconds=1.5)
     pace.begin_again()
-    assert [pace.rests() for _ in range(50)] == [True] * 50
+    assert [pace.rests() for _ in range(32)] == [True] * 32
     pace = Pace()
     pace.rests()
     pace.plain.append(1.0)
     pace.begin_again()
     assert pace.rests()
+
+
+@pytest.mark.parametrize(("seconds", "rest"), [(0.5, 32), (2.0, 8)])
+def test_drafts_are_given_up_for_a_few_passes_alone_if_it_was_a_plain_pass_that_was_fast_by_chance(seconds, rest):
+    """What a plain pass takes comes from one of them at first."""
+    pace = Pace()
+    assert pace.rests()
+    pace.passed_without(0.5)
+    for _ in range(3):
+        pace.passed(verified=3, drafts=3, tokens=3.0, drafting=0.1, seconds=3.0)
+    rests = 0
+    while pace.rests():
+        pace.passed_without(seconds)
+        rests += 1
+    assert rests == rest
 
 
 def test_a_drafter_that_is_seldom_right_is_not_asked():

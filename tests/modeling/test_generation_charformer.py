@@ -16,6 +16,7 @@ from transformers import (
     pipeline,
     set_seed,
 )
+from transformers.generation import stopping_criteria
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_charformer import (
@@ -145,11 +146,11 @@ def test_drafts_that_are_never_right_are_given_up_and_others_are_not():
     for tokens in (1.0, 1.25):
         pace = drafting_charformer.Pace()
         pace.rests()
-        pace.plain.append(1.0)
+        pace.passed_without(1.0)
         for _ in range(3):
             pace.passed(verified=4, drafts=4, tokens=tokens, drafting=0.1, seconds=1.1)
-        rests.append([pace.rests() for _ in range(20)])
-    assert rests == [[True] * 16 + [False] * 4, [False] * 20]
+        rests.append([pace.rests() for _ in range(40)])
+    assert rests == [[True] * 32 + [False] * 8, [False] * 40]
 
 
 def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
@@ -429,6 +430,16 @@ def test_rolling_is_the_plain_loop(model, keep, drafting):
     expected = rolled(model, PROMPT[0].tolist(), 100, keep)
     ids = model.generate(PROMPT, max_length=100, do_sample=False, rolling_context=keep, **drafting)
     assert ids[0].tolist() == expected
+
+
+@pytest.mark.parametrize("drafting", [{}, {"use_extra_targets": True}], ids=str)
+def test_rolling_past_the_window_is_no_reason_to_warn(model, drafting, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", told.append)
+    model.generate(PROMPT, max_length=50, do_sample=False, rolling_context=5, **drafting)
+    assert told == []
+    stopping_criteria.MaxLengthCriteria(60, 32)(torch.zeros(1, 50), None)
+    assert len(told) == 1
 
 
 def test_rolling_takes_prompts_longer_than_the_window(model):

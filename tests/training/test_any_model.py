@@ -187,14 +187,18 @@ def test_peft_trains_adapters_and_heads():
         (lambda: build("llama"), {"intermediate_layers": [4]}, r"intermediate_layers contains \[4\].* 1 to 3"),
         (lambda: build("llama"), {"intermediate_weight": float("nan")}, "intermediate_weight is nan"),
         (lambda: build("llama"), {"heads": "none"}, "heads is 'none'.*'shared', 'own'"),
-        (lambda: build("llama"), {"targets": 2}, r"no settings \['targets'\] .*'num_targets'"),
+        (
+            lambda: build("llama"),
+            {"targets": 2},
+            r"no settings \['targets'\] .*meant num_targets\?\); it has .*'num_targets'",
+        ),
         (lambda: build("llama", AutoModel), {}, "not LlamaModel"),
         (lambda: torch.nn.Linear(2, 2), {}, "takes a model of Transformers .*, not Linear"),
         (lambda: add_auxiliary_losses(build("llama")), {}, "has auxiliary losses already"),
         (
             lambda: build("bert", AutoModelForSequenceClassification),
             {"num_targets": 2},
-            r"no settings \['num_targets'\] for BertForSequenceClassification",
+            r"no settings \['num_targets'\] for BertForSequenceClassification;",
         ),
         (
             lambda: BartForCausalLM(BartConfig(d_model=16, decoder_layers=2, vocab_size=61)),

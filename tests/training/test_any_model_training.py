@@ -16,7 +16,12 @@ from charformer_training import (
     AuxiliaryLossTrainingArguments,
     add_auxiliary_losses,
 )
-from modeling_charformer import CharformerConfig, CharformerForSequenceClassification, register_schedule
+from modeling_charformer import (
+    CharformerConfig,
+    CharformerForCausalLM,
+    CharformerForSequenceClassification,
+    register_schedule,
+)
 from tests.helpers import TINY, assert_same_logs, loss_logs
 from tests.training.any_models import DEPRECATED, build
 
@@ -127,7 +132,26 @@ def mixtral(**changes):
     return build("mixtral", num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, **changes)
 
 
+def unlabelled(model: Any, tmp_path, **row) -> AuxiliaryLossTrainer:
+    args = AuxiliaryLossTrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
+    return AuxiliaryLossTrainer(model, args, train_dataset=[{"input_ids": [5, 6, 7, 8]} | row] * 8)
+
+
 class TestTrainer:
+    @pytest.mark.parametrize("kind", ["plain", "with losses", "Charformer"])
+    def test_rows_without_labels_are_refused_with_the_cure(self, kind, tmp_path):
+        model = CharformerForCausalLM(CharformerConfig(**TINY)) if kind == "Charformer" else build("gpt2")
+        model = add_auxiliary_losses(model) if kind == "with losses" else model
+        cure = r"no `labels`: its batches hold \['input_ids'\].*a copy of `input_ids`.*mlm=False"
+        with pytest.raises(ValueError, match=cure):
+            unlabelled(model, tmp_path).train()
+        unlabelled(model, tmp_path, labels=[5, 6, 7, 8]).train()
+
+    def test_a_classifier_without_labels_gets_no_cure_of_language_models(self, tmp_path):
+        model = add_auxiliary_losses(build("bert", AutoModelForSequenceClassification, num_labels=3))
+        with pytest.raises(ValueError, match=r"Give each row `labels`$"):
+            unlabelled(model, tmp_path).train()
+
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["gpt2", "llama"])
     def test_figures_are_the_same_however_a_batch_is_split(self, kind, tmp_path):

@@ -1,5 +1,6 @@
 """The auxiliary losses for any language model and any classification model of Transformers."""
 
+import difflib
 import inspect
 import os
 from collections.abc import Sequence
@@ -82,7 +83,11 @@ def add_auxiliary_losses(
     heads = settings.pop("heads", heads) or mixin.accepted_heads[0]
     accepted = mixin.accepted_settings
     if wrong := sorted(settings.keys() - accepted):
-        raise ValueError(f"add_auxiliary_losses has no settings {wrong} for {type(base).__name__}; it has {accepted}")
+        close = [near for name in wrong for near in difflib.get_close_matches(name, accepted, n=1, cutoff=0.7)]
+        meant = f" (meant {', '.join(close)}?)" if close else ""
+        raise ValueError(
+            f"add_auxiliary_losses has no settings {wrong} for {type(base).__name__}{meant}; it has {accepted}"
+        )
     if heads not in mixin.accepted_heads:
         raise ValueError(f"heads is {heads!r}; for {type(base).__name__} it must be one of {mixin.accepted_heads}")
     anatomy = anatomy_of(base, trace)

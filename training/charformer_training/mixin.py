@@ -286,12 +286,35 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             return self._evaluate_with_terms(model, inputs, return_outputs)
         given = dict(inputs)  # compute_loss may take things out
         with self._watching(model, given) as passes:
-            computed = self._given_compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+            try:
+                computed = self._given_compute_loss(
+                    model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+                )
+            except ValueError as error:
+                self._check_labels(error, given)
+                raise
         loss = computed[0] if return_outputs else computed
         if not passes:  # a Trainer that calls parts of the model
             passes = [Pass(computed[1] if return_outputs else None, False)]
         loss = self._hold_terms(loss, passes, given, num_items_in_batch)
         return (loss, computed[1]) if return_outputs else loss
+
+    def _check_labels(self, error: ValueError, inputs: Mapping[str, Any]) -> None:
+        """Say what to do if the `error` is that of Transformers about a model without a loss, and for want of labels."""
+        names = self.label_names or ["labels"]
+        if "did not return a loss" not in str(error) or any(inputs.get(name) is not None for name in names):
+            return
+        wanted = " and ".join(f"`{name}`" for name in names)
+        more = ""
+        if shifts_labels(self.loss_terms.model):
+            more = (
+                ", for a language model a copy of `input_ids`; or give the Trainer"
+                " data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), which makes them"
+            )
+        raise ValueError(
+            f"train_dataset has no {wanted}: its batches hold {sorted(inputs)}, of which the model computes no loss."
+            f" Give each row {wanted}{more}"
+        ) from error
 
     def _hold_terms(
         self, loss: Tensor, passes: list[Pass], inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
