@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         assert main(small(quickstart)) == 0
     # Runs that the pages compare or evaluate; those that a command trains are made by it.
     read = [command for command in commands() if re.match(r"\S*charformer-(compare|evaluate)", command)]
-    for name in set(re.findall(r"runs/([\w.-]+)", " ".join(read))) - {"quickstart"}:
+    for name in set(re.findall(r"runs/([\w.-]+)", " ".join(read))) - {"quickstart", "comparison.png"}:
         shutil.copytree(folder / "runs" / "quickstart", folder / "runs" / name)
     return folder
 
