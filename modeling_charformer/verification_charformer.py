@@ -179,12 +179,14 @@ class VerifiedDecoding:
         """Draft, verify and write once, and take down what it cost."""
         if self.is_batch and 4 * len(self._live()) <= 3 * self.rows:
             self._leave_out_finished()
-        begin, before, live, behind = time.perf_counter(), [*self.lengths], self._live(), self._behind()
+        begin, before = time.perf_counter(), [*self.lengths]
         if self.pace.rests():
             none = self.text[:, :0]
             self._accept(self._forward(none), none)
             self.pace.passed_without(time.perf_counter() - begin)
             return
+        live = self._live()
+        behind = self._behind(live)
         drafts = self._draft(live, behind)
         drafting = time.perf_counter() - begin
         matches = self._accept(self._forward(drafts.tokens), drafts.tokens)
@@ -234,9 +236,8 @@ class VerifiedDecoding:
         end = max(ends) if all(ends) else self.stops.max_length
         return [row for row in range(self.rows) if self.lengths[row] < end]
 
-    def _behind(self) -> list[int]:
-        """The numbers of the live rows with the most left to write, half of them or more: they decide when all are finished."""
-        live = self._live()
+    def _behind(self, live: list[int]) -> list[int]:
+        """Of the live rows those with the most left to write, half of them or more: they decide when all are finished."""
         half = sorted(self.lengths[row] for row in live)[(len(live) - 1) // 2]
         return [row for row in live if self.lengths[row] <= half]
 
