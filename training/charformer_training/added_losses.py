@@ -21,7 +21,8 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm
 from modeling_charformer.unused_losses import LossWatch
 
 from .heads_file import SavesHeads
-from .probe import Anatomy, Trace, through
+from .probe import Trace, through
+from .probe_layers import Anatomy
 from .probe_loss import OwnLoss
 
 
@@ -116,14 +117,14 @@ class ModelWithLosses(SavesHeads):
         if args:
             kwargs |= dict(zip(inspect.signature(super().forward).parameters, args, strict=False))
         if kwargs.get("labels") is None:
-            return self._plain_forward(kwargs)
+            return super().forward(**kwargs)
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or step.runs_heads, "return_dict": True}
         self._check_heads_are_trained()
         self.prepare(step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_only):
-            outputs = self._plain_forward(inputs)
+            outputs = super().forward(**inputs)
         share_of_step = self.add_losses(step, outputs, kwargs, counts)
         dropped = ("loss",) if asked else ("loss", *STATES)
         values = {name: value for name, value in outputs.items() if name not in dropped}
@@ -163,20 +164,6 @@ class ModelWithLosses(SavesHeads):
                 type(self).__name__,
             )
 
-    def _plain_forward(self, inputs: dict[str, Any]) -> Any:
-        """The plain model's output, with what its own head read as `head_input` where that is no hidden state."""
-        if not self._anatomy.reads_embeddings_input:
-            return super().forward(**inputs)
-        seen: list[Tensor] = []
-        hook = self.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            outputs = super().forward(**inputs)
-        finally:
-            hook.remove()
-        if isinstance(outputs, ModelOutput):
-            vars(outputs)["head_input"] = seen[-1]
-        return outputs
-
     def _plain_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs without a divisor that the plain model does not follow."""
         if self._own_loss.follows_num_items:
@@ -193,18 +180,21 @@ class ModelWithLosses(SavesHeads):
         raise NotImplementedError
 
     def _head_input(self, term: LossTerm, outputs: Any) -> Tensor:
-        """The output of a term's layer, `(B, S, hidden_size)`; for the last layer, the model's last hidden state."""
-        last = term.layer == self.loss_settings.num_layers
-        if last and self._anatomy.reads_embeddings_input:
-            return cast(Tensor, vars(outputs)["head_input"])
+        """The output of a term's layer, `(B, S, n)`; for the last layer, the model's last hidden state."""
         states: tuple[Tensor, ...] = getattr(outputs, self._anatomy.states_name)
-        return states[-1 if last else self._anatomy.layers[term.layer]]
+        last, readout = term.layer == self.loss_settings.num_layers, self._anatomy.readout
+        state = states[-1 if last else self._anatomy.layers[term.layer]]
+        if readout is None or (last and not self._anatomy.ends_with_layer):
+            return state
+        return readout(self, readout.flat(state)) if last else readout.flat(state)
 
     def _finished(self, term: LossTerm, hidden_states: Tensor) -> Tensor:
         """Apply to the output of a term's layer what the model applies to that of its last layer, like the final norm."""
-        if term.layer < self.loss_settings.num_layers:
-            return through(self, self._anatomy.tail or (), hidden_states)
-        return hidden_states
+        if term.layer == self.loss_settings.num_layers:
+            return hidden_states
+        if self._anatomy.readout is not None:
+            return self._anatomy.readout(self, hidden_states)
+        return through(self, self._anatomy.tail or (), hidden_states)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Loading makes the class again, since pickle finds classes by name and this one cannot be imported."""

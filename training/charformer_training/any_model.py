@@ -20,7 +20,8 @@ from .classifiers import ImageClassifierWithLosses, SequenceClassifierWithLosses
 from .heads_file import cached_heads, keep_heads_beside_adapter, saved_settings, vocabulary_of_heads
 from .language_models import MaskedLMWithLosses, Seq2SeqLMWithLosses
 from .models import is_causal_lm, unwrap_peft
-from .probe import Anatomy, Trace, anatomy_of, trace_of
+from .probe import Trace, trace_of
+from .probe_layers import Anatomy, anatomy_of
 from .probe_loss import own_loss_of
 
 
@@ -171,10 +172,10 @@ def _check_layers(model: PreTrainedModel, anatomy: Anatomy, layers: tuple[int, .
             f"the hidden states that {type(model).__name__} returns do not contain the outputs of its layers {missing}, so"
             f" these layers cannot have losses{choose}"
         )
-    if layers and anatomy.tail is None:
+    if anatomy.tail is None and anatomy.readout is None and (layers or anatomy.ends_with_layer):
         raise ValueError(
-            f"{type(model).__name__} does not compute its last hidden state from its last layer's output by a chain of"
-            f" modules, so heads on other layers cannot do the same{choose}"
+            f"{type(model).__name__} does not compute its last hidden state from its last layer's output alone, so heads on"
+            f" {'its' if anatomy.ends_with_layer else 'other'} layers cannot do the same{'' if anatomy.ends_with_layer else choose}"
         )
 
 

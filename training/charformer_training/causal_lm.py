@@ -14,7 +14,8 @@ from modeling_charformer.loss_settings import LossTerm, term_name
 from modeling_charformer.self_drafting_charformer import SelfDraftingMixin
 
 from .language_models import LanguageModelWithLosses
-from .probe import Anatomy, Trace, through
+from .probe import Trace, through
+from .probe_layers import Anatomy
 
 
 class CausalLMWithLosses(SelfDraftingMixin, LanguageModelWithLosses):

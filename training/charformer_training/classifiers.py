@@ -10,7 +10,8 @@ from modeling_charformer.auxiliary_losses import IGNORE_INDEX, LossStep, classif
 from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossTerm, classifier_settings
 
 from .added_losses import ModelWithLosses
-from .probe import Anatomy, Trace, through
+from .probe import Trace, through
+from .probe_layers import Anatomy
 from .probe_loss import own_loss_of
 from .probe_pooling import Pooling, counted, pooled, pooling_of
 

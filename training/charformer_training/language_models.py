@@ -24,7 +24,8 @@ from modeling_charformer.loss_settings import AuxiliaryLossSettings, LossFields,
 
 from .added_losses import ModelWithLosses
 from .models import targets_of
-from .probe import Anatomy, Trace, through
+from .probe import Trace, through
+from .probe_layers import Anatomy
 from .probe_loss import LogitsPath, logits_path, own_loss_of
 
 

@@ -32,7 +32,7 @@ class Trace:
     """The outputs of the modules of each module list, by the list's name, in the order of the calls."""
     calls: list[Call]
     embeddings_input: Tensor | None
-    """What the output embeddings were given, where the last hidden state has other positions, like Gemma 3n's."""
+    """What the output embeddings were given, where the last hidden state has other positions, like the streams of Gemma 3n."""
 
     @property
     def last(self) -> Tensor:
@@ -55,28 +55,6 @@ class Trace:
     @property
     def logits(self) -> Tensor:
         return cast(Tensor, self.outputs["logits"])
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """The parts of a model that heads on its layers need."""
-
-    output_kind: type[ModelOutput]
-    states_name: str
-    """The field of the output that holds the hidden states."""
-    reads_embeddings_input: bool
-    """Whether the model's own head reads `Trace.embeddings_input`, and not the last of the hidden states."""
-    num_layers: int
-    width: int
-    """Width of the last hidden state."""
-    layers: Mapping[int, int]
-    """Layer number (1..n) to the index of its output in the hidden states; holds only the layers that were found."""
-    widths: Mapping[int, int]
-    """Layer number to the width of its output."""
-    tail: tuple[str, ...] | None
-    """Names of the modules that turn the last layer's output into the last hidden state; `None` if not only modules do."""
-    reads_forward: bool
-    """Whether no position sees later positions."""
 
 
 def trace_of(model: PreTrainedModel) -> Trace:
@@ -104,53 +82,6 @@ def trace_of(model: PreTrainedModel) -> Trace:
     own = next((module_name for module_name, module in model.named_modules() if module is embeddings), None)
     given = next((call.given for call in reversed(calls) if call.name == own), states[-1])
     return replace(trace, embeddings_input=given if given.shape[:-1] != states[-1].shape[:-1] else None)
-
-
-def anatomy_of(model: PreTrainedModel, trace: Trace) -> Anatomy:
-    """Compare the outputs of the model's layers with the hidden states that it returns."""
-    states, is_image = trace.states, "pixel_values" in trace.inputs
-    if is_image:
-        numbers = {len(states), len(states) - 1}
-    elif "decoder_input_ids" in trace.inputs:
-        numbers = {len(states) - 1}
-    else:
-        numbers = {int(getattr(model.config.get_text_config(), "num_hidden_layers", None) or len(states) - 1)}
-    layers, tail, num_layers = _layers_and_tail(model, trace, numbers)
-    return Anatomy(
-        output_kind=type(trace.outputs),
-        states_name=trace.states_name,
-        reads_embeddings_input=trace.embeddings_input is not None,
-        num_layers=num_layers,
-        width=width_of(trace.last),
-        layers=layers,
-        widths={layer: width_of(states[index]) for layer, index in layers.items()},
-        tail=tail,
-        reads_forward=not is_image and _reads_forward(model, trace),
-    )
-
-
-def width_of(state: Tensor) -> int:
-    """The number of features of a hidden state: `(B, S, width)`, or a feature map `(B, width, height, width of the map)`."""
-    return state.shape[1 if state.dim() == 4 else -1]
-
-
-def _reads_forward(model: PreTrainedModel, trace: Trace) -> bool:
-    name = "decoder_input_ids" if "decoder_input_ids" in trace.inputs else "input_ids"
-    other = trace.inputs[name].clone()
-    other[0, -1] = other[0, 0]
-    with looking_at(model):
-        outputs: Any = model(
-            **{**trace.inputs, name: other}, **no_cache(model), output_hidden_states=True, return_dict=True
-        )
-    if trace.logits.shape[:2] == other.shape:
-        both = (trace.logits, outputs.logits)
-    else:
-        both = (trace.states[-1], outputs[trace.states_name][-1])
-    before, after = (of_positions[:, :-1].float() for of_positions in both)
-    if before.shape != after.shape or not before.numel():
-        return False
-    # Both runs do the same operations; a difference beyond rounding means that a position saw the last token.
-    return bool((before - after).abs().max() <= 1e-5 * before.abs().max())
 
 
 # ---- Small inputs ----
@@ -272,44 +203,12 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.shape == other.shape and bool(one.equal(other)))
 
 
-def _holds(output: Tensor, state: Tensor) -> bool:
-    """Whether a layer's output is a hidden state, also with other dimensions first or padding at the end."""
-    if output.dim() != 3 or state.dim() != 3 or output.shape == state.shape:
-        return same(output, state)
-    views = (output[:, : state.shape[1]], output.transpose(0, 1), output.transpose(1, 2))
-    return any(same(view, state) for view in views)
-
-
 def close(one: Tensor, other: Tensor, tolerance: float = 1e-3) -> bool:
     """Whether two tensors differ by rounding alone, compared with the largest number."""
     if one.shape != other.shape:
         return False
     one, other = one.double(), other.double()
     return bool((one - other).abs().max() <= tolerance * other.abs().max())
-
-
-def _layers_and_tail(
-    model: PreTrainedModel, trace: Trace, numbers: Iterable[int]
-) -> tuple[dict[int, int], tuple[str, ...] | None, int]:
-    states = trace.states
-    best: dict[int, int] = {}
-    tail: tuple[str, ...] | None = None
-    num_layers = max(numbers)
-    for returned in trace.layer_lists.values():
-        if len(returned) not in numbers:
-            continue
-        found: dict[int, int] = {}
-        for number, output in enumerate(returned, start=1):
-            after = max(found.values(), default=-1) + 1
-            index = next((i for i in range(after, len(states)) if _holds(output, states[i])), None)
-            if index is not None:
-                found[number] = index
-        is_last = found.get(len(returned)) == len(states) - 1
-        is_last = is_last and trace.embeddings_input is None
-        own_tail = () if is_last else chain(model, trace.calls, returned[-1], trace.last)
-        if (len(found), own_tail is not None) > (len(best), tail is not None):
-            best, tail, num_layers = found, own_tail, len(returned)
-    return best, tail, num_layers
 
 
 def chain(model: PreTrainedModel, calls: list[Call], start: Tensor, end: Tensor) -> tuple[str, ...] | None:
