@@ -211,9 +211,8 @@ def _kind_of(model: PreTrainedModel, trace: Trace) -> type[ModelWithLosses]:
     name, logits, head = type(model).__name__, trace.logits, model.get_output_embeddings()
     num_labels = int(getattr(model.config, "num_labels", None) or 0)
     if logits.shape == (1, num_labels):
-        return ImageClassifierWithLosses if "pixel_values" in trace.inputs else SequenceClassifierWithLosses
-    length = next(iter(trace.inputs.values())).shape[1]
-    if logits.dim() != 3 or logits.shape[1] != length or "pixel_values" in trace.inputs:
+        return ImageClassifierWithLosses if trace.ids_name is None else SequenceClassifierWithLosses
+    if trace.ids_name is None or logits.dim() != 3 or logits.shape[:2] != trace.inputs[trace.ids_name].shape:
         raise ValueError(
             f"add_auxiliary_losses takes {KINDS}; the logits of {name} have the shape {tuple(logits.shape)} on"
             f" {trace.described()}, which is that of none of these"
@@ -224,11 +223,11 @@ def _kind_of(model: PreTrainedModel, trace: Trace) -> type[ModelWithLosses]:
         raise ValueError(f"{name} has no output embeddings, so nothing predicts a token")
     rows, vocab_size = cast(Tensor, head.weight).shape[0], logits.shape[-1]
     named = getattr(model.config.get_text_config(), "vocab_size", rows)
-    if rows != vocab_size or (rows != named and "decoder_input_ids" not in trace.inputs):
+    if rows != vocab_size or (rows != named and trace.ids_name != "decoder_input_ids"):
         raise ValueError(
             f"the output embeddings of {name} have {rows} rows, its vocab_size is {named}; they must be equal"
         )
-    if "decoder_input_ids" in trace.inputs:
+    if trace.ids_name == "decoder_input_ids":
         return Seq2SeqLMWithLosses
     is_masked = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or not is_causal_lm(type(model))
     return MaskedLMWithLosses if is_masked and own_loss_of(model, trace).layout != "shifted" else CausalLMWithLosses

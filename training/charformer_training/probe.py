@@ -48,6 +48,11 @@ class Trace:
     def states(self) -> tuple[Tensor, ...]:
         return cast(tuple[Tensor, ...], self.outputs[self.states_name])
 
+    @property
+    def ids_name(self) -> str | None:
+        """The input that holds the ids of the tokens at the positions of `states`; `None` if there are no tokens."""
+        return next((name for name in ("decoder_input_ids", "input_ids") if name in self.inputs), None)
+
     def described(self) -> str:
         """The inputs in words, like `input_ids (1, 6)`."""
         return ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.inputs.items())
@@ -61,7 +66,7 @@ def trace_of(model: PreTrainedModel) -> Trace:
     """Run the model on a small input.
 
     Raises:
-        ValueError: If it does not run on ids or an image alone, or does not return logits and hidden states.
+        ValueError: If it does not run on ids, an image or sounds alone, or does not return logits and hidden states.
     """
     name, inputs = type(model).__name__, probe_inputs(model)
     with looking_at(model), _watched(model) as (layer_lists, calls):
@@ -80,24 +85,41 @@ def trace_of(model: PreTrainedModel) -> Trace:
         raise ValueError(f"{name} returns no hidden states, so heads on its layers have no input")
     embeddings = model.get_output_embeddings()
     own = next((module_name for module_name, module in model.named_modules() if module is embeddings), None)
-    given = next((call.given for call in reversed(calls) if call.name == own), states[-1])
-    return replace(trace, embeddings_input=given if given.shape[:-1] != states[-1].shape[:-1] else None)
+    positions, given = trace.logits.shape[:-1], [call.given for call in calls if call.name == own]
+    if given and given[-1].shape[:-1] == positions != states[-1].shape[:-1]:
+        return replace(trace, embeddings_input=given[-1])
+    return trace
 
 
 # ---- Small inputs ----
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The smallest inputs on which the model runs: six ids, or one image."""
+    """The smallest inputs on which the model runs: six ids, one image, or a sound; a decoder gets six ids beside them."""
     accepted = inspect.signature(model.forward).parameters
-    if model.main_input_name == "pixel_values" and "input_ids" not in accepted:
-        return {"pixel_values": _image(model)}
+    name = "input_ids" if "input_ids" in accepted else model.main_input_name
     if "decoder_input_ids" in accepted:
         ids = probe_ids(model)
         if isinstance(end := getattr(model.config, "eos_token_id", None), int):
             ids[0, -2] = end  # where sequence classifiers of encoder-decoders read the decoder
-        return {"input_ids": ids, "decoder_input_ids": ids.clone()}
-    return {"input_ids": probe_ids(model)}
+        return {**_encoder_inputs(model, name, ids), "decoder_input_ids": ids}
+    return {"pixel_values": _image(model)} if name == "pixel_values" else {"input_ids": probe_ids(model)}
+
+
+def _encoder_inputs(model: PreTrainedModel, name: str, ids: Tensor) -> dict[str, Tensor]:
+    """What an encoder reads: the ids, an image, the spectrogram of a sound, or its samples."""
+    config: Any = model.config
+    if name == "pixel_values":
+        return {name: _image(model)}
+    if name == "input_features" and hasattr(config, "num_mel_bins"):  # Whisper accepts one length
+        shape: tuple[int, ...] = (1, config.num_mel_bins, 2 * config.max_source_positions)
+    elif name == "input_features" and hasattr(config, "input_feat_per_channel"):
+        shape = (1, 64, config.input_feat_per_channel)
+    elif name in ("input_values", "inputs"):  # half a second
+        name, shape = "input_values", (1, 8000)
+    else:
+        return {"input_ids": ids.clone()}
+    return {name: _noise(model, shape)}
 
 
 def no_cache(model: PreTrainedModel) -> dict[str, bool]:
@@ -123,12 +145,16 @@ def _image(model: PreTrainedModel) -> Tensor:
         model.config,
         getattr(model.config, "vision_config", None),
         getattr(model.config, "backbone_config", None),
+        getattr(model.config, "encoder", None),
     ]
     size = next((part.image_size for part in parts if getattr(part, "image_size", None)), 64)
     channels = next((part.num_channels for part in parts if getattr(part, "num_channels", None)), 3)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, channels, height, width, generator=generator).to(model.device, model.dtype)
+    return _noise(model, (1, channels, height, width))
+
+
+def _noise(model: PreTrainedModel, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
 
 
 # ---- Running ----

@@ -38,10 +38,10 @@ class Anatomy:
 
 def anatomy_of(model: PreTrainedModel, trace: Trace) -> Anatomy:
     """Compare the outputs of the model's layers with the hidden states that it returns."""
-    states, is_image = trace.states, "pixel_values" in trace.inputs
+    states, is_image = trace.states, trace.ids_name is None
     if is_image:
         numbers = {len(states), len(states) - 1}
-    elif "decoder_input_ids" in trace.inputs:
+    elif trace.ids_name == "decoder_input_ids":
         numbers = {len(states) - 1}
     else:
         numbers = {int(getattr(model.config.get_text_config(), "num_hidden_layers", None) or len(states) - 1)}
@@ -66,7 +66,7 @@ def width_of(state: Tensor) -> int:
 
 
 def _reads_forward(model: PreTrainedModel, trace: Trace) -> bool:
-    name = "decoder_input_ids" if "decoder_input_ids" in trace.inputs else "input_ids"
+    name = trace.ids_name or ""
     other = trace.inputs[name].clone()
     other[0, -1] = other[0, 0]
     with looking_at(model):

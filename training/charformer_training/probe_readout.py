@@ -77,16 +77,13 @@ class _Layer:
 def readout_of(model: PreTrainedModel, trace: Trace, layer_list: str) -> Readout | None:
     """The readout of a model whose layers are in the list of that name; `None` if it gives other states than the model."""
     stack, _, layers = layer_list.rpartition(".")
-    if (
-        "input_ids" not in trace.inputs
-        or "input_ids" not in inspect.signature(model.get_submodule(stack).forward).parameters
-    ):
+    if trace.ids_name is None or "input_ids" not in inspect.signature(model.get_submodule(stack).forward).parameters:
         return None
     layer = cast(nn.ModuleList, model.get_submodule(layer_list))[-1]
     with looking_at(model), _returned(layer) as found:
         model(**trace.inputs)
     output = found[-1][0] if isinstance(found[-1], tuple) else found[-1]
-    positions = (*trace.inputs["input_ids"].shape,)
+    positions = (*trace.inputs[trace.ids_name].shape,)
     rows = next((i for i in range(output.dim() - 1) if (*output.shape[i : i + 2],) == positions), None)
     if rows is None:
         return None
