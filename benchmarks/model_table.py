@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, set_seed
 
 from benchmarks.tiny_models import classes, tiny_config
 from charformer_training import add_auxiliary_losses, load_auxiliary_losses
+from charformer_training.probe import probe_inputs
 
 
 def build(model_type: str, name: str, kind: str) -> Any:
@@ -38,8 +39,9 @@ def build(model_type: str, name: str, kind: str) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    if getattr(model.config, "decoder_start_token_id", None) is None:
-        model.config.decoder_start_token_id = 0
+    for field, value in (("decoder_start_token_id", 0), ("pad_token_id", 1)):
+        if getattr(model.config, field, None) is None:
+            setattr(model.config, field, value)
     return model
 
 
@@ -47,19 +49,21 @@ def batch_for(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     num_labels = int(getattr(model.config, "num_labels", 2) or 2)
     classes_of_rows = torch.tensor([num_labels - 1, num_labels - 1])
-    if kind == "image classifiers" and model.main_input_name == "pixel_values":
-        from charformer_training.probe import probe_inputs
-
-        image = probe_inputs(model)["pixel_values"]
-        return {"pixel_values": torch.randn(2, *image.shape[1:], generator=generator), "labels": classes_of_rows}
+    sensed = {
+        name: torch.randn(2, *value.shape[1:], generator=generator)
+        for name, value in probe_inputs(model).items()
+        if value.is_floating_point()
+    }
+    if sensed and kind == "image classifiers":
+        return {**sensed, "labels": classes_of_rows}
     vocab_size = min(getattr(model.config.get_text_config(), "vocab_size", 99), 99)
     ids = torch.randint(3, vocab_size, (2, 16), generator=generator)
     if kind in ("sequence classifiers", "image classifiers"):
         if isinstance(end := getattr(model.config, "eos_token_id", None), int):
             ids[:, -1] = end
         return {"input_ids": ids, "labels": classes_of_rows}
-    if kind == "causal language models":
-        return {"input_ids": ids, "labels": ids}
+    if kind in ("causal language models", "speech recognition", "language models with images"):
+        return {**(sensed or {"input_ids": ids}), "labels": ids}
     high = num_labels if kind == "token classifiers" else vocab_size
     labels = torch.randint(0, high, (2, 16), generator=generator)
     labels[0, 3:7] = -100
@@ -94,7 +98,7 @@ CHECKED_LAYERS: list[int] = []
 
 def different_layers(plain: Any, model: Any, batch: dict[str, Tensor]) -> str | None:
     """Compare the losses of intermediate layers with the own loss of a model cut off after that layer."""
-    if "pixel_values" in batch or model.accepted_heads == ("own",) or model.config.auxiliary_losses["heads"] == "own":
+    if model.accepted_heads == ("own",) or model.config.auxiliary_losses["heads"] == "own":
         return None
     model.eval()
     for module in (model.auxiliary_heads, model):
@@ -314,9 +318,8 @@ def main() -> None:
     before = json.loads(arguments.output.read_text("utf-8"))["models"] if arguments.only and arguments.output else []
     rows = try_all(arguments.only, arguments.seconds, None if before else arguments.output)
     if before:
-        again = {(row["kind"], row["class"]): row for row in rows}
-        merged = [again.get((row["kind"], row["class"]), row) for row in before]
-        write(arguments.output, merged)
+        known = {(row["kind"], row["class"]): row for row in (*before, *rows)}
+        write(arguments.output, [known[kind, name] for kind, _, name in classes() if (kind, name) in known])
     for row in rows if arguments.only else []:
         sys.stdout.write(f"{row['kind']}: {row['class']}: {row['result']} {row['why']}\n")
 

@@ -16,6 +16,8 @@ MAPPINGS = {
     "sequence classifiers": "SEQUENCE_CLASSIFICATION",
     "token classifiers": "TOKEN_CLASSIFICATION",
     "image classifiers": "IMAGE_CLASSIFICATION",
+    "speech recognition": "SPEECH_SEQ_2_SEQ",
+    "language models with images": "IMAGE_TEXT_TO_TEXT",
 }
 LAYERS, WIDTH = 4, 32
 # Names of fields by the small value that they get.
@@ -59,6 +61,7 @@ NAMES = [
     (2, "eos_token_id"),
 ]
 SMALL = {name: value for value, names in NAMES for name in names.split()}
+SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 # What the default configuration does not show, by model type.
 BY_TYPE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 16},
@@ -80,10 +83,18 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "inkling2_text": {"unpadded_vocab_size": 99},
     "inkling2_loop_text": {"unpadded_vocab_size": 99},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
-    "layoutlmv3": {"visual_embed": False},
+    "layoutlmv3": {"visual_embed": False, "coordinate_size": 6, "shape_size": 4},
     "led": {"attention_window": 4},
     "lilt": {"hidden_size": 48},
     "longformer": {"attention_window": [4, 4, 4, 4]},
+    "moonshine": {
+        "encoder_num_hidden_layers": 2,
+        "decoder_num_hidden_layers": LAYERS,
+        "encoder_num_attention_heads": 2,
+        "decoder_num_attention_heads": 2,
+        "encoder_num_key_value_heads": 2,
+        "decoder_num_key_value_heads": 2,
+    },
     "mobilebert": {"hidden_size": 32, "embedding_size": 32, "intra_bottleneck_size": 32},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "pvt": {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 1, 1]},
@@ -116,12 +127,17 @@ BY_TYPE: dict[str, dict[str, Any]] = {
         "num_self_attends_per_block": 4,
         "image_size": 16,
     },
+    "qwen2_vl_text": {"rope_parameters": SECTIONS},
+    "qwen2_5_vl_text": {"rope_parameters": SECTIONS},
     "regnet": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "groups_width": 4},
     "reformer": {"axial_pos_embds": False, "is_decoder": True},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
     "bit": {"embedding_size": 8, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 1, 1], "num_groups": 4},
     "swin": {"num_heads": [1, 2, 4, 8], "depths": [1, 1, 1, 1], "drop_path_rate": 0.0},
     "swinv2": {"num_heads": [1, 2, 4, 8], "depths": [1, 1, 1, 1], "drop_path_rate": 0.0},
+    "speech_to_text": {"input_feat_per_channel": 8, "conv_channels": 16},
+    "wav2vec2": {"conv_dim": [WIDTH] * 7, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+    "whisper": {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -159,6 +175,8 @@ def shrunk(default: PreTrainedConfig) -> dict[str, Any]:
         fields["num_key_value_heads"] = fields["num_attention_heads"]  # latent attention has no groups
     if fields.get("num_attention_heads") and "head_dim" in vars(default):
         fields["head_dim"] = 8
+    if default.model_type.endswith("encoder-decoder"):
+        fields["decoder"] |= {"is_decoder": True, "add_cross_attention": True}
     return fields | BY_TYPE.get(default.model_type, {})
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -105,7 +105,9 @@ def _layers_of(model: PreTrainedModel, trace: Trace, numbers: Iterable[int]) -> 
     states = trace.states
     best = _Layers("", max(numbers), {}, None)
     for name, returned in trace.layer_lists.items():
-        if len(returned) not in numbers:
+        size = len(cast(nn.ModuleList, model.get_submodule(name)))
+        # LongcatFlash's num_hidden_layers counts its attentions, two a layer.
+        if len(returned) not in numbers and not len(returned) == size == len(states) - 1:
             continue
         found: dict[int, int] = {}
         for number, output in enumerate(returned, start=1):
