@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
     BigBirdConfig,
     set_seed,
@@ -54,7 +55,10 @@ def build_image_model(kind: str, **changes: Any) -> Any:
         ("causal language models", "Gemma3nForCausalLM"),
         ("causal language models", "MiniCPM3ForCausalLM"),
         ("masked language models", "DistilBertForMaskedLM"),
+        ("causal language models", "LongcatFlashForCausalLM"),
+        ("encoder-decoders", "FSMTForConditionalGeneration"),
         ("encoder-decoders", "BartForConditionalGeneration"),
+        ("language models with images", "VisionEncoderDecoderModel"),
         ("sequence classifiers", "T5ForSequenceClassification"),
         ("token classifiers", "XLNetForTokenClassification"),
         ("image classifiers", "Dinov2WithRegistersForImageClassification"),
@@ -121,6 +125,33 @@ def test_encoder_decoders_predict_the_labels_from_the_decoders_layers():
         torch.testing.assert_close(output.loss_dict[f"layer_{layer}_target_2"], loss(normed, 2))
     last = F.cross_entropy(plain.logits[[0, 1], [4, 6]], labels[[0, 1], [4, 6]])
     torch.testing.assert_close(output.loss_dict["last_position"], last)
+
+
+def test_whispers_decoder_predicts_the_labels_from_its_layers():
+    set_seed(0)
+    sizes: dict[str, Any] = {f"{part}_{name}": size for part in ("encoder", "decoder")
+                             for name, size in {"layers": 3, "attention_heads": 2, "ffn_dim": 32}.items()}  # fmt: skip
+    sizes |= {
+        "vocab_size": 61,
+        "d_model": 16,
+        "num_mel_bins": 8,
+        "max_source_positions": 10,
+        "max_target_positions": 16,
+    }
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model: Any = AutoModelForSpeechSeq2Seq.from_config(AutoConfig.for_model("whisper", **sizes, **tokens)).train()
+    outputs: list[torch.Tensor] = []
+    for layer in model.model.decoder.layers:
+        layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    add_auxiliary_losses(model, num_targets=2, intermediate_layers=[2], intermediate_schedule="constant")
+    outputs.clear()
+    ids, sounds = make_ids(2, 8), torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))
+    losses = model(input_features=sounds, labels=ids, training_progress=0.0).loss_dict
+    for layer, offset, name in [(2, 1, "layer_2"), (2, 2, "layer_2_target_2"), (3, 2, "target_2")]:
+        state = outputs[layer - 1] if isinstance(outputs[layer - 1], torch.Tensor) else outputs[layer - 1][0]
+        normed = model.model.decoder.layer_norm(state)  # new residual blocks are the identity
+        logits = model.proj_out(normed)[:, : 8 - (offset - 1)].flatten(0, 1)
+        torch.testing.assert_close(losses[name], F.cross_entropy(logits, ids[:, offset - 1 :].flatten()))
 
 
 def test_classifiers_of_tokens():

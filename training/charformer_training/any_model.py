@@ -50,7 +50,7 @@ def add_auxiliary_losses(
     auxiliary heads in the subfolder `auxiliary_heads/`; `load_auxiliary_losses` loads these.
 
     Every head reads the output of its layer after the model's final norm, and after any further module that the model
-    applies to the output of its last layer. These modules are found by running the model on six tokens or an image. A
+    applies to the output of its last layer. These modules are found by running the model on six tokens, an image or a sound. A
     head of an image classifier pools as the model's own head does. If the layers differ in width, or the model's norm comes
     after its pooling, each head has a layer norm of its own. The layers of an encoder-decoder are the decoder's.
 
