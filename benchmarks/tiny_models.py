@@ -127,8 +127,6 @@ BY_TYPE: dict[str, dict[str, Any]] = {
         "num_self_attends_per_block": 4,
         "image_size": 16,
     },
-    "qwen2_vl_text": {"rope_parameters": SECTIONS},
-    "qwen2_5_vl_text": {"rope_parameters": SECTIONS},
     "regnet": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "groups_width": 4},
     "reformer": {"axial_pos_embds": False, "is_decoder": True},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
@@ -139,6 +137,10 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "wav2vec2": {"conv_dim": [WIDTH] * 7, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
     "whisper": {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64},
     "zaya": {"num_experts_per_tok": 1},
+}
+BY_TYPE |= {
+    f"{name}_text": {"rope_parameters": SECTIONS}
+    for name in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm_ocr", "paddleocr_vl")
 }
 
 

@@ -72,7 +72,10 @@ def pooling_of(model: PreTrainedModel, trace: Trace) -> Pooling | None:
     given = [*(call.given for call in trace.calls), trace.logits]
     for tensor, names in chains(trace.calls, state, follows):
         for pooling in _candidates(trace, tensor, names):
-            vector = pooled(tensor, pooling, counted(pooling.operation, trace.inputs, model.config))
+            mask = counted(pooling.operation, trace.inputs, model.config)
+            if mask is not None and tensor.dim() == 3 and mask.shape != tensor.shape[:2]:
+                continue  # other positions than the tokens', like Perceiver's latents
+            vector = pooled(tensor, pooling, mask)
             if any(_is(vector, one) for one in given):
                 return pooling
     return None
