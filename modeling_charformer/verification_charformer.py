@@ -25,16 +25,16 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .compatibility import CACHE
 from .drafting_charformer import (
-    LOOK_UP,
     Drafts,
     EarlyExitDrafter,
     HeadDrafter,
-    Pace,
     as_string,
     continuation,
     matched_tokens,
     write_drafts,
 )
+from .gumbel_noise import GumbelNoise
+from .pace_charformer import LOOK_UP, keep_pace, pace_of
 
 
 # Processors that look at the scores of one place alone.
@@ -50,45 +50,6 @@ POINTWISE = (
     stock.LogitNormalization,
     stock.SuppressTokensLogitsProcessor,
 )
-
-
-# Noise is drawn for so many places of a text at once, or for fewer, so that these are no more numbers than this.
-PLACES_AT_ONCE, NUMBERS_AT_ONCE = 16, 2**18
-
-
-class GumbelNoise:
-    """Noise whose maximum, added to log-probabilities, is a sample of them; one draw for each row and place in the text.
-
-    It has a separate generator, so that the rest of the program sees one random number taken, however much is drafted.
-    """
-
-    def __init__(self) -> None:
-        self.seed = int(torch.randint(2**62, ()))
-        self.drawn: Tensor | None = None
-        self.begin = 0
-
-    def at(self, places: list[int], numbers: list[int], offset: int, count: int, like: Tensor) -> Tensor:
-        """`(B, count, V)`, of the type of `like`, for the places from `offset` after each row's next one on.
-
-        `like` is `(B, ..., V)`. `numbers` are the indices of the rows in the batch; the first call holds all rows. The
-        next places of a later call may not lie before the lowest of these.
-        """
-        low, high = min(places), max(places) + offset + count
-        rows, size = like.shape[0] if self.drawn is None else self.drawn.shape[1], like.shape[-1]
-        if self.drawn is None:
-            self.generator = torch.Generator(like.device).manual_seed(self.seed)
-            self.drawn = like.new_empty(0, rows, size)
-        while self.begin + self.drawn.shape[0] < high:
-            # So many places at once, whatever is asked for: the numbers must not depend on how many are drafted.
-            places_at_once = max(1, min(PLACES_AT_ONCE, NUMBERS_AT_ONCE // (rows * size)))
-            new = like.new_empty(places_at_once, rows, size).exponential_(generator=self.generator).log_().neg_()
-            self.drawn, self.begin = torch.cat([self.drawn[low - self.begin :], new]), low
-        if len(places) == 1:
-            first, row = low - self.begin + offset, numbers[0]
-            return self.drawn[first : first + count, row : row + 1].transpose(0, 1)
-        steps = torch.arange(offset, offset + count, device=like.device)
-        at = torch.tensor(places, device=like.device)[:, None] - self.begin + steps
-        return self.drawn[at, torch.tensor(numbers, device=like.device)[:, None]]
 
 
 class Stops:
@@ -150,7 +111,9 @@ class VerifiedDecoding:
         self.lengths, self.ends = [self.prompt] * self.rows, [0] * self.rows
         self.padding_id = int(getattr(config, "_pad_token_tensor", None) or 0)
         self.noise = GumbelNoise() if config.do_sample else None
-        self.pace = Pace(config.do_sample)
+        # What a call of `generate` has in common with others whose passes take as long and whose drafts are as often right.
+        self.kind = (drafter.layer, self.rows, config.do_sample, config.temperature, self.text.device)
+        self.pace = pace_of(model, self.kind, config.do_sample)
         self.states = torch.empty(0)
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -171,6 +134,9 @@ class VerifiedDecoding:
                     self._pass()
         finally:
             handle.remove()
+        if self.finished:
+            self.pace.begin_again()
+        keep_pace(self.model, self.kind, self.pace)
         if self.streamer is not None:
             self.streamer.end()
         return self._result()

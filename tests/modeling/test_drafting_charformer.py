@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modeling_charformer.drafting_charformer import Pace, as_string, continuation, write_drafts
+from modeling_charformer.drafting_charformer import as_string, continuation, write_drafts
+from modeling_charformer.pace_charformer import Pace
 
 
 def test_text_that_goes_in_circles_is_looked_up_at_full_length():
