@@ -15,7 +15,7 @@ CONFIDENCE, LOWEST, HIGHEST = 0.1, 0.02, 0.9
 # least `AGREEMENT`. One below contradicts.
 LOOK_UP, AGREEMENT = 16, 0.1
 # So many passes with drafts are compared with plain ones. `TRIAL` passes are enough if no draft was right, or if they were
-# slower by `LOSS`. The first of them has `TRIAL` drafts at most.
+# slower by `LOSS`, and fewer each time that drafts did not pay. The first of them has `TRIAL` drafts at most.
 PATIENCE, TRIAL, LOSS = 8, 3, 1.15
 # If drafts did not pay, so many passes go without, and twice as many each time that they do not pay again: at first, at most.
 SHORTEST_REST, LONGEST_REST = 32, 512
@@ -33,8 +33,8 @@ class Pace:
     over the rows that are behind.
     """
 
-    def __init__(self, samples: bool = False) -> None:
-        self.samples = samples
+    def __init__(self, samples: bool = False, call: Hashable = None) -> None:
+        self.samples, self.call = samples, call
         self.plain: deque[float] = deque(maxlen=9)
         # Of each recent pass with drafts: how many tokens it verified and wrote; seconds of drafting and in all.
         self.recent: deque[tuple[int, float, float, float]] = deque(maxlen=4 * PATIENCE)
@@ -136,7 +136,7 @@ class Pace:
         if drafts:
             self.of_draft.append(drafting / drafts)
         passes = len(self.recent)
-        if passes < TRIAL:
+        if passes < max(1, TRIAL - self.losses):
             return
         plain = statistics.mean(_bounded_times(self.plain))
         written, used = sum(one[1] for one in self.recent), sum(_bounded_times(one[3] for one in self.recent))
@@ -164,24 +164,23 @@ def _bounded(probability: float) -> float:
     return min(max(probability, LOWEST), HIGHEST)
 
 
-_last_paces: WeakKeyDictionary[Any, tuple[Hashable, Pace]] = WeakKeyDictionary()
+_last_paces: WeakKeyDictionary[Any, Pace] = WeakKeyDictionary()
 
 
 def pace_of(model: Any, call: Hashable, samples: bool) -> Pace:
-    """The pace of a call of `generate`: that of the model's last call, if `call` says the same of both, or a new one."""
-    known, pace = _last_paces.get(model, (None, None))
-    if pace is None or known != (call, _versions(model)):
-        return Pace(samples)
-    pace = copy.deepcopy(pace)  # another thread may generate with the model
+    """The pace of a call of `generate`: that of the model's last call, if `call` is equal for both, or a new one.
+
+    What was measured says little of a model that was trained since. The version of a parameter rises with each change.
+    """
+    call = (call, sum(one._version for one in model.parameters() if not one.is_inference()))
+    last = _last_paces.get(model)
+    if last is None or last.call != call:
+        return Pace(samples, call)
+    pace = copy.deepcopy(last)  # another thread may generate with the model
     pace.begin_text()
     return pace
 
 
-def keep_pace(model: Any, call: Hashable, pace: Pace) -> None:
+def keep_pace(model: Any, pace: Pace) -> None:
     """Remember the pace of a call of `generate` for the next one."""
-    _last_paces[model] = (call, _versions(model)), pace
-
-
-def _versions(model: Any) -> int:
-    """A number that rises with each change of a parameter: what was measured before says little of a model trained since."""
-    return sum(one._version for one in model.parameters() if not one.is_inference())
+    _last_paces[model] = pace
