@@ -119,7 +119,7 @@ class Pace:
         self.rested += 1
         if self.given_up is not None and self.rested == PATIENCE:
             tokens, used = self.given_up
-            if tokens * statistics.mean(_bounded_times(self.plain)) >= used:
+            if tokens * statistics.fmean(_bounded_times(self.plain)) >= used:
                 self.resting, self.losses = 0, self.losses - 1
 
     def passed(self, verified: int, drafts: int, tokens: float, drafting: float, seconds: float) -> None:
@@ -138,7 +138,7 @@ class Pace:
         passes = len(self.recent)
         if passes < max(1, TRIAL - self.losses):
             return
-        plain = statistics.mean(_bounded_times(self.plain))
+        plain = statistics.fmean(_bounded_times(self.plain))
         written, used = sum(one[1] for one in self.recent), sum(_bounded_times(one[3] for one in self.recent))
         if written > passes and written * plain * (LOSS if passes < PATIENCE else 1) >= used:
             if passes >= PATIENCE:
