@@ -27,7 +27,7 @@ CURES: dict[str, dict[str, str]] = {
     "any_model": {
         "do not contain the outputs of its layers": "Choose layers that the message does not name, or further targets"
         " alone (`intermediate_layers=None`).",
-        "by a chain of modules": "Use further targets alone: `intermediate_layers=None`.",
+        "last layer's output alone": "Use further targets alone: `intermediate_layers=None`.",
         "has auxiliary losses already": "Add all of the losses in one call. To change them, load the model anew first.",
         "has no output embeddings": "Take the class with the head, such as `AutoModelForCausalLM`.",
         "add_auxiliary_losses takes": "Take one of the kinds of model that the message names; the page on models lists them.",
