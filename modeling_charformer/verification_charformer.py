@@ -7,6 +7,7 @@ and Suresh 2024, arXiv 2408.07978, section 4).
 """
 
 import copy
+import threading
 import time
 from typing import Any
 
@@ -118,7 +119,7 @@ class VerifiedDecoding:
         # In such calls passes take as long as in this one, and drafts are as often right.
         alike = (drafter.layer, self.rows, config.do_sample, config.temperature, input_ids.device)
         self.pace = pace_of(model, alike, config.do_sample)
-        self.states = torch.empty(0)
+        self.states, self.thread = torch.empty(0), threading.get_ident()
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
 
@@ -176,7 +177,8 @@ class VerifiedDecoding:
         self.pace.passed(drafts.tokens.shape[1], drafts.written, tokens, drafting, seconds)
 
     def _keep_states(self, module: Any, args: Any, outputs: Any) -> None:
-        self.states = outputs[0]
+        if threading.get_ident() == self.thread:  # another one may generate with the same model
+            self.states = outputs[0]
 
     def _start(self, outputs: Any) -> None:
         """Take over from the prompt's pass the cache, the mask and the positions of what comes next."""

@@ -1,7 +1,10 @@
 """What is looked up in a text, and when it is drafted."""
 
+from threading import Thread
+
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from modeling_charformer.drafting_charformer import as_string, continuation, write_drafts
 from modeling_charformer.pace_charformer import Pace, keep_pace, pace_of
@@ -126,3 +129,20 @@ def test_generate_remembers_what_drafts_cost(make_model):
         model.generate(torch.tensor([[5]]), max_new_tokens=8, use_extra_targets=True)
         known.append(pace_of(model, (None, 1, False, 1.0, torch.device("cpu")), False).passes)
     assert 0 < known[0] < known[1]
+
+
+def test_a_pass_of_another_thread_does_not_disturb_drafts(make_model, drafts_in_every_pass):
+    model = make_model(num_targets=4).eval()
+
+    class Other(BaseStreamer):
+        def put(self, value):
+            thread = Thread(target=model, args=(torch.tensor([[7, 8], [9, 10]]),))
+            thread.start()
+            thread.join()
+
+        def end(self):
+            pass
+
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(torch.tensor([[5]]), **settings)
+    assert model.generate(torch.tensor([[5]]), use_extra_targets=True, streamer=Other(), **settings).equal(plain)
