@@ -1,5 +1,6 @@
 """Losses on the layers of models that do more than call modules after their last layer."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -78,6 +79,24 @@ def test_terms_and_gradients_of_gemma3ns_layers_are_those_of_a_reference(heads):
     torch.testing.assert_close(gradients, {name: p.grad for name, p in reference.named_parameters()})
     assert gradients["model.altup_unembed_projections.2.weight"].any()
     assert not any(p.any() for name, p in gradients.items() if "layers.3." in name and p is not None)
+
+
+def test_gemma3n_with_towers_for_images_and_sounds_has_the_layers_of_its_language_model(monkeypatch):
+    modeling_gemma3n: Any = importlib.import_module("transformers.models.gemma3n.modeling_gemma3n")
+    language_model = gemma3n()
+    parts = {"gemma3n_text": language_model.model}  # the towers need a package of their own
+    made = lambda config, **_: parts.get(config.model_type, torch.nn.Identity())  # noqa: E731
+    monkeypatch.setattr(modeling_gemma3n.AutoModel, "from_config", made)
+    config = modeling_gemma3n.Gemma3nConfig(text_config=language_model.config)
+    kind, ids = modeling_gemma3n.Gemma3nForConditionalGeneration, make_ids()
+    model = kind._from_config(config, attn_implementation="eager").train()
+    outputs = outputs_of_layers(language_model)
+    add_auxiliary_losses(model, num_targets=1, intermediate_layers=[2])
+    outputs.clear()
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss_dict["layer_2"]
+    states = after_the_last_layer(language_model, outputs[1])
+    logits = 3.0 * torch.tanh(model.lm_head(states) / 3.0)
+    torch.testing.assert_close(loss, mean_loss(logits, ids))
 
 
 def test_sampled_positions_give_the_mean_over_draws_of_the_whole_term():
