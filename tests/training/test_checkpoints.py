@@ -214,6 +214,21 @@ class TestOtherSettings:
         with pytest.raises(ValueError, match="train_data: .*sha256"):
             trainer.train(resume_from_checkpoint=str(checkpoint))
 
+    def test_another_text_to_test_on_is_refused(self, make_trainer, corpus):
+        trainer = make_trainer(**SAVING | {"max_steps": 4})
+        trainer.test_dataset = corpus["validation"]
+        trainer.train()
+        trainer.test_dataset = corpus["train"]
+        checkpoint = Path(trainer.args.output_dir) / "checkpoint-3"
+        for dataset, accepted in ((None, []), (corpus["validation"], []), (corpus["train"], ["test_data"])):
+            again = make_trainer(**SAVING | {"max_steps": 4})
+            again.test_dataset = dataset
+            again.train(resume_from_checkpoint=str(checkpoint), accept_changes=accepted)
+        again = make_trainer(**SAVING | {"max_steps": 4})
+        again.test_dataset = corpus["train"]
+        with pytest.raises(ValueError, match=f"test_data: .*sha256 {corpus['validation'].sha256}.* there, .*sha256"):
+            again.train(resume_from_checkpoint=str(checkpoint))
+
     def test_what_changes_no_result_is_free(self, make_trainer, checkpoint):
         free = {
             "eval_steps": 2,

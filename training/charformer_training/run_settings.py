@@ -105,6 +105,7 @@ def run_settings(trainer: Trainer, own_optimizer: Any = None) -> dict[str, Any]:
         "deepspeed": trainer.is_deepspeed_enabled,
         "train_data": _fingerprint(trainer.train_dataset),
         "validation_data": _fingerprint(trainer.eval_dataset),
+        "test_data": _fingerprint(getattr(trainer, "test_dataset", None)),
         **_argument_settings(args),
         **_model_settings(model),
     }
@@ -143,7 +144,8 @@ def _model_settings(model: nn.Module) -> dict[str, Any]:
 def _fingerprint(dataset: Any) -> Any:
     if isinstance(dataset, Mapping):
         return {name: _fingerprint(part) for name, part in dataset.items()}
-    if (split := getattr(dataset, "split", None)) is not None and hasattr(split, "sha256"):
+    split = dataset if hasattr(dataset, "sha256") else getattr(dataset, "split", None)
+    if hasattr(split, "sha256"):
         return f"sha256 {split.sha256}, {len(getattr(dataset, 'data', split.data)):,} bytes"
     return getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
 
