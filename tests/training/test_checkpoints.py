@@ -269,13 +269,19 @@ class TestOtherSettings:
                 "names eval_steps, logging_steps, which may change freely; leave",
             ),
             (["max_step"], "names max_step; it takes settings of a run: meant max_steps\\?$"),
-            (["zzz"], "names zzz; it takes settings of a run, which are max_steps, seed$"),
+            (["zzz"], "names zzz; it takes settings of a run, which are max_steps, seed, train_data$"),
+            (
+                ["log_loss_terms", "sample_prompt"],
+                "names log_loss_terms, sample_prompt, which may change freely; leave",
+            ),
+            (["eval_step"], "meant eval_steps \\(it may change freely, without being named\\)\\?$"),
+            (["data_path"], "names data_path; a text is compared by its bytes: name those of train_data that differ$"),
         ],
         ids=str,
     )
     def test_the_hint_fits_the_name(self, accepted, message):
         with pytest.raises(ValueError, match=message):
-            check_accepted(accepted, {"max_steps", "seed"})
+            check_accepted(accepted, {"max_steps", "seed", "train_data"})
 
 
 class SendSignal(TrainerCallback):

@@ -254,8 +254,8 @@ def remarks(runs: Sequence[Run]) -> list[str]:
 
 def why_losses_differ(runs: Sequence[Run]) -> str:
     """The terms and settings that make `loss`, the weighted sum, another figure in each run; empty if there are none."""
-    names = [set(term_curves(run.log)) for run in runs]
-    of_some = sorted(set.union(*names) - set.intersection(*names), key=_place)
+    names = [name for run in runs for name in term_curves(run.log)]
+    of_some = sorted((name for name in set(names) if names.count(name) < len(runs)), key=_place)
     of_losses = _OF_LOSSES | (_OF_SCHEDULES if any(map(_has_schedule, runs)) else set())
     differing = [name for name in differing_settings(runs) if name in of_losses]
     shown = [", ".join(found[:6]) + (", ..." if len(found) > 6 else "") for found in (of_some, differing)]
