@@ -17,14 +17,14 @@ def trainer_of(model, tmp_path, **row) -> AuxiliaryLossTrainer:
     return AuxiliaryLossTrainer(add_auxiliary_losses(model), args, train_dataset=rows, eval_dataset=rows)
 
 
-@pytest.mark.parametrize("act", ["train", "evaluate"])
 @pytest.mark.parametrize(
-    ("kind", "setting", "limit"),
+    ("kind", "setting", "limit", "act"),
     [
-        ("gpt2", "n_positions", 32),
-        ("opt", "max_position_embeddings", 32),
-        ("gptj", "n_positions", 32),
-        ("llama", "", 0),
+        ("gpt2", "n_positions", 32, "train"),
+        ("gpt2", "n_positions", 32, "evaluate"),
+        ("opt", "max_position_embeddings", 32, "evaluate"),
+        ("gptj", "n_positions", 32, "evaluate"),
+        ("llama", "", 0, "evaluate"),
     ],
 )
 def test_rows_longer_than_a_table_of_positions_are_refused(tmp_path, kind, setting, limit, act):
