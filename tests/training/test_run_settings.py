@@ -113,7 +113,7 @@ class TestOtherSettings:
                 "names log_loss_terms, sample_prompt, which may change freely; leave",
             ),
             (["eval_step"], "meant eval_steps \\(it may change freely, without being named\\)\\?$"),
-            (["data_path"], "names data_path; a text is compared by its bytes: name those of train_data that differ$"),
+            (["data_path"], "names data_path; a text is compared by its bytes: give those of train_data that differ$"),
         ],
         ids=str,
     )

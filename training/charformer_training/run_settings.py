@@ -200,7 +200,7 @@ def check_accepted(accepted: Collection[str], known: Collection[str]) -> None:
     if of_text and "train_data" in known:
         data = ", ".join(name for name in ("train_data", "validation_data", "test_data") if name in known)
         raise ValueError(
-            f"accept_changes names {', '.join(of_text)}; a text is compared by its bytes: name those of {data} that differ"
+            f"accept_changes names {', '.join(of_text)}; a text is compared by its bytes: give those of {data} that differ"
         )
     free = {item.name for part in _WITH_FREE_FIELDS for item in dataclasses.fields(part)} - set(known)
     if found := [name for name in unknown if name in free]:
