@@ -63,6 +63,25 @@ def test_ids_that_a_model_does_not_have_are_refused(tmp_path, row, message):
         trainer_of(model, tmp_path, **row).train()
 
 
+def test_a_mask_that_numbers_packed_texts_is_refused(tmp_path):
+    row = {"input_ids": [5] * 6, "labels": [5] * 6}
+    trainer_of(build("gpt2"), tmp_path, **row, attention_mask=[1, 1, 1, 1, 0, 0]).train()
+    with pytest.raises(ValueError, match="attention_mask holds 2; it must hold 0 and 1.* give position_ids"):
+        trainer_of(build("gpt2"), tmp_path, **row, attention_mask=[1, 1, 1, 2, 2, 0]).train()
+
+
+def test_the_best_model_is_chosen_by_an_evaluation_set_that_there_is(tmp_path):
+    trainer = trainer_of(build("gpt2"), tmp_path, input_ids=[5] * 6, labels=[5] * 6)
+    trainer.eval_dataset = {"wiki": trainer.eval_dataset}
+    trainer.args.metric_for_best_model = "eval_wiki_loss"
+    trainer.train()
+    trainer.args.metric_for_best_model = "eval_loss"
+    with pytest.raises(
+        ValueError, match=r"'eval_loss'; eval_dataset has the sets \['wiki'\].* such as 'eval_wiki_loss'"
+    ):
+        trainer.train()
+
+
 def test_other_errors_stay_as_they_are():
     model, ids = build("gpt2"), torch.full((1, 33), 5)
     assert reason_in_batch(RuntimeError("x"), model, {"input_ids": ids, "labels": ids}) is not None
