@@ -7,6 +7,7 @@ and Suresh 2024, arXiv 2408.07978, section 4).
 """
 
 import copy
+import threading
 import time
 from typing import Any
 
@@ -25,16 +26,16 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .compatibility import CACHE
 from .drafting_charformer import (
-    LOOK_UP,
     Drafts,
     EarlyExitDrafter,
     HeadDrafter,
-    Pace,
     as_string,
     continuation,
     matched_tokens,
     write_drafts,
 )
+from .gumbel_noise import GumbelNoise
+from .pace_charformer import LOOK_UP, keep_pace, pace_of
 
 
 # Processors that look at the scores of one place alone.
@@ -52,45 +53,6 @@ POINTWISE = (
 )
 
 
-# Noise is drawn for so many places of a text at once, or for fewer, so that these are no more numbers than this.
-PLACES_AT_ONCE, NUMBERS_AT_ONCE = 16, 2**18
-
-
-class GumbelNoise:
-    """Noise whose maximum, added to log-probabilities, is a sample of them; one draw for each row and place in the text.
-
-    It has a separate generator, so that the rest of the program sees one random number taken, however much is drafted.
-    """
-
-    def __init__(self) -> None:
-        self.seed = int(torch.randint(2**62, ()))
-        self.drawn: Tensor | None = None
-        self.begin = 0
-
-    def at(self, places: list[int], numbers: list[int], offset: int, count: int, like: Tensor) -> Tensor:
-        """`(B, count, V)`, of the type of `like`, for the places from `offset` after each row's next one on.
-
-        `like` is `(B, ..., V)`. `numbers` are the indices of the rows in the batch; the first call holds all rows. The
-        next places of a later call may not lie before the lowest of these.
-        """
-        low, high = min(places), max(places) + offset + count
-        rows, size = like.shape[0] if self.drawn is None else self.drawn.shape[1], like.shape[-1]
-        if self.drawn is None:
-            self.generator = torch.Generator(like.device).manual_seed(self.seed)
-            self.drawn = like.new_empty(0, rows, size)
-        while self.begin + self.drawn.shape[0] < high:
-            # So many places at once, whatever is asked for: the numbers must not depend on how many are drafted.
-            places_at_once = max(1, min(PLACES_AT_ONCE, NUMBERS_AT_ONCE // (rows * size)))
-            new = like.new_empty(places_at_once, rows, size).exponential_(generator=self.generator).log_().neg_()
-            self.drawn, self.begin = torch.cat([self.drawn[low - self.begin :], new]), low
-        if len(places) == 1:
-            first, row = low - self.begin + offset, numbers[0]
-            return self.drawn[first : first + count, row : row + 1].transpose(0, 1)
-        steps = torch.arange(offset, offset + count, device=like.device)
-        at = torch.tensor(places, device=like.device)[:, None] - self.begin + steps
-        return self.drawn[at, torch.tensor(numbers, device=like.device)[:, None]]
-
-
 class Stops:
     """Where the criteria of one call of `generate` end a text."""
 
@@ -105,13 +67,13 @@ class Stops:
         own = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)
         self.others = StoppingCriteriaList([c for c in criteria if type(c) not in own])
 
-    def first(self, text: Tensor, before: int, new: list[int], scores: Any) -> int:
-        """The length at which `text` `(1, S)` ends, whose tokens from `before` on are `new`; 0 if it goes on."""
+    def first(self, text: Tensor, row: int, before: int, new: list[int], scores: Any) -> int:
+        """The length at which a row of `text` `(B, S)` ends, whose tokens from `before` on are `new`; 0 if it goes on."""
         for number, token in enumerate(new, start=1):
             length = before + number
             if token in self.eos or length >= self.max_length:
                 return length
-            if self.others and bool(self.others(text[:, :length], scores).all()):
+            if self.others and bool(self.others(text[row : row + 1, :length], scores).all()):
                 return length
         return 0
 
@@ -143,15 +105,21 @@ class VerifiedDecoding:
         self.kwargs, self.text, self.stops = model_kwargs, input_ids, Stops(criteria, int(config.max_length or 0))
         self.rows, self.prompt = input_ids.shape
         self.processors_of = [[_of_row(one, row) for one in processors] for row in range(self.rows)]
-        self.is_batch, self.numbers = self.rows > 1, list(range(self.rows))
-        self.finished: dict[int, tuple[list[int], int]] = {}
+        self.is_batch, self.numbers, self.live = self.rows > 1, [*range(self.rows)], [*range(self.rows)]
+        # Of a batch, what was written is mostly needed as strings alone; to write it into a tensor takes time in each pass.
+        self.writes_text = not self.is_batch or not self.pointwise or bool(self.stops.others)
+        self.finished: dict[int, tuple[str, int]] = {}
         """Text and end, by index, of the rows that no longer pass through the model."""
         self.strings = [as_string(row) for row in input_ids.tolist()]
         self.lengths, self.ends = [self.prompt] * self.rows, [0] * self.rows
+        self.furthest = self.prompt
+        """The length that a row would have that had kept as many tokens in each pass as any other."""
         self.padding_id = int(getattr(config, "_pad_token_tensor", None) or 0)
         self.noise = GumbelNoise() if config.do_sample else None
-        self.pace = Pace(config.do_sample)
-        self.states = torch.empty(0)
+        # In such calls passes take as long as in this one, and drafts are as often right.
+        alike = (drafter.layer, self.rows, config.do_sample, config.temperature, input_ids.device)
+        self.pace = pace_of(model, alike, config.do_sample)
+        self.states, self.thread = torch.empty(0), threading.get_ident()
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
 
@@ -171,13 +139,16 @@ class VerifiedDecoding:
                     self._pass()
         finally:
             handle.remove()
+        if self.finished:
+            self.pace.begin_again()
+        keep_pace(self.model, self.pace)
         if self.streamer is not None:
             self.streamer.end()
         return self._result()
 
     def _pass(self) -> None:
         """Draft, verify and write once, and take down what it cost."""
-        if self.is_batch and 4 * len(self._live()) <= 3 * self.rows:
+        if self.is_batch and 4 * len(self.live) <= 3 * self.rows:
             self._leave_out_finished()
         begin, before = time.perf_counter(), [*self.lengths]
         if self.pace.rests():
@@ -185,9 +156,8 @@ class VerifiedDecoding:
             self._accept(self._forward(none), none)
             self.pace.passed_without(time.perf_counter() - begin)
             return
-        live = self._live()
-        behind = self._behind(live)
-        drafts = self._draft(live, behind)
+        live, behind = self.live, self._behind()
+        drafts = self._draft(behind)
         drafting = time.perf_counter() - begin
         matches = self._accept(self._forward(drafts.tokens), drafts.tokens)
         for row in live if drafts.written else []:
@@ -207,7 +177,8 @@ class VerifiedDecoding:
         self.pace.passed(drafts.tokens.shape[1], drafts.written, tokens, drafting, seconds)
 
     def _keep_states(self, module: Any, args: Any, outputs: Any) -> None:
-        self.states = outputs[0]
+        if threading.get_ident() == self.thread:  # another one may generate with the same model
+            self.states = outputs[0]
 
     def _start(self, outputs: Any) -> None:
         """Take over from the prompt's pass the cache, the mask and the positions of what comes next."""
@@ -227,8 +198,8 @@ class VerifiedDecoding:
             self.last_position = self.position + self.stops.max_length - self.prompt
         self.token_type = self.kwargs.pop("token_type_ids", None)
 
-    def _live(self) -> list[int]:
-        """The numbers of the rows that are still written."""
+    def _still_written(self) -> list[int]:
+        """The numbers of the rows that have not ended."""
         if self.stops.pads or not self.is_batch:
             return [row for row in range(self.rows) if not self.ends[row]]
         # Without an end-of-sequence token all rows are written until the last one may end.
@@ -236,19 +207,19 @@ class VerifiedDecoding:
         end = max(ends) if all(ends) else self.stops.max_length
         return [row for row in range(self.rows) if self.lengths[row] < end]
 
-    def _behind(self, live: list[int]) -> list[int]:
+    def _behind(self) -> list[int]:
         """Of the live rows those with the most left to write, half of them or more: they decide when all are finished."""
-        half = sorted(self.lengths[row] for row in live)[(len(live) - 1) // 2]
-        return [row for row in live if self.lengths[row] <= half]
+        half = sorted(self.lengths[row] for row in self.live)[(len(self.live) - 1) // 2]
+        return [row for row in self.live if self.lengths[row] <= half]
 
     def _is_done(self) -> bool:
         if self.stops.clocks and self.stops.time_is_up(self.text):
             self.ends = [end or length for end, length in zip(self.ends, self.lengths, strict=True)]
             return True
-        return not self._live()
+        return not self.live
 
-    def _draft(self, live: list[int], behind: list[int]) -> Drafts:
-        limit = max(self.stops.max_length - self.lengths[row] for row in live) - 1
+    def _draft(self, behind: list[int]) -> Drafts:
+        limit = max(self.stops.max_length - self.lengths[row] for row in self.live) - 1
         # In a batch the padding is no part of the window, and `last_position` keeps the positions inside it.
         inside = self.is_batch and self.position is not None
         room = None if inside else self.model._room_for_drafts(self.cache)
@@ -261,12 +232,8 @@ class VerifiedDecoding:
         looked_up = [continuation(text, min(LOOK_UP, limit), match) for text in self.strings]
         with self.drafter.drafts(self.kwargs, mask, self.state) as draft:
             return write_drafts(
-                draft, self.drafter.max_drafts, self._choose, looked_up, self._last(), limit, self.pace, behind
+                draft, self.drafter.max_drafts, self._choose, looked_up, self.last, limit, self.pace, behind
             )
-
-    def _last(self) -> Tensor:
-        """The last token `(B,)` of each row."""
-        return torch.tensor([ord(text[-1]) for text in self.strings], device=self.text.device)
 
     def _choose(self, drafts: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
         if drafts and not self.pointwise:
@@ -279,6 +246,8 @@ class VerifiedDecoding:
 
     def _reserve(self, more: int) -> None:
         """Make room in `text` for `more` tokens after the longest row."""
+        if not self.writes_text:
+            return
         short = max(self.lengths) + more - self.text.shape[1]
         if short > 0:
             self.text = torch.nn.functional.pad(self.text, (0, max(short, self.text.shape[1], 256)))
@@ -289,14 +258,14 @@ class VerifiedDecoding:
         self._reserve(fed)
         if fed > 1:
             self._put(drafts)
-        if self.rows == 1:
+        if not self.is_batch:
             ids = self.text[:, : self.lengths[0] + fed - 1]
         else:
-            ids = torch.cat([self._last()[:, None], drafts], dim=-1)
+            ids = torch.cat([self.last[:, None], drafts], dim=-1)
         more: dict[str, Any] = {}
         if self.position is not None:
             more["position_ids"] = self.position + torch.arange(1, fed + 1, device=self.position.device)
-            if self.is_batch:  # places that no text will reach may be outside the model's window
+            if self.furthest + fed > self.stops.max_length:  # no text reaches places that may lie outside the window
                 more["position_ids"] = torch.minimum(more["position_ids"], self.last_position)
         if self.token_type is not None:
             more["token_type_ids"] = self.token_type[:, -1:].expand(-1, fed)
@@ -351,15 +320,18 @@ class VerifiedDecoding:
         if self.config.return_dict_in_generate and self.config.output_logits:
             self.logits.extend(logits[:, number] for number in range(matches[0] + 1))
         self._put(picked)
-        for row in self._live():
+        for row in self.live:
             kept[row] = self._extend(row, tokens[row][: matches[row] + 1])
         if self.streamer is not None:
             self.streamer.put(picked[:, : kept[0]].cpu())
         # Finished rows run ahead of the others no further than need be: the longest row decides how long the cache is.
         kept = [one or min(filter(None, kept), default=fed) for one in kept]
-        states = self.states[:, -fed:]
+        self.live, self.furthest = self._still_written(), self.furthest + max(kept)
         alike = len(set(kept)) == 1
-        self.state = states[:, kept[0] - 1] if alike else self._of_each(states, kept)
+        self.state, self.last = (
+            of_all[:, kept[0] - 1] if alike else self._of_each(of_all, kept)
+            for of_all in (self.states[:, -fed:], picked)
+        )
         self.seen += kept[0]
         if self.position is not None:
             more = kept[0] if alike else torch.tensor(kept, device=self.position.device)[:, None]
@@ -367,12 +339,14 @@ class VerifiedDecoding:
         self._align(kept, fed)
         return matches
 
-    def _of_each(self, states: Tensor, kept: list[int]) -> Tensor:
-        numbers = torch.tensor(kept, device=states.device) - 1
-        return states[torch.arange(self.rows, device=states.device), numbers]
+    def _of_each(self, of_all: Tensor, kept: list[int]) -> Tensor:
+        numbers = torch.tensor(kept, device=of_all.device) - 1
+        return of_all[torch.arange(self.rows, device=of_all.device), numbers]
 
     def _put(self, tokens: Tensor) -> None:
-        """Write `tokens` `(B, n)` after the end of each row. They do not belong to it yet."""
+        """Write `tokens` `(B, n)` after the end of each row of `text`. They do not belong to it yet."""
+        if not self.writes_text:
+            return
         count = tokens.shape[1]
         if self.rows == 1:
             self.text[:, self.lengths[0] : self.lengths[0] + count] = tokens
@@ -385,7 +359,7 @@ class VerifiedDecoding:
         length = self.lengths[row]
         new = new[: self.stops.max_length - length]
         if not self.ends[row]:
-            end = self.stops.first(self.text[row : row + 1], length, new, tuple(self.scores) or None)
+            end = self.stops.first(self.text, row, length, new, tuple(self.scores) or None)
             if end and (self.stops.pads or not self.is_batch):
                 new = new[: end - length]
             self.ends[row] = end
@@ -420,22 +394,22 @@ class VerifiedDecoding:
 
     def _leave_out_finished(self) -> None:
         """Once a quarter of a batch's rows are finished, pass the others alone through the model."""
-        live = self._live()
         of_rows = [one for one in (self.position, self.token_type) if one is not None]
         unknown = any(isinstance(one, Tensor) for one in self.kwargs.values())
         if unknown or any(one.shape[0] != self.rows for one in of_rows):
             return  # there are inputs of which it is not known what belongs to a row
         for row in range(self.rows):
-            if row not in live:
-                self.finished[self.numbers[row]] = (self.text[row, : self.lengths[row]].tolist(), self.ends[row])
-        index = torch.tensor(live, device=self.text.device)
+            if row not in self.live:
+                self.finished[self.numbers[row]] = (self.strings[row], self.ends[row])
+        live, index = self.live, torch.tensor(self.live, device=self.text.device)
         spare = min(self.padding[row] for row in live)
         self.numbers, self.lengths, self.ends, self.padding = (
             [column[row] for row in live]
             for column in (self.numbers, self.lengths, self.ends, [one - spare for one in self.padding])
         )
         self.strings = [self.strings[row] for row in live]
-        self.rows, self.text, self.state = len(live), self.text[index], self.state[index]
+        self.rows, self.live = len(live), [*range(len(live))]
+        self.text, self.state, self.last = self.text[index], self.state[index], self.last[index]
         if self.position is not None:
             self.position, self.last_position = self.position[index], self.last_position[index]
         if self.token_type is not None:
@@ -446,17 +420,15 @@ class VerifiedDecoding:
         self.pace.begin_again()
 
     def _bring_back_finished(self) -> None:
-        rows = self.finished | {
-            number: (self.text[row, : self.lengths[row]].tolist(), self.ends[row])
-            for row, number in enumerate(self.numbers)
-        }
-        self.lengths, self.ends = [len(rows[row][0]) for row in sorted(rows)], [rows[row][1] for row in sorted(rows)]
+        rows = self.finished | dict(zip(self.numbers, zip(self.strings, self.ends, strict=True), strict=True))
+        strings, ends = zip(*(rows[row] for row in sorted(rows)), strict=True)
+        self.lengths, self.ends = [len(one) for one in strings], [*ends]
         self.text = self.text.new_zeros(len(rows), max(self.lengths))
-        for row in sorted(rows):
-            self.text[row, : self.lengths[row]] = torch.tensor(rows[row][0])
+        for row, string in enumerate(strings):
+            self.text[row, : len(string)] = torch.tensor([*map(ord, string)])
 
     def _result(self) -> Any:
-        if self.finished:
+        if self.is_batch:
             self._bring_back_finished()
         end = max(self.ends)
         if self.stops.pads:

@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import set_seed
 
-from modeling_charformer import CharformerConfig, CharformerForCausalLM, drafting_charformer, loss_settings
+from modeling_charformer import CharformerConfig, CharformerForCausalLM, loss_settings, pace_charformer
 from tests.helpers import TINY
 
 
@@ -92,6 +92,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def drafts_in_every_pass(monkeypatch):
     """How many drafts pay is measured while they run; a test that counts passes must not depend on the clock."""
-    confidence = drafting_charformer.CONFIDENCE
-    monkeypatch.setattr(drafting_charformer.Pace, "rests", lambda pace: pace.plain.append(1.0))
-    monkeypatch.setattr(drafting_charformer.Pace, "thresholds", lambda pace: (confidence, confidence))
+    confidence = pace_charformer.CONFIDENCE
+    monkeypatch.setattr(pace_charformer.Pace, "rests", lambda pace: pace.plain.append(1.0))
+    monkeypatch.setattr(pace_charformer.Pace, "thresholds", lambda pace: (confidence, confidence))

@@ -1,9 +1,13 @@
 """What is looked up in a text, and when it is drafted."""
 
+from threading import Thread
+
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
-from modeling_charformer.drafting_charformer import Pace, as_string, continuation, write_drafts
+from modeling_charformer.drafting_charformer import as_string, continuation, write_drafts
+from modeling_charformer.pace_charformer import Pace, keep_pace, pace_of
 
 
 def test_text_that_goes_in_circles_is_looked_up_at_full_length():
@@ -94,3 +98,51 @@ def test_a_drafter_that_is_seldom_right_is_not_asked():
 
     assert drafts(0) == 0
     assert drafts(20) == 3
+
+
+def test_what_drafts_cost_and_bring_is_remembered_until_the_model_is_trained_or_the_call_is_another():
+    model = torch.nn.Linear(2, 2)
+    assert not pace_of(model, "greedy", False).plain
+    pace = pace_of(model, "greedy", False)
+    pace.rests()
+    pace.passed_without(1.0)
+    for _ in range(3):
+        pace.passed(verified=4, drafts=4, tokens=1.0, drafting=0.1, seconds=2.0)
+    pace.resting = 400
+    keep_pace(model, pace)
+    again = pace_of(model, "greedy", False)
+    assert list(again.plain) == [1.0]
+    assert (again.losses, again.resting) == (1, 32)  # in another text drafts are tried again soon
+    again.passed_without(9.0)
+    assert list(pace.plain) == [1.0]  # it is a copy: another thread may go on with the same one
+    assert not pace_of(model, "in a batch", False).plain
+    torch.nn.init.zeros_(model.weight)
+    assert not pace_of(model, "greedy", False).plain
+    with torch.inference_mode():
+        assert not pace_of(torch.nn.Linear(2, 2), "greedy", False).plain
+
+
+def test_generate_remembers_what_drafts_cost(make_model):
+    model = make_model(num_targets=3).eval()
+    known = []
+    for _ in range(2):
+        model.generate(torch.tensor([[5]]), max_new_tokens=8, use_extra_targets=True)
+        known.append(pace_of(model, (None, 1, False, 1.0, torch.device("cpu")), False).passes)
+    assert 0 < known[0] < known[1]
+
+
+def test_a_pass_of_another_thread_does_not_disturb_drafts(make_model, drafts_in_every_pass):
+    model = make_model(num_targets=4).eval()
+
+    class Other(BaseStreamer):
+        def put(self, value):
+            thread = Thread(target=model, args=(torch.tensor([[7, 8], [9, 10]]),))
+            thread.start()
+            thread.join()
+
+        def end(self):
+            pass
+
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(torch.tensor([[5]]), **settings)
+    assert model.generate(torch.tensor([[5]]), use_extra_targets=True, streamer=Other(), **settings).equal(plain)

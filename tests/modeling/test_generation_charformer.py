@@ -24,6 +24,7 @@ from modeling_charformer import (
     CharformerForCausalLM,
     CharformerTokenizer,
     drafting_charformer,
+    pace_charformer,
     verification_charformer,
 )
 from modeling_charformer.compatibility import CACHE
@@ -144,7 +145,7 @@ def test_what_came_before_is_looked_up(make_model, drafts_in_every_pass, monkeyp
 def test_drafts_that_are_never_right_are_given_up_and_others_are_not():
     rests = []
     for tokens in (1.0, 1.25):
-        pace = drafting_charformer.Pace()
+        pace = pace_charformer.Pace()
         pace.rests()
         pace.passed_without(1.0)
         for _ in range(3):
@@ -204,7 +205,7 @@ def test_long_drafts_are_sampled_from_the_models_distribution(make_model, monkey
     model = make_model(num_targets=4, vocab_size=2, initializer_range=0.5, target_heads="sequential").eval()
     for block in model.target_blocks.values():
         torch.nn.init.normal_(block.linear.weight, std=0.3)
-    monkeypatch.setattr(drafting_charformer, "CONFIDENCE", 0.3)
+    monkeypatch.setattr(pace_charformer, "CONFIDENCE", 0.3)
     lengths = []
     forward = verification_charformer.VerifiedDecoding._forward
 

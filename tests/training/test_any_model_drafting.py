@@ -119,9 +119,9 @@ def test_the_rows_that_are_behind_decide_how_much_is_drafted(monkeypatch):
         deciding.append(args[-1])
         return write(*args)
 
-    def draft(self, live, behind):
-        lengths.append([self.lengths[row] if row in live else None for row in range(self.rows)])
-        return of_drafts(self, live, behind)
+    def draft(self, behind):
+        lengths.append([self.lengths[row] if row in self.live else None for row in range(self.rows)])
+        return of_drafts(self, behind)
 
     of_drafts = verification_charformer.VerifiedDecoding._draft
     monkeypatch.setattr(verification_charformer, "write_drafts", watched)
