@@ -178,7 +178,8 @@ def table(runs: Sequence[Run]) -> str:
     rows = [["last (best at step)", *(run.name for run in runs)]]
     rows.append(["steps", *(f"{run.step:,} of {run.max_steps:,}" for run in runs)])
     rows += [[one_line(name), *map(_last_and_best, curves)] for name, curves in figures(runs).items()]
-    rows += [[], *([remark] for remark in remarks(runs))]
+    if found := remarks(runs):
+        rows += [[], *([remark] for remark in found)]
     differing = [row for name in differing_settings(runs) for row in _setting_rows(name, runs)]
     rows += [[], ["Settings that differ:" if differing else "Settings that differ: none known"], *differing]
     widths = [max((len(row[column]) for row in rows if len(row) > 1), default=0) for column in range(len(runs) + 1)]
