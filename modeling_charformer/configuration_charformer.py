@@ -66,6 +66,14 @@ def _close_field(name: str) -> str | None:
     return close[0] if close else None
 
 
+def _check_names(given: Mapping[str, Any]) -> None:
+    """Refuse names that are no fields, also of the base class, but look like one."""
+    for name, value in given.items():
+        close = None if hasattr(CharformerConfig, name) else _close_field(name)
+        if close:
+            raise ValueError(f"CharformerConfig has no field {name!r} (given {value!r}); meant {close}?")
+
+
 def parameter_counts(fields: Mapping[str, Any]) -> dict[str, int]:
     """About how many parameters each size accounts for, in training, by the name of the field that is its factor.
 
@@ -171,11 +179,12 @@ class CharformerConfig(LossFields, CharformerPushToHubMixin, PreTrainedConfig):
     classifier_schedule: str = "constant"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in kwargs:
-            # `kwargs` also holds the fields of the base class.
-            close = None if hasattr(self, name) else _close_field(name)
-            if close:
-                raise ValueError(f"CharformerConfig has no field {name!r} (given {kwargs[name]!r}); meant {close}?")
+        _check_names(kwargs)
+        quantization = kwargs.get("quantization_config")
+        if not (quantization is None or isinstance(quantization, Mapping) or hasattr(quantization, "to_dict")):
+            raise ValueError(
+                f"quantization_config is {quantization!r}; it must be a mapping, a configuration of Transformers, or None"
+            )
         num_labels = kwargs.get("num_labels")
         # Checked first, because the base class creates a name for each label.
         if isinstance(num_labels, int) and num_labels > MAX_LABELS:
@@ -189,7 +198,12 @@ class CharformerConfig(LossFields, CharformerPushToHubMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Load like any configuration. A saved attribute with a name that the constructor refuses loads with a warning."""
+        """Load like any configuration. A saved attribute with a name that the constructor refuses loads with a warning.
+
+        Raises:
+            ValueError: If a field is given in `kwargs` that does not exist.
+        """
+        _check_names(kwargs)
         odd = {name: close for name in config_dict if not hasattr(cls, name) and (close := _close_field(name))}
         for name, close in odd.items():
             logger.warning_once(

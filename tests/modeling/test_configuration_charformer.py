@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -112,6 +113,17 @@ def test_misspelt_field_or_another_models_name_suggests_the_right_one(misspelt: 
     with pytest.raises(ValueError, match=f"no field '{misspelt}'.*meant {meant}[?]"):
         settings: dict[str, Any] = {misspelt: 3}
         CharformerConfig(**settings)
+    with pytest.raises(ValueError, match=f"no field '{misspelt}'.*meant {meant}[?]"):
+        CharformerConfig.from_dict({}, **settings)  # as `from_pretrained` does
+
+
+@pytest.mark.parametrize("value", [5, "8bit", [1], True])
+def test_quantization_that_is_no_mapping_is_refused(tmp_path, value):
+    CharformerConfig().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": value}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="quantization_config is .*; it must be a mapping"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 def test_unrelated_field_is_kept():

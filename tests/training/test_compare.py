@@ -56,7 +56,7 @@ def test_each_run_is_a_curve_in_the_panels_of_what_all_have(runs, tmp_path, figu
     drawn = {
         axis.get_title(): [([*line.get_xdata()], [*line.get_ydata()]) for line in axis.lines] for axis in figure.axes
     }
-    assert list(drawn) == ["eval_bpc", "loss (the weighted sum of its terms)", "next_char", "layer_1", "last_position"]
+    assert list(drawn) == ["eval_bpc", "next_char", "layer_1", "last_position"]  # no loss: one has target_2 in it
     assert drawn["eval_bpc"] == [([2, 4], [2.7, 2.5]), ([2], [2.6])]
     assert drawn["next_char"] == [([1, 2, 3, 4], [2.5, 2.0, 1.5, 1.6]), ([1, 2], [2.4, 2.2])]
     assert drawn["layer_1"] == [([1, 2], [2.8, 2.6]), ([1], [3.0])]
@@ -77,8 +77,76 @@ def test_table_has_last_and_best_figures_and_the_settings_that_differ(runs, tmp_
     assert ["next_char", "1.6000 (1.5000 at 3)", "2.2000 (2.2000 at 2)"] in rows
     assert ["layer_1", "2.6000 (2.6000 at 2)", "3.0000 (3.0000 at 1)"] in rows
     differing = rows[rows.index(["Settings that differ:"]) + 1 :]
-    assert differing[:2] == [["num_targets", "2", "1"], ["rows in a batch", "8", "16"]]
+    assert differing[:2] == [["per_device_train_batch_size", "8", "16"], ["num_targets", "2", "1"]]
     assert differing[2] == []  # neither use_cache, nor what is the same
+
+
+def compared(tmp_path: Path, capsys, terms: dict, *runs: dict) -> list[list[str]]:
+    """The table of runs with these terms and saved settings, as rows of cells."""
+    folders = []
+    for number, settings in enumerate(runs):
+        folders.append(str(write_run(tmp_path / f"run{number}", entries(terms, [2.5]))))
+        (tmp_path / f"run{number}" / "manifest.json").write_text(json.dumps({"settings": settings}))
+    assert main([*folders, "--output", str(tmp_path / "picture.png")]) == 0
+    return [[cell.strip() for cell in line.split("  ") if cell] for line in capsys.readouterr().out.splitlines()]
+
+
+SCHEDULED = {"intermediate_schedule": "paper", "target_schedule": "constant"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "why"),
+    [
+        ({"seed": 1, "learning_rate": 0.1}, {"seed": 2, "learning_rate": 0.2}, None),
+        ({"max_steps": 4}, {"max_steps": 8}, None),
+        (SCHEDULED | {"max_steps": 4}, SCHEDULED | {"max_steps": 8}, "max_steps differ"),
+        ({"term_weights": {"layer_1": 0.5}}, {"term_weights": {"layer_1": 0.6}}, "term_weights differ"),
+        ({"intermediate_weight": 1}, {"intermediate_weight": 1.0}, None),
+        (
+            {"auxiliary_losses": {"intermediate_weight": 1}},
+            {"auxiliary_losses": {"intermediate_weight": 2}},
+            "auxiliary_losses differ",
+        ),
+    ],
+)
+def test_loss_is_compared_only_where_it_is_the_same_sum(tmp_path, capsys, figures, first, second, why):
+    rows = compared(tmp_path, capsys, {"next_char": [2.0, 1.5], "layer_1": [2.0]}, first, second)
+    assert ("loss" in [row[0] for row in rows if row]) == (why is None)
+    remark = [f"loss is left out, because the runs weigh their terms differently: {why}"]
+    assert (remark in rows) == (why is not None)
+    assert len(figures[0].axes) == (4 if why is None else 3)
+
+
+def test_all_saved_settings_are_compared_in_full(tmp_path, capsys):
+    long = [f"layer.{number}" for number in range(99)]
+    shared = {"optim": "adamw", "hidden_size": 16, "validation_data": None, "betas": True}
+    first = shared | {"seed": 1, "weight_decay": 0.123456789, "modules": [*long, "x"], "data_seed": None}
+    second = shared | {"seed": 2, "weight_decay": 0.123456788, "modules": [*long, "y"], "betas": 1, "data_seed": 3}
+    first["auxiliary_losses"], second["auxiliary_losses"] = {"a": 1, "b": {"c": 2}}, {"b": {"c": 3}, "a": 1, "d": None}
+    rows = compared(tmp_path, capsys, {"next_char": [2.0]}, first, second)
+    assert rows[rows.index(["Settings that differ:"]) + 1 : -2] == [
+        ["betas", "true", "1"],
+        ["seed", "1", "2"],
+        ["weight_decay", "0.123456789", "0.123456788"],
+        ["modules", '...yer.98", "x"]', '...yer.98", "y"]'],
+        ["data_seed", "none", "3"],
+        ["auxiliary_losses.b", '{"c": 2}', '{"c": 3}'],
+        ["auxiliary_losses.d", "-", "none"],
+    ]
+
+
+def test_other_texts_and_vocabularies_are_said(tmp_path, capsys):
+    texts = [{"validation_data": f"sha256 {digit * 64}, 9 bytes", "vocab_size": 256 + int(digit)} for digit in "01"]
+    rows = compared(tmp_path, capsys, {"next_char": [2.0]}, *texts)
+    assert ["The validation texts differ, so figures of evaluations cannot be compared."] in rows
+    assert ["The vocabularies differ, so losses in nats per token cannot be compared."] in rows
+    assert ["validation_data", "sha256 000000000000..., 9 bytes", "sha256 111111111111..., 9 bytes"] in rows
+
+
+def test_runs_without_a_figure_in_common_get_a_table(tmp_path, capsys):
+    runs = [str(write_run(tmp_path / name, entries({name: [2.0]}, []))) for name in ("layer_1", "layer_2")]
+    assert main([*runs, "--output", str(tmp_path / "picture.png")]) == 0
+    assert "No picture is drawn" in capsys.readouterr().out and not (tmp_path / "picture.png").exists()
 
 
 def test_a_setting_that_is_null_is_none_and_only_an_absent_one_is_unknown(tmp_path, capsys):
@@ -106,11 +174,14 @@ def test_a_saved_learning_rate_is_shown_in_place_of_the_highest_logged(tmp_path)
 
 
 def test_layers_of_deep_models_are_shown_as_their_mean(tmp_path, figures):
-    log = entries({"next_char": [2.0], **{f"layer_{layer}": [float(layer)] for layer in range(1, 12)}}, [])
-    runs = [str(write_run(tmp_path / name, log)) for name in "ab"]
+    layers = {f"layer_{layer}": [float(layer)] for layer in range(1, 13)}
+    log = entries({"next_char": [2.0], **layers}, [])
+    layers.pop("layer_12")  # what only one run has is not in the mean
+    logs = {"a": log, "b": entries({"next_char": [2.0], **layers}, [])}
+    runs = [str(write_run(tmp_path / name, log)) for name, log in logs.items()]
     assert main([*runs, "--output", str(tmp_path / "picture.png")]) == 0
     panels = {axis.get_title(): axis for axis in figures[0].axes}
-    assert list(panels)[1:] == ["next_char", "layers"]
+    assert list(panels) == ["next_char", "layers"]
     assert [[*line.get_ydata()] for line in panels["layers"].lines] == [[6.0], [6.0]]
     assert panels["layers"].get_ylabel() == "nats"  # nothing says that these are bytes
 

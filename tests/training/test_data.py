@@ -212,6 +212,10 @@ def json_lines() -> bytes:
     return "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(TEXTS)).encode()
 
 
+def json_array(indent: int | None = None) -> bytes:
+    return json.dumps([{"id": n, "text": text} for n, text in enumerate(TEXTS)], indent=indent).encode()
+
+
 def table(delimiter: str) -> bytes:
     return (
         "\n".join(["id,text", *(f'{n},"{text or ""}"' for n, text in enumerate(TEXTS))])
@@ -243,6 +247,11 @@ def zipped(content: bytes, *names: str) -> bytes:
     [
         ("a.jsonl", lambda path: json_lines()),
         ("a.jsonl.gz", lambda path: gzip.compress(json_lines())),
+        ("a.json", lambda path: json_lines()),
+        ("a.json", lambda path: b"\xef\xbb\xbf\n" + json_array()),
+        ("a.JSON.bz2", lambda path: bz2.compress(json_array(indent=2))),
+        ("a.zip", lambda path: zipped(json_lines(), "data/a.jsonl")),
+        ("a.csv.zip", lambda path: zipped(table(","), "a")),
         ("a.csv", lambda path: table(",")),
         ("a.tsv", lambda path: table("\t")),
         ("a.csv", lambda path: b"\xef\xbb\xbf" + table(",")),
@@ -273,6 +282,15 @@ def test_files_as_people_have_them_are_their_text(tmp_path, name, make):
         ("a.jsonl", b'{"text": "\\ud800"}\n', "row 1 of a.jsonl cannot be written in UTF-8"),
         ("a.jsonl", b'{"text": "\xe9"}\n', "a.jsonl is not UTF-8 after row 0"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl: row 1 cannot be read"),
+        ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}", "a.jsonl: row 1 cannot be read: Exceeds the limit"),
+        (
+            "a.json",
+            b'{\n"text": "a"\n}',
+            "a.json: row 1 cannot be read: .* holds an array of records, or a record in each",
+        ),
+        ("a.json", b'[{"text": "a"}, 5]', "row 2 of a.json is 5; it must be a mapping"),
+        ("a.json", b'{"data": [{"text": "a"}]}', "row 1 of a.json has the columns \\['data'\\]"),
+        ("a.rtf", rb"{\rtf1\ansi text}", "a.rtf is a document of an office program"),
         ("a.csv", b"id;text\n1;2\n", "has the columns \\['id;text'\\]"),
         ("a.csv", b"id,text\n1,one\n2,two, three\n", "a.csv: row 2 .* more cells than the header, 2"),
         ("a.csv", b"id,text\n1,one\n2\n", "a.csv: row 2 cannot be read: it has fewer cells than the header, 2"),
@@ -321,6 +339,19 @@ def test_files_that_are_not_text_are_refused_by_name(tmp_path, cache, name, cont
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_corpus(DataArguments(data_path=str(tmp_path / name)))
     assert not list(cache.rglob("*.*"))
+
+
+def test_tables_that_are_read_as_text_are_said(tmp_path, messages):
+    """By the beginning of the text, and of a folder by the names."""
+    (tmp_path / "a.txt").write_bytes(json_lines())
+    assert load_corpus(DataArguments(data_path=str(tmp_path / "a.txt"))).tobytes() == json_lines()
+    assert "a.txt begins with a record of JSON and is read as plain text" in messages.text
+    messages.clear()
+    (tmp_path / "a.txt").write_bytes(b"{text}\n")
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(b"id,text\n"))
+    assert load_corpus(DataArguments(data_path=str(tmp_path))).tobytes() == b"{text}\n\nid,text\n"
+    assert "its tables are read as plain text, names and escapes included: 1 (b.csv.gz)" in messages.text
+    assert "begins with" not in messages.text
 
 
 def test_the_folder_of_a_run_is_not_a_text(tmp_path):

@@ -107,8 +107,13 @@ class TestOneCommandGivenAgain:
         assert (interrupted / "model.safetensors").read_bytes() == weights
 
     @pytest.mark.slow
-    def test_other_settings_are_refused_also_when_the_run_is_complete(self, command, tmp_path, capsys):
+    def test_other_settings_are_refused_also_when_the_run_is_complete(self, command, tmp_path, text_file, capsys):
         assert main(command(resume="auto")) == 0
+        text = text_file.read_bytes()
+        (tmp_path / "text.txt").write_bytes(text[:-9] + b"X" + text[-8:])  # in the test split alone
+        assert main(command(resume="auto", data_path=tmp_path / "text.txt")) == 1
+        message = capsys.readouterr().err
+        assert "  test_data: " in message and "train_data" not in message and "validation_data" not in message
         assert main(command(resume="auto", max_steps=6, learning_rate=0.1)) == 1
         message = capsys.readouterr().err
         assert re.search(r"learning_rate: 0.\d+ there, 0.1 now", message) and "max_steps: 4 there, 6 now" in message

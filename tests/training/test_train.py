@@ -286,6 +286,7 @@ class TestWrongInput:
 
     def test_recipe(self, tmp_path, capsys):
         assert "no recipe 'missing.yaml'" in self.refused(capsys, ["missing.yaml"])
+        assert "; meant quickstart.yaml? Those of this project" in self.refused(capsys, ["quikstart.yaml"])
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("num_target: 3\n")
         assert "no field 'num_target'; meant num_targets?" in self.refused(capsys, [str(recipe)])

@@ -86,6 +86,9 @@ class SafeTrainer(HubTrainer):
     - Auxiliary heads are saved and loaded together with a PEFT adapter.
     """
 
+    test_dataset: Any = None
+    """What the trained model will be tested on, if it is known: not read, but a resumed run must have the same."""
+
     def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any):
         self._given_optimizer = (kwargs.get("optimizers") or (None, None))[0]
         self._scratch: Path | None = None  # where a checkpoint is being written

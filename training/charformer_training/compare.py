@@ -1,6 +1,7 @@
 """`charformer-compare RUN RUN ... [--output PICTURE.png]`: learning curves and a table of several training runs."""
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from modeling_charformer.loss_settings import LossFields
 
 from .checks import checked_path
 from .history import Curve, Entry, curve, is_training, term_curves, terms
@@ -29,6 +32,19 @@ MOST_TERMS = 9
 """With more common terms than this, terms that differ only in the layer are shown as their mean."""
 # Fields of a configuration that change neither the model nor its training.
 UNIMPORTANT = ("architectures", "auto_map", "dtype", "transformers_version", "use_cache")
+_SCHEDULES = ("target_schedule", "intermediate_schedule", "classifier_schedule")
+# Settings that say what `loss` adds up, and those that say when a schedule changes it.
+_OF_LOSSES = {field.name for field in dataclasses.fields(LossFields)} | {
+    "auxiliary_losses",
+    "classifier_layers",
+    "classifier_schedule",
+    "classifier_weight",
+    "label_smoothing_factor",
+}
+_OF_SCHEDULES = {"max_steps", "num_train_epochs", "num_hidden_layers"}
+_LONGEST = 60
+"""Characters of a value in the table."""
+_UNKNOWN, _ABSENT = object(), object()
 
 
 @dataclass(frozen=True)
@@ -91,45 +107,44 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _settings(folder: Path, state: Mapping[str, Any], log: Sequence[Entry]) -> dict[str, Any]:
-    path = folder / "config.json"
-    config = _read_json(path) if path.is_file() else {}
-    settings = {name: value for name, value in config.items() if name not in UNIMPORTANT}
-    facts = {
-        **_learning_rate(folder, log),
-        "rows in a batch": state.get("train_batch_size"),
-        "steps in all": state.get("max_steps"),
-    }
-    if (metrics := folder / "metrics.json").is_file():
-        results = _read_json(metrics)
-        facts["data"] = results.get("data")
-        splits = results.get("splits")
-        for split, content in splits.items() if isinstance(splits, dict) else ():
-            if isinstance(content, list) and len(content) == 2:
-                facts[f"{split} split"] = f"{content[0]} bytes, sha256 {str(content[1])[:12]}..."
-    # A field of the configuration that is null has a value (`--intermediate_layers none`); a fact that is null is unknown.
-    return settings | {name: value for name, value in facts.items() if value is not None}
-
-
-def _learning_rate(folder: Path, log: Sequence[Entry]) -> dict[str, Any]:
-    """The setting, if it was saved with the run; otherwise the highest rate logged, which depends on `logging_steps`."""
-    for name in (RESULT, MANIFEST):
-        settings = _read_json(folder / name).get("settings") if (folder / name).is_file() else None
-        if isinstance(settings, dict) and "learning_rate" in settings:
-            return {"learning_rate": settings["learning_rate"]}
+    """All that was saved of the settings: what resuming compares, else the model's configuration and a few facts."""
+    saved = [_saved(folder / name).get("settings") for name in (RESULT, MANIFEST)]
+    own = next((settings for settings in saved if isinstance(settings, dict)), {})
     rates = curve(log, "learning_rate")[1]
-    return {"highest learning rate logged": max(rates) if rates else None}
+    results = _saved(folder / "metrics.json")
+    facts = {
+        "data": results.get("data"),
+        "per_device_train_batch_size": state.get("train_batch_size"),
+        "max_steps": state.get("max_steps"),
+        # It depends on `logging_steps`, and is of use only if the setting was not saved.
+        "highest learning rate logged": max(rates) if rates and "learning_rate" not in own else None,
+    }
+    splits = results.get("splits")
+    for split, content in splits.items() if isinstance(splits, dict) else ():
+        if isinstance(content, list) and len(content) == 2 and isinstance(content[0], int):
+            facts[f"{split}_data"] = f"sha256 {content[1]}, {content[0]:,} bytes"
+    # A field of the configuration that is null has a value (`--intermediate_layers none`); a fact that is null is unknown.
+    known = {name: value for name, value in facts.items() if value is not None}
+    settings = known | _saved(folder / "config.json") | own
+    unknown = {name for name, value in settings.items() if name.endswith("_data") and value is None}
+    return {name: value for name, value in settings.items() if name not in UNIMPORTANT and name not in unknown}
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    return _read_json(path) if path.is_file() else {}
 
 
 def figures(runs: Sequence[Run]) -> dict[str, list[Curve]]:
-    """A curve per run for each figure that all runs have: the evaluation, the loss and its terms."""
-    found = {key: [curve(run.log, key) for run in runs] for key in (*EVALUATIONS, "loss")}
+    """A curve per run for each figure that all runs have: the evaluation, the loss if it can be compared, its terms."""
+    keys = EVALUATIONS if why_losses_differ(runs) else (*EVALUATIONS, "loss")
+    found = {key: [curve(run.log, key) for run in runs] for key in keys}
     found = {key: curves for key, curves in found.items() if all(steps for steps, _ in curves)}
     if "eval_bpc" in found:
         found.pop("eval_loss")  # the same figure in another unit
     names = _common_terms([run.log for run in runs])
     logs = [run.log for run in runs]
     if len(names) > MOST_TERMS:
-        logs = [[_grouped(entry) for entry in log] for log in logs]
+        logs = [[_grouped(entry, names) for entry in log] for log in logs]
         names = _common_terms(logs)
     by_run = [term_curves(log) for log in logs]
     return found | {name: [curves[name] for curves in by_run] for name in names}
@@ -147,10 +162,11 @@ def _place(name: str) -> tuple[int, list[int]]:
     return kind, [int(number) for number in re.findall(r"\d+", name)]
 
 
-def _grouped(entry: Entry) -> Entry:
+def _grouped(entry: Entry, names: Sequence[str]) -> Entry:
     if not is_training(entry):
         return entry
-    means = {f"loss_{name}": value for name, value in group_by_layer(terms(entry)).items()}
+    of_all = {name: value for name, value in terms(entry).items() if name in names}
+    means = {f"loss_{name}": value for name, value in group_by_layer(of_all).items()}
     return {**{name: value for name, value in entry.items() if not name.startswith("loss_")}, **means}
 
 
@@ -162,12 +178,9 @@ def table(runs: Sequence[Run]) -> str:
     rows = [["last (best at step)", *(run.name for run in runs)]]
     rows.append(["steps", *(f"{run.step:,} of {run.max_steps:,}" for run in runs)])
     rows += [[one_line(name), *map(_last_and_best, curves)] for name, curves in figures(runs).items()]
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    differing = [
-        [one_line(name), *(_shown(run.settings[name]) if name in run.settings else "-" for run in runs)]
-        for name in names
-        if len({_shown(run.settings[name]) for run in runs if name in run.settings}) > 1
-    ]
+    if found := remarks(runs):
+        rows += [[], *([remark] for remark in found)]
+    differing = [row for name in differing_settings(runs) for row in _setting_rows(name, runs)]
     rows += [[], ["Settings that differ:" if differing else "Settings that differ: none known"], *differing]
     widths = [max((len(row[column]) for row in rows if len(row) > 1), default=0) for column in range(len(runs) + 1)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
@@ -183,13 +196,85 @@ def _figure(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
-def _shown(value: Any) -> str:
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """The names of the settings in which runs differ that know them."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return [name for name in names if _differ([run.settings[name] for run in runs if name in run.settings])]
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    # As text, since 1 is True in Python; but 1 and 1.0 are the same number.
+    texts = {json.dumps(value, sort_keys=True) for value in values}
+    numbers = all(type(value) in (int, float) for value in values)
+    return len(texts) > 1 and not (numbers and all(value == values[0] for value in values))
+
+
+def _setting_rows(name: str, runs: Sequence[Run]) -> list[list[str]]:
+    """A row for a setting, or a row for each key in which mappings differ."""
+    values = [run.settings.get(name, _UNKNOWN) for run in runs]
+    known = [value for value in values if value is not _UNKNOWN]
+    if not all(isinstance(value, dict) for value in known):
+        return [[one_line(name), *_shown(values)]]
+    rows = []
+    for key in sorted({key for value in known for key in value}):
+        parts = [value if value is _UNKNOWN else value.get(key, _ABSENT) for value in values]
+        if _differ([None if part is _ABSENT else [part] for part in parts if part is not _UNKNOWN]):
+            rows.append([one_line(f"{name}.{key}"), *_shown(parts)])
+    return rows
+
+
+def _shown(values: Sequence[Any]) -> list[str]:
+    """Values for the table, cut to the part in which they differ if they are long."""
+    texts = [_text(value) for value in values]
+    start = len(os.path.commonprefix([text for text in texts if text != "-"]))
+    if start > _LONGEST // 2 and max(map(len, texts)) > _LONGEST:
+        texts = [text if text == "-" else f"...{text[start - 10 :]}" for text in texts]
+    return [one_line(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}...") for text in texts]
+
+
+def _text(value: Any) -> str:
+    if value is _UNKNOWN or value is _ABSENT:
+        return "-"
     if value is None:
         return "none"
-    if isinstance(value, float):
-        return f"{value:g}"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return one_line(text if len(text) <= 60 else f"{text[:57]}...")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text)  # the beginning of a checksum tells two apart
+
+
+def remarks(runs: Sequence[Run]) -> list[str]:
+    """What cannot be compared in these runs, and why."""
+    differing, found = differing_settings(runs), []
+    if why := why_losses_differ(runs):
+        found.append(f"loss is left out, because the runs weigh their terms differently: {one_line(why)}")
+    if "validation_data" in differing:
+        found.append("The validation texts differ, so figures of evaluations cannot be compared.")
+    if "vocab_size" in differing:
+        found.append("The vocabularies differ, so losses in nats per token cannot be compared.")
+    return found
+
+
+def why_losses_differ(runs: Sequence[Run]) -> str:
+    """The terms and settings that make `loss`, the weighted sum, another figure in each run; empty if there are none."""
+    names = [name for run in runs for name in term_curves(run.log)]
+    of_some = sorted((name for name in set(names) if names.count(name) < len(runs)), key=_place)
+    of_losses = _OF_LOSSES | (_OF_SCHEDULES if any(map(_has_schedule, runs)) else set())
+    differing = [name for name in differing_settings(runs) if name in of_losses]
+    shown = [", ".join(found[:6]) + (", ..." if len(found) > 6 else "") for found in (of_some, differing)]
+    return "; ".join(
+        text
+        for text, found in zip((f"not all have {shown[0]}", f"{shown[1]} differ"), (of_some, differing), strict=True)
+        if found
+    )
+
+
+def _has_schedule(run: Run) -> bool:
+    """Whether the weights of terms change during the run."""
+    added = run.settings.get("auxiliary_losses")
+    settings = run.settings | (added if isinstance(added, dict) else {})
+    schedules = [settings.get(name, "constant") for name in _SCHEDULES]
+    return any(_place(name)[0] in (1, 2) for name in term_curves(run.log)) and schedules.count("constant") < len(
+        schedules
+    )
 
 
 def draw(runs: Sequence[Run]) -> "Figure":
@@ -252,6 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--output is {one_line(arguments.output)}; give a PNG file in a folder that exists")
         runs = [read_run(run) for run in arguments.runs]
         print(table(runs))
+        if not figures(runs):
+            print("\nNo picture is drawn: the runs have logged no figure that can be compared.")
+            return 0
         save(draw(runs), arguments.output)
     except USER_ERRORS as error:
         print(f"charformer-compare: error: {error_message(error)}", file=sys.stderr)

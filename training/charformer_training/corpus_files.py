@@ -6,6 +6,7 @@ import csv
 import gzip
 import importlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -21,12 +22,12 @@ from .terminal import one_line
 
 
 # Tables by their names' endings; the endings of compressed files may follow.
-TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zip")
 # How files begin that are no text and cannot be read here, and what an error calls them.
 _REFUSED = {
     "a PDF document": (rb"%PDF-",),
-    "a document of an office program": (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",),
+    "a document of an office program": (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", rb"\{\\rtf1"),
     "a 7z archive": (rb"7z\xbc\xaf\x27\x1c",),
     "a RAR archive": (rb"Rar!\x1a\x07",),
     "a tar archive": (rb".{257}ustar",),
@@ -75,6 +76,9 @@ _REFUSED = {
 }
 _DAMAGED = (EOFError, NotImplementedError, OSError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
 _PARQUET = b"PAR1"
+_JSON_HOLDS = (
+    "A .json file holds an array of records, or a record in each line; to train on the JSON itself, name it .txt"
+)
 _CHUNK = 1 << 20
 _FIELD_LIMIT = 2**31 - 1  # characters in a cell of CSV; Python's default, 131,072, is too few for a document
 
@@ -116,7 +120,10 @@ def documents(path: Path, text_column: str, table: bool | None = None) -> Iterat
 def _ending(path: Path) -> str:
     endings = [ending.lower() for ending in path.suffixes]
     if endings and endings[-1] in _COMPRESSED_ENDINGS:
-        endings.pop()
+        compression = endings.pop()
+        if compression == ".zip" and not set(endings[-1:]) & set(TABLES):  # `data.zip` may hold `data.jsonl`
+            with contextlib.suppress(*_DAMAGED), zipfile.ZipFile(path) as archive:
+                endings += [Path(member).suffix.lower() for member in archive.namelist() if not member.endswith("/")]
     return endings[-1] if endings else ""
 
 
@@ -205,7 +212,9 @@ def _pieces(path: Path) -> Iterator[bytes]:
 def _rows(path: Path, column: str) -> Iterator[bytes]:
     """The texts of a table. Rows without text are left out."""
     ending, name = _ending(path), one_line(path.name)
-    read = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".tsv": _tsv}.get(ending, _parquet)
+    read = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".tsv": _tsv}.get(
+        ending, _parquet
+    )
     number = 0
     try:
         with _open(path) as file:
@@ -213,9 +222,10 @@ def _rows(path: Path, column: str) -> Iterator[bytes]:
                 yield from text_of_row(row, column, f"row {number} of {name}")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 after row {number}: {error.reason}") from error
-    except (csv.Error, json.JSONDecodeError, RecursionError) as error:
+    except (csv.Error, RecursionError) as error:
         reason = one_line(error).replace("unexpected end of data", "a quotation mark is not closed")
-        raise ValueError(f"{name}: row {number + 1} cannot be read: {reason}") from error
+        hint = f". {_JSON_HOLDS}" if ending == ".json" else ""
+        raise ValueError(f"{name}: row {number + 1} cannot be read: {reason}{hint}") from error
     except _DAMAGED as error:
         raise ValueError(f"{name} cannot be read: {_reason(error)}") from error
 
@@ -241,9 +251,40 @@ def text_of_row(row: Any, column: str, place: str) -> Iterator[bytes]:
             raise ValueError(f"the text in {place} cannot be written in UTF-8: {error.reason}") from None
 
 
+def _json(file: IO[bytes], column: str) -> Iterator[Any]:
+    with io.TextIOWrapper(file, "utf-8-sig", newline="\n") as lines:
+        first = next((line for line in lines if line.strip()), "")
+        if first.lstrip().startswith("["):
+            yield from _decoded(first + lines.read())
+        else:
+            yield from _parsed(itertools.chain([first], lines))
+
+
 def _json_lines(file: IO[bytes], column: str) -> Iterator[Any]:
     with io.TextIOWrapper(file, "utf-8-sig", newline="\n") as lines:
-        yield from (json.loads(line, object_pairs_hook=_mapping) for line in lines if line.strip())
+        yield from _parsed(lines)
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[Any]:
+    return (_decoded(line) for line in lines if line.strip())
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_mapping)
+    except ValueError as error:  # also of a number with thousands of digits
+        raise csv.Error(str(error)) from error
+
+
+def looks_like_json_lines(text: bytes) -> bool:
+    """Whether a text that begins with `text` seems to be JSON lines: its first line is a record."""
+    line = text.removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0].strip()
+    if not (line.startswith(b"{") and line.endswith(b"}")):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (RecursionError, ValueError):
+        return False
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -323,10 +364,10 @@ def files_of_folder(folder: Path, left_out: Path | None = None) -> tuple[list[Pa
                 reason = _why_not(path)
                 (found if reason is None else others.setdefault(reason, [])).append(path)
     if not all(map(is_table, found)):
-        tables = [path for path in found if _start(path).startswith(_PARQUET)]
+        tables = {path for path in found if _start(path).startswith(_PARQUET)}
         found = [path for path in found if path not in tables]
         if tables:
-            others["tables among texts"] = tables
+            others["tables among texts"] = [*tables]
     return sorted(found), {reason: sorted(paths) for reason, paths in others.items()}
 
 

@@ -25,7 +25,17 @@ from modeling_charformer.auxiliary_losses import IGNORE_INDEX
 
 from .arguments import SPLIT_NAMES, STANDARD_LIBRARY, DataArguments
 from .checks import checked_path, shown
-from .corpus_files import described, documents, files_of_folder, is_of_a_run, is_plain, is_table, readable, text_of_row
+from .corpus_files import (
+    described,
+    documents,
+    files_of_folder,
+    is_of_a_run,
+    is_plain,
+    is_table,
+    looks_like_json_lines,
+    readable,
+    text_of_row,
+)
 from .terminal import one_line
 from .units import is_utf8
 
@@ -42,6 +52,7 @@ _KNOWN = {
     " 3bea1919949baf155f99411df5fada7e",
 }
 _UTF8_SAMPLE = 1 << 24
+_RECORD_SAMPLE = 1 << 20
 
 
 class CorpusChangedError(ValueError):
@@ -126,6 +137,11 @@ def load_corpus(
         ValueError: If there is no text in it, or it is of a kind that is not read.
     """
     corpus = _map(_corpus_path(arguments, write, output_dir, field))
+    if write and looks_like_json_lines(corpus[:_RECORD_SAMPLE].tobytes()):
+        logger.warning(
+            f"{arguments.source} begins with a record of JSON and is read as plain text, names and escapes included. (Files"
+            " named .jsonl are read as tables.)"
+        )
     if write and not is_utf8(corpus[:_UTF8_SAMPLE]):
         logger.warning(
             f"{arguments.source} is not UTF-8, so its characters cannot be counted: bits per character mean nothing, bits per"
@@ -153,8 +169,14 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None, 
         files, others = files_of_folder(path, own)
         if others and write:
             logger.warning(f"Left out of {arguments.source}: {described(others)}")
-        if not all(map(is_table, files)):
+        tables = list(filter(is_table, files))
+        if len(tables) < len(files):
             _check_no_column(arguments, f"the folder {one_line(path)} does not hold tables alone")
+            if tables and write:
+                logger.warning(
+                    f"{arguments.source} does not hold tables alone, so that"
+                    f" {described({'its tables are read as plain text, names and escapes included': tables})}"
+                )
         if not files:
             raise ValueError(
                 f"{field}: the folder {one_line(path)} holds no text file"

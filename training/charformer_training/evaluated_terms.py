@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX, Targets
 
+from .batch_errors import reason_in_batch
 from .fused_head import FusedHead, learned_rows
 from .gradient_options import bare_model
 from .head_accuracy import head_accuracies
@@ -92,9 +93,20 @@ class EvaluatesTerms(Base):
             if self._fused_head is not None:
                 self._fused_head.rows = None
 
-    def _given_compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The `compute_loss` of whatever class."""
-        return type(self).compute_loss(self, *args, **kwargs)
+    def _given_compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The `compute_loss` of whatever class.
+
+        Raises:
+            ValueError: If the model fails because of the batch: rows too long for it, or ids that it does not have.
+        """
+        given = dict(inputs)
+        try:
+            return type(self).compute_loss(self, model, inputs, *args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            reason = reason_in_batch(error, bare_model(self), given)
+            if reason is None:
+                raise
+            raise ValueError(reason) from error
 
     def _evaluate_with_terms(self, model: nn.Module, inputs: Any, return_outputs: bool) -> Any:
         # Without counts of the whole step, the losses are means over this batch; they are weighted below.

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
+from .batch_errors import check_mask
 from .differentiated import depends_on
 from .evaluated_terms import EvaluatesTerms
 from .fused_head import check_same_heads, fused_head_of, has_fused_head
@@ -185,6 +186,7 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             keep_heads_beside_adapter(model)
             self._lacks_losses = None
         trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        self._check_best_set()
         if self.loss_terms.settings is not None:
             self.loss_terms.settings.check_schedules_are_on(self.state.max_steps)
             missed = self.loss_terms.settings.never_trained(self.state.max_steps)
@@ -194,6 +196,15 @@ class AuxiliaryLossMixin(EvaluatesTerms):
                 )
             self._check_best_metric()
         return trained
+
+    def _check_best_set(self) -> None:
+        """Refuse to choose the best model by a figure of none of several evaluation sets."""
+        metric, sets = (self.args.metric_for_best_model or "").removeprefix("eval_"), self.eval_dataset
+        if metric and isinstance(sets, dict) and not any(metric.startswith(f"{name}_") for name in sets):
+            raise ValueError(
+                f"metric_for_best_model is {self.args.metric_for_best_model!r}; eval_dataset has the sets {list(sets)}, so it"
+                f" must be a figure of one of them, such as 'eval_{next(iter(sets), 'NAME')}_loss'"
+            )
 
     def _check_best_metric(self) -> None:
         """Refuse to choose the best model by a term that evaluations will not report."""
@@ -221,6 +232,9 @@ class AuxiliaryLossMixin(EvaluatesTerms):
             if self.model_accepts_loss_kwargs and not self._is_scaled_by_items(batch_samples[0]):
                 self.model_accepts_loss_kwargs = False
                 num_items_in_batch = None
+        settings = self.loss_terms.settings
+        if batch_samples and self._lacks_losses is None and settings is not None and settings.has_last_position:
+            check_mask(batch_samples[0])  # of the first step only: it stalls the device
         self.loss_terms.begin_step(
             batch_samples,
             self.state.global_step,

@@ -179,9 +179,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"{name} is not a recipe, but a folder, a device or a pipe; give a file of 'field: value' lines"
         )
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no recipe {name!r}; those of this project are {', '.join(sorted(file.name for file in CONFIGS.glob('*.yaml')))}"
-        )
+        own = sorted(file.name for file in CONFIGS.glob("*.yaml"))
+        close = difflib.get_close_matches(path.name, own, n=1)
+        meant = f"meant {close[0]}? Those" if close else "those"
+        raise FileNotFoundError(f"there is no recipe {name!r}; {meant} of this project are {', '.join(own)}")
     if path.stat().st_size > 4 * MAX_LENGTH:
         raise ValueError(f"{name} has {path.stat().st_size:,} bytes; a recipe has {MAX_LENGTH:,} characters or fewer")
     try:

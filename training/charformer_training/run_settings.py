@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from .arguments import AuxiliaryLossTrainingArguments, DataArguments, RunArguments
 from .models import unwrap_peft
 from .terminal import one_line
 
@@ -74,6 +75,7 @@ FREE_MODEL_FIELDS = {
     "transformers_version",
     "use_cache",
 }
+_WITH_FREE_FIELDS = (AuxiliaryLossTrainingArguments, RunArguments)
 # A resumed optimizer takes these from its checkpoint, unless a change was accepted.
 OPTIMIZER_FIELDS = {
     "adam_beta1",
@@ -105,6 +107,7 @@ def run_settings(trainer: Trainer, own_optimizer: Any = None) -> dict[str, Any]:
         "deepspeed": trainer.is_deepspeed_enabled,
         "train_data": _fingerprint(trainer.train_dataset),
         "validation_data": _fingerprint(trainer.eval_dataset),
+        "test_data": _fingerprint(getattr(trainer, "test_dataset", None)),
         **_argument_settings(args),
         **_model_settings(model),
     }
@@ -143,7 +146,8 @@ def _model_settings(model: nn.Module) -> dict[str, Any]:
 def _fingerprint(dataset: Any) -> Any:
     if isinstance(dataset, Mapping):
         return {name: _fingerprint(part) for name, part in dataset.items()}
-    if (split := getattr(dataset, "split", None)) is not None and hasattr(split, "sha256"):
+    split: Any = dataset if hasattr(dataset, "sha256") else getattr(dataset, "split", None)
+    if hasattr(split, "sha256"):
         return f"sha256 {split.sha256}, {len(getattr(dataset, 'data', split.data)):,} bytes"
     return getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
 
@@ -192,15 +196,20 @@ def check_accepted(accepted: Collection[str], known: Collection[str]) -> None:
         ValueError: Names them, and those that were meant or all settings.
     """
     unknown = sorted(set(accepted) - set(known))
-    fields = {item.name for item in dataclasses.fields(TrainingArguments)}
-    if free := [
-        name for name in unknown if name in fields and (name in FREE_FIELDS or name.startswith(FREE_PREFIXES))
-    ]:
+    of_text = [item.name for item in dataclasses.fields(DataArguments) if item.name in unknown]
+    if of_text and "train_data" in known:
+        data = ", ".join(name for name in ("train_data", "validation_data", "test_data") if name in known)
         raise ValueError(
-            f"accept_changes names {', '.join(free)}, which may change freely; leave them out of accept_changes"
+            f"accept_changes names {', '.join(of_text)}; a text is compared by its bytes: give those of {data} that differ"
+        )
+    free = {item.name for part in _WITH_FREE_FIELDS for item in dataclasses.fields(part)} - set(known)
+    if found := [name for name in unknown if name in free]:
+        raise ValueError(
+            f"accept_changes names {', '.join(found)}, which may change freely; leave them out of accept_changes"
         )
     if unknown:
-        close = [name for word in unknown for name in difflib.get_close_matches(word, [*known], n=1)]
+        near = [match for word in unknown for match in difflib.get_close_matches(word, [*known, *free], n=1)]
+        close = [f"{name} (it may change freely, without being named)" if name in free else name for name in near]
         hint = f": meant {', '.join(close)}?" if close else f", which are {', '.join(sorted(known))}"
         raise ValueError(f"accept_changes names {one_line(', '.join(unknown))}; it takes settings of a run{hint}")
 

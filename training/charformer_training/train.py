@@ -104,6 +104,7 @@ def build_trainer(
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
+    trainer.test_dataset = splits["test"]
     metric = training.metric_for_best_model or ""
     if metric.endswith("bpc") and not is_utf8(splits["validation"].data[: data.max_eval_bytes]):
         raise ValueError(
