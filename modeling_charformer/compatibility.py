@@ -102,3 +102,14 @@ def check_range(name: str, ids: Tensor, end: int, field: str, ignore_index: int 
     low, high = min(bounds), max(bounds)
     if low < 0 or high >= end:
         raise ValueError(f"{name} contains {high if high >= end else low}; it must be in 0..{end - 1} ({field}={end})")
+
+
+def check_mask(mask: Tensor) -> None:
+    """Raise ValueError if a mask `(B, S)` on the CPU numbers the texts of a packed row, of which models and targets know nothing."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or mask.numel() == 0:
+        return
+    if (largest := int(mask.max())) > 1:
+        raise ValueError(
+            f"attention_mask holds {largest}; it must hold 0 and 1. Where it numbers the texts of packed rows, targets would"
+            " reach into the next text: give position_ids in its place, which begin at 0 with each text"
+        )

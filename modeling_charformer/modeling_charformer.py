@@ -27,7 +27,7 @@ from .auxiliary_losses import (
     loss_of_logits,
     sequence_problem_type,
 )
-from .compatibility import CACHE, check_arguments, check_ids, check_range, one_cache
+from .compatibility import CACHE, check_arguments, check_ids, check_mask, check_range, one_cache
 from .configuration_charformer import CharformerConfig
 from .distillation import add_distillation
 from .generation_charformer import CharformerGenerationMixin
@@ -173,6 +173,7 @@ class CharformerModel(CharformerPreTrainedModel):
                 + f", longer than the window of max_position_embeddings={window}; shorten the text"
             )
         if attention_mask is not None and attention_mask.dim() == 2:
+            check_mask(attention_mask)
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
 

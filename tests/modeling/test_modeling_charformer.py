@@ -306,6 +306,12 @@ def test_ids_outside_the_vocabulary_raise(make_model, make_ids, value):
         model(ids, labels=wrong)
 
 
+def test_a_mask_that_numbers_packed_texts_raises(make_model, make_ids):
+    mask = torch.tensor([[1] * 10 + [2] * 10])
+    with pytest.raises(ValueError, match=r"attention_mask holds 2; it must hold 0 and 1.*give position_ids"):
+        make_model()(make_ids(1, 20), attention_mask=mask)
+
+
 def test_labels_of_another_shape_raise(make_model, make_ids):
     with pytest.raises(ValueError, match=r"labels have the shape \(2, 19\), the input \(2, 20\)"):
         make_model()(make_ids(), labels=make_ids(2, 19))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX
+from modeling_charformer.compatibility import check_mask
 
 from .models import unwrap_peft
 
@@ -28,20 +29,15 @@ def reason_in_batch(error: Exception, model: nn.Module, inputs: Mapping[str, Any
     return _too_long(base, inputs) or _outside(base, inputs)
 
 
-def check_mask(batch: Any) -> None:
-    """Refuse a mask that numbers the texts of a packed row, of which neither most models nor the targets know.
+def check_batch(batch: Any) -> None:
+    """Refuse a mask that numbers the texts of a packed row.
 
     Raises:
         ValueError: If the mask of `batch` holds more than 0 and 1.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
-        return
-    if (largest := int(mask.max())) > 1:
-        raise ValueError(
-            f"attention_mask holds {largest}; it must hold 0 and 1. Where it numbers the texts of packed rows, targets would"
-            " reach into the next text: give position_ids in its place, which begin at 0 with each text"
-        )
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        check_mask(mask.cpu())
 
 
 def _too_long(model: Any, inputs: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from modeling_charformer.loss_settings import AuxiliaryLossSettings
 
-from .batch_errors import check_mask
+from .batch_errors import check_batch
 from .differentiated import depends_on
 from .evaluated_terms import EvaluatesTerms
 from .fused_head import check_same_heads, fused_head_of, has_fused_head
@@ -234,7 +234,7 @@ class AuxiliaryLossMixin(EvaluatesTerms):
                 num_items_in_batch = None
         settings = self.loss_terms.settings
         if batch_samples and self._lacks_losses is None and settings is not None and settings.has_last_position:
-            check_mask(batch_samples[0])  # of the first step only: it stalls the device
+            check_batch(batch_samples[0])  # of the first step only: it stalls the device
         self.loss_terms.begin_step(
             batch_samples,
             self.state.global_step,
