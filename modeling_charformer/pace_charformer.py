@@ -2,10 +2,13 @@
 
 import copy
 import statistics
+import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
+
+import torch
 
 
 # Until it is known what drafts cost, drafting stops when the drafter's own probability that all its drafts so far are correct
@@ -14,9 +17,11 @@ CONFIDENCE, LOWEST, HIGHEST = 0.1, 0.02, 0.9
 # At most so many tokens are drafted. Those that are looked up are drafted while the drafter gives each a probability of at
 # least `AGREEMENT`. One below contradicts.
 LOOK_UP, AGREEMENT = 16, 0.1
-# So many passes with drafts are compared with plain ones. `TRIAL` passes are enough if no draft was right, or if they were
-# slower by `LOSS`, and fewer each time that drafts did not pay. The first of them has `TRIAL` drafts at most.
+# So many passes with drafts are compared with plain ones. `TRIAL` passes are enough of a drafter that is mostly wrong, and one
+# if it is mostly wrong again, when no draft was right or they were slower by `LOSS`. The first has `TRIAL` drafts at most.
 PATIENCE, TRIAL, LOSS = 8, 3, 1.15
+# Below these shares of right drafts a drafter is mostly wrong, and mostly wrong again.
+MOSTLY_WRONG, WRONG_AGAIN = 0.5, 0.2
 # If drafts did not pay, so many passes go without, and twice as many each time that they do not pay again: at first, at most.
 SHORTEST_REST, LONGEST_REST = 32, 512
 # How many ranges of a drafter's probabilities are told apart, and how many drafts are remembered when they have not paid.
@@ -113,6 +118,13 @@ class Pace:
         self.known_thresholds = _bounded((slope + of_draft) * rate), _bounded(slope * rate)
         return self.known_thresholds
 
+    def _needed(self) -> int:
+        """How many passes with drafts are enough to tell that they do not pay."""
+        accuracy = self.accuracy()
+        if accuracy >= MOSTLY_WRONG:
+            return PATIENCE
+        return 1 if self.losses and accuracy < WRONG_AGAIN else TRIAL
+
     def passed_without(self, seconds: float) -> None:
         """Take down one pass without drafts; after some of them it is judged again whether the last drafts did not pay."""
         self.plain.append(seconds)
@@ -136,7 +148,7 @@ class Pace:
         if drafts:
             self.of_draft.append(drafting / drafts)
         passes = len(self.recent)
-        if passes < max(1, TRIAL - self.losses):
+        if passes < self._needed():
             return
         plain = statistics.fmean(_bounded_times(self.plain))
         written, used = sum(one[1] for one in self.recent), sum(_bounded_times(one[3] for one in self.recent))
@@ -151,6 +163,12 @@ class Pace:
         # The next trial must not depend on how bad drafts were long ago.
         known = REMEMBERED / max(REMEMBERED, sum(trials for _, trials in self.right))
         self.right = [[known * hits, known * trials] for hits, trials in self.right]
+
+
+def clock_on(device: torch.device) -> Callable[[], float]:
+    """The clock of passes: on a CPU the thread's own time, which other programs do not disturb, if it is fine enough."""
+    is_fine = device.type == "cpu" and time.get_clock_info("thread_time").resolution <= 1e-6
+    return time.thread_time if is_fine else time.perf_counter
 
 
 def _bounded_times(seconds: Iterable[float]) -> list[float]:

@@ -8,7 +8,6 @@ and Suresh 2024, arXiv 2408.07978, section 4).
 
 import copy
 import threading
-import time
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from .drafting_charformer import (
     write_drafts,
 )
 from .gumbel_noise import GumbelNoise
-from .pace_charformer import LOOK_UP, keep_pace, pace_of
+from .pace_charformer import LOOK_UP, clock_on, keep_pace, pace_of
 
 
 # Processors that look at the scores of one place alone.
@@ -118,7 +117,7 @@ class VerifiedDecoding:
         self.noise = GumbelNoise() if config.do_sample else None
         # In such calls passes take as long as in this one, and drafts are as often right.
         alike = (drafter.layer, self.rows, config.do_sample, config.temperature, input_ids.device)
-        self.pace = pace_of(model, alike, config.do_sample)
+        self.pace, self.clock = pace_of(model, alike, config.do_sample), clock_on(input_ids.device)
         self.states, self.thread = torch.empty(0), threading.get_ident()
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -150,15 +149,15 @@ class VerifiedDecoding:
         """Draft, verify and write once, and take down what it cost."""
         if self.is_batch and 4 * len(self.live) <= 3 * self.rows:
             self._leave_out_finished()
-        begin, before = time.perf_counter(), [*self.lengths]
+        begin, before = self.clock(), [*self.lengths]
         if self.pace.rests():
             none = self.text[:, :0]
             self._accept(self._forward(none), none)
-            self.pace.passed_without(time.perf_counter() - begin)
+            self.pace.passed_without(self.clock() - begin)
             return
         live, behind = self.live, self._behind()
         drafts = self._draft(behind)
-        drafting = time.perf_counter() - begin
+        drafting = self.clock() - begin
         matches = self._accept(self._forward(drafts.tokens), drafts.tokens)
         for row in live if drafts.written else []:
             probabilities = drafts.probabilities[row]
@@ -173,7 +172,7 @@ class VerifiedDecoding:
         looked_up = drafts.tokens.shape[1] - drafts.written
         self.pace.repeats = looked_up > 0 and all(matches[row] == drafts.tokens.shape[1] for row in behind)
         tokens = sum(self.lengths[row] - before[row] for row in behind) / len(behind)
-        seconds = time.perf_counter() - begin
+        seconds = self.clock() - begin
         self.pace.passed(drafts.tokens.shape[1], drafts.written, tokens, drafting, seconds)
 
     def _keep_states(self, module: Any, args: Any, outputs: Any) -> None:
