@@ -1,5 +1,7 @@
-"""Files that are no text, or change or vanish while they are read."""
+"""Files that are no text, change or vanish while they are read, or hold records of JSON."""
 
+import gzip
+import json
 import os
 
 import pytest
@@ -115,3 +117,33 @@ def test_a_column_that_would_not_be_read_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "b.txt"):
         with pytest.raises(ValueError, match="text_column is 'body'; it must be left out: .* (tables|table)"):
             load_corpus(DataArguments(data_path=str(path), text_column="body"))
+
+
+RECORDS = "".join(json.dumps({"text": json.dumps({"a": number})}) + "\n" for number in range(2)).encode()
+
+
+@pytest.mark.parametrize("place", ["file", "compressed", "folder", "dataset"])
+def test_texts_of_a_table_may_be_json(tmp_path, messages, place):
+    name = "a.jsonl.gz" if place == "compressed" else "a.jsonl"
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / name).write_bytes(gzip.compress(RECORDS) if place == "compressed" else RECORDS)
+    folder = str(tmp_path / "texts")
+    if place == "dataset":
+        arguments = DataArguments(dataset_name=folder)
+    else:
+        arguments = DataArguments(data_path=folder if place == "folder" else f"{folder}/{name}")
+    assert load_corpus(arguments).tobytes() == b'{"a": 0}\n{"a": 1}'
+    assert "record of JSON" not in messages.text
+
+
+@pytest.mark.parametrize("place", ["compressed", "folder"])
+def test_records_in_a_compressed_text_or_a_folder_are_said(tmp_path, messages, place):
+    (tmp_path / "texts").mkdir()
+    path = tmp_path / "texts" / "a.txt.gz"
+    path.write_bytes(gzip.compress(RECORDS))
+    arguments = DataArguments(data_path=str(path.parent if place == "folder" else path))
+    assert load_corpus(arguments).tobytes() == RECORDS
+    assert "begins with a record of JSON and is read as plain text" in messages.text
+    messages.clear()
+    load_corpus(arguments, write=False)
+    assert "record of JSON" not in messages.text

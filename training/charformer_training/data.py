@@ -137,11 +137,6 @@ def load_corpus(
         ValueError: If there is no text in it, or it is of a kind that is not read.
     """
     corpus = _map(_corpus_path(arguments, write, output_dir, field))
-    if write and looks_like_json_lines(corpus[:_RECORD_SAMPLE].tobytes()):
-        logger.warning(
-            f"{arguments.source} begins with a record of JSON and is read as plain text, names and escapes included. (Files"
-            " named .jsonl are read as tables.)"
-        )
     if write and not is_utf8(corpus[:_UTF8_SAMPLE]):
         logger.warning(
             f"{arguments.source} is not UTF-8, so its characters cannot be counted: bits per character mean nothing, bits per"
@@ -182,16 +177,34 @@ def _corpus_path(arguments: DataArguments, write: bool, output_dir: str | None, 
                 f"{field}: the folder {one_line(path)} holds no text file"
                 + (f": {described(others)}" if others else "")
             )
-        return _cached(files, arguments, separator)
+        corpus = _cached(files, arguments, separator)
+        if write and len(tables) < len(files):
+            _warn_of_records(corpus, arguments)
+        return corpus
     if path.exists() and not path.is_file():
         raise ValueError(f"{field}: {one_line(path)} is a device or a pipe; give a regular file, or a folder")
     if not path.is_file():
         raise FileNotFoundError(_not_found(path, field, arguments.data_path))
     if path.stat().st_size == 0:
         raise ValueError(f"the file {one_line(path)} is empty")
-    if not is_table(path):
+    table = is_table(path)
+    if not table:
         _check_no_column(arguments, f"{one_line(path)} is read as text, not as a table")
-    return path if is_plain(path) else _cached([path], arguments, separator)
+    corpus = path if is_plain(path) else _cached([path], arguments, separator)
+    if write and not table:
+        _warn_of_records(corpus, arguments)
+    return corpus
+
+
+def _warn_of_records(corpus: Path, arguments: DataArguments) -> None:
+    """Warn if the corpus, which is read as plain text, is JSON lines. (The text of a table may well be JSON.)"""
+    with readable(corpus), corpus.open("rb") as file:
+        start = file.read(_RECORD_SAMPLE)
+    if looks_like_json_lines(start):
+        logger.warning(
+            f"{arguments.source} begins with a record of JSON and is read as plain text, names and escapes included. (Files"
+            " named .jsonl are read as tables.)"
+        )
 
 
 def _check_no_column(arguments: DataArguments, why: str) -> None:
