@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from charformer_training.compare import main, read_run
+from charformer_training.compare import _ABSENT, Run, _differ, _shown, main, read_run, remarks, why_losses_differ
 
 
 def write_run(folder: Path, log: list[dict], config: dict | None = None, **state) -> Path:
@@ -85,7 +85,8 @@ def compared(tmp_path: Path, capsys, terms: dict, *runs: dict) -> list[list[str]
     """The table of runs with these terms and saved settings, as rows of cells."""
     folders = []
     for number, settings in enumerate(runs):
-        folders.append(str(write_run(tmp_path / f"run{number}", entries(terms, [2.5]))))
+        state = {"max_steps": settings.get("max_steps", 4)}
+        folders.append(str(write_run(tmp_path / f"run{number}", entries(terms, [2.5]), **state)))
         (tmp_path / f"run{number}" / "manifest.json").write_text(json.dumps({"settings": settings}))
     assert main([*folders, "--output", str(tmp_path / "picture.png")]) == 0
     return [[cell.strip() for cell in line.split("  ") if cell] for line in capsys.readouterr().out.splitlines()]
@@ -115,6 +116,101 @@ def test_loss_is_compared_only_where_it_is_the_same_sum(tmp_path, capsys, figure
     remark = [f"loss is left out, because the runs weigh their terms differently: {why}"]
     assert (remark in rows) == (why is not None)
     assert len(figures[0].axes) == (4 if why is None else 3)
+
+
+def with_terms(folder: Path, terms: list[str], settings: dict | None, max_steps: int = 4) -> Run:
+    write_run(folder, entries({"next_char": [2.0], **{name: [2.0] for name in terms}}, []), max_steps=max_steps)
+    if settings is not None:
+        (folder / "manifest.json").write_text(json.dumps({"settings": settings}))
+    return read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "lengths", "why"),
+    [
+        ("paper", (100, 50), "the runs weigh their terms differently: max_steps differ"),
+        ("paper", (100, 100), ""),
+        ("constant", (100, 50), ""),
+        ("rotate_2", (100, 50), ""),
+    ],
+)
+def test_steps_of_runs_by_epochs_are_compared_where_a_schedule_depends_on_them(tmp_path, schedule, lengths, why):
+    settings = {"num_targets": 1, "intermediate_schedule": schedule, "max_steps": -1, "num_train_epochs": 3}
+    runs = [with_terms(tmp_path / str(number), ["layer_1"], settings, length) for number, length in enumerate(lengths)]
+    assert why_losses_differ(runs) == why
+
+
+def test_epochs_that_give_the_same_number_of_steps_do_not_differ(tmp_path):
+    epochs = [{"intermediate_schedule": "paper", "max_steps": -1, "num_train_epochs": number} for number in (3, 6)]
+    assert why_losses_differ([with_terms(tmp_path / str(n), ["layer_1"], one) for n, one in enumerate(epochs)]) == ""
+
+
+SETTINGS = {"num_targets": 2, "target_schedule": "forward", "num_hidden_layers": 2}
+NOT_ALL = "the runs may not add up the same terms: not all have logged "
+
+
+@pytest.mark.parametrize(
+    ("terms", "settings", "why"),
+    [
+        ((["layer_1", "layer_2"], ["layers"]), (SETTINGS, SETTINGS), ""),  # log_loss_terms
+        ((["target_2"], []), (SETTINGS, SETTINGS), ""),  # the other run is not that far
+        ((["aux_loss"], []), (SETTINGS, SETTINGS), f"{NOT_ALL}aux_loss"),
+        (
+            (["layers"], ["layers"]),
+            (SETTINGS, SETTINGS | {"num_hidden_layers": 3}),
+            "the runs weigh their terms differently: num_hidden_layers differ",
+        ),
+        ((["target_2"], ["target_2"]), (SETTINGS, SETTINGS | {"num_hidden_layers": 3}), ""),
+        ((["layer_1"], []), (SETTINGS, None), f"{NOT_ALL}layer_1, and the loss settings of some are not known"),
+        ((["layer_1"], ["layer_1"]), (SETTINGS, None), ""),
+    ],
+)
+def test_names_of_terms_count_only_where_settings_do_not_explain_them(tmp_path, terms, settings, why):
+    both = [with_terms(tmp_path / str(n), *one) for n, one in enumerate(zip(terms, settings, strict=True))]
+    assert why_losses_differ(both) == why
+    assert remarks(both) == ([f"loss is left out, because {why}"] if why else [])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        ([1, 0.5], [1.0, 0.5], False),
+        ({"a": [0, {"b": 2}]}, {"a": [-0.0, {"b": 2.0}]}, False),
+        (2**60, 2.0**60, False),
+        ([math.nan, math.inf], [math.nan, math.inf], False),
+        ([1], [True], True),
+        ({"a": 0}, {"a": False}, True),
+        ([2**60], [2**60 + 1], True),
+        ([1], [1.5], True),
+        ([1], ["1"], True),
+    ],
+    ids=str,
+)
+def test_numbers_are_compared_as_numbers_at_any_depth(one, other, differ):
+    assert _differ([one, other]) == differ
+
+
+def test_a_long_value_is_shown_from_its_beginning_unless_it_has_two_forms():
+    long = "beginning" * 10
+    for values in ([_ABSENT, long], [long, _ABSENT, long]):
+        assert {*_shown(values)} == {"-", f"{long[:57]}..."}
+    assert _shown([f"{long}x", _ABSENT, f"{long}y"]) == ["...gbeginningx", "-", "...gbeginningy"]
+
+
+def test_validation_split_is_not_taken_for_the_part_that_is_evaluated(tmp_path):
+    def run(name: str, digit: str, evaluated: int | None) -> Run:
+        folder = write_run(tmp_path / name, entries({"next_char": [2.0]}, [2.5]))
+        (folder / "metrics.json").write_text(json.dumps({"splits": {"validation": [900, digit * 64]}}))
+        if evaluated is not None:
+            saved = {"validation_data": f"sha256 {digit * 64}, {evaluated} bytes"}
+            (folder / "_result.json").write_text(json.dumps({"settings": saved}))
+        return read_run(folder)
+
+    whole, cut, other = run("whole", "0", None), run("cut", "0", 90), run("other", "1", None)
+    differ = "The validation texts differ, so figures of evaluations cannot be compared."
+    assert remarks([whole, cut]) == []
+    assert remarks([whole, other]) == remarks([cut, other]) == [differ]
+    assert remarks([cut, run("less", "0", 80)]) == [differ]
 
 
 def test_all_saved_settings_are_compared_in_full(tmp_path, capsys):

@@ -33,15 +33,17 @@ MOST_TERMS = 9
 # Fields of a configuration that change neither the model nor its training.
 UNIMPORTANT = ("architectures", "auto_map", "dtype", "transformers_version", "use_cache")
 _SCHEDULES = ("target_schedule", "intermediate_schedule", "classifier_schedule")
-# Settings that say what `loss` adds up, and those that say when a schedule changes it.
-_OF_LOSSES = {field.name for field in dataclasses.fields(LossFields)} | {
-    "auxiliary_losses",
+# Of these schedules, the length of the run changes nothing.
+_OF_ANY_LENGTH = ("constant", "random", "rotate_2", "rotate_4", "rotate_8")
+# Settings that say which terms there are: with the number of layers, all of targets, layers and the last position.
+_OF_TERMS = {field.name for field in dataclasses.fields(LossFields)} | {"auxiliary_losses"}
+_OF_LOSSES = _OF_TERMS | {
     "classifier_layers",
     "classifier_schedule",
     "classifier_weight",
     "label_smoothing_factor",
 }
-_OF_SCHEDULES = {"max_steps", "num_train_epochs", "num_hidden_layers"}
+_DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 _LONGEST = 60
 """Characters of a value in the table."""
 _UNKNOWN, _ABSENT = object(), object()
@@ -115,14 +117,15 @@ def _settings(folder: Path, state: Mapping[str, Any], log: Sequence[Entry]) -> d
     facts = {
         "data": results.get("data"),
         "per_device_train_batch_size": state.get("train_batch_size"),
-        "max_steps": state.get("max_steps"),
         # It depends on `logging_steps`, and is of use only if the setting was not saved.
         "highest learning rate logged": max(rates) if rates and "learning_rate" not in own else None,
     }
     splits = results.get("splits")
     for split, content in splits.items() if isinstance(splits, dict) else ():
         if isinstance(content, list) and len(content) == 2 and isinstance(content[0], int):
-            facts[f"{split}_data"] = f"sha256 {content[1]}, {content[0]:,} bytes"
+            # The saved setting is the part of the validation split that is evaluated (`max_eval_bytes`).
+            name = "validation split" if split == "validation" else f"{split}_data"
+            facts[name] = f"sha256 {content[1]}, {content[0]:,} bytes"
     # A field of the configuration that is null has a value (`--intermediate_layers none`); a fact that is null is unknown.
     known = {name: value for name, value in facts.items() if value is not None}
     settings = known | _saved(folder / "config.json") | own
@@ -203,10 +206,14 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
 
 
 def _differ(values: Sequence[Any]) -> bool:
-    # As text, since 1 is True in Python; but 1 and 1.0 are the same number.
-    texts = {json.dumps(value, sort_keys=True) for value in values}
-    numbers = all(type(value) in (int, float) for value in values)
-    return len(texts) > 1 and not (numbers and all(value == values[0] for value in values))
+    # As text, since 1 is True in Python; but 1 and 1.0 are the same number, at any depth.
+    same_numbers = (json.loads(json.dumps(value), parse_float=_number) for value in values)
+    return len({json.dumps(value, sort_keys=True) for value in same_numbers}) > 1
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _setting_rows(name: str, runs: Sequence[Run]) -> list[list[str]]:
@@ -226,7 +233,8 @@ def _setting_rows(name: str, runs: Sequence[Run]) -> list[list[str]]:
 def _shown(values: Sequence[Any]) -> list[str]:
     """Values for the table, cut to the part in which they differ if they are long."""
     texts = [_text(value) for value in values]
-    start = len(os.path.commonprefix([text for text in texts if text != "-"]))
+    known = {text for text in texts if text != "-"}
+    start = len(os.path.commonprefix([*known])) if len(known) > 1 else 0
     if start > _LONGEST // 2 and max(map(len, texts)) > _LONGEST:
         texts = [text if text == "-" else f"...{text[start - 10 :]}" for text in texts]
     return [one_line(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}...") for text in texts]
@@ -245,8 +253,8 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     """What cannot be compared in these runs, and why."""
     differing, found = differing_settings(runs), []
     if why := why_losses_differ(runs):
-        found.append(f"loss is left out, because the runs weigh their terms differently: {one_line(why)}")
-    if "validation_data" in differing:
+        found.append(f"loss is left out, because {one_line(why)}")
+    if "validation_data" in differing or "validation split" in differing:
         found.append("The validation texts differ, so figures of evaluations cannot be compared.")
     if "vocab_size" in differing:
         found.append("The vocabularies differ, so losses in nats per token cannot be compared.")
@@ -254,27 +262,37 @@ def remarks(runs: Sequence[Run]) -> list[str]:
 
 
 def why_losses_differ(runs: Sequence[Run]) -> str:
-    """The terms and settings that make `loss`, the weighted sum, another figure in each run; empty if there are none."""
-    names = [name for run in runs for name in term_curves(run.log)]
-    of_some = sorted((name for name in set(names) if names.count(name) < len(runs)), key=_place)
-    of_losses = _OF_LOSSES | (_OF_SCHEDULES if any(map(_has_schedule, runs)) else set())
+    """Why `loss`, the weighted sum, may be another figure in each run; empty if it is the same.
+
+    Settings of losses decide where all runs have them, since logs of the same losses can have other terms: their names
+    depend on `log_loss_terms`, and a schedule can bring a term in late. Terms that the model adds are known by name only.
+    """
+    by_run = [term_curves(run.log) for run in runs]
+    names = [name for curves in by_run for name in curves]
+    of_losses = _OF_LOSSES | (_DEPTHS if any(_place(name)[0] == 2 for name in names) else set())
     differing = [name for name in differing_settings(runs) if name in of_losses]
-    shown = [", ".join(found[:6]) + (", ..." if len(found) > 6 else "") for found in (of_some, differing)]
-    return "; ".join(
-        text
-        for text, found in zip((f"not all have {shown[0]}", f"{shown[1]} differ"), (of_some, differing), strict=True)
-        if found
-    )
+    if any(map(_has_schedule, runs)) and len({run.max_steps for run in runs}) > 1:
+        differing.append("max_steps")
+    if differing:
+        return f"the runs weigh their terms differently: {_some(differing)} differ"
+    known = all(_OF_TERMS & run.settings.keys() for run in runs)
+    of_some = {name for name in names if names.count(name) < len(runs) and not (known and _place(name)[0])}
+    if not of_some:
+        return ""
+    unknown = "" if known else ", and the loss settings of some are not known"
+    return f"the runs may not add up the same terms: not all have logged {_some(sorted(of_some, key=_place))}{unknown}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def _has_schedule(run: Run) -> bool:
-    """Whether the weights of terms change during the run."""
+    """Whether the weights of terms change during the run, at steps that depend on its length."""
     added = run.settings.get("auxiliary_losses")
     settings = run.settings | (added if isinstance(added, dict) else {})
-    schedules = [settings.get(name, "constant") for name in _SCHEDULES]
-    return any(_place(name)[0] in (1, 2) for name in term_curves(run.log)) and schedules.count("constant") < len(
-        schedules
-    )
+    changing = [name for name in _SCHEDULES if settings.get(name, "constant") not in _OF_ANY_LENGTH]
+    return bool(changing) and any(_place(name)[0] in (1, 2) for name in term_curves(run.log))
 
 
 def draw(runs: Sequence[Run]) -> "Figure":
