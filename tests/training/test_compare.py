@@ -145,6 +145,7 @@ def test_epochs_that_give_the_same_number_of_steps_do_not_differ(tmp_path):
     assert why_losses_differ([with_terms(tmp_path / str(n), ["layer_1"], one) for n, one in enumerate(epochs)]) == ""
 
 
+LISTED = {"auxiliary_losses": {"intermediate_layers": [1], "intermediate_schedule": "constant"}, "n_layer": 2}
 SETTINGS = {"num_targets": 2, "target_schedule": "forward", "num_hidden_layers": 2}
 NOT_ALL = "the runs may not add up the same terms: not all have logged "
 
@@ -160,9 +161,16 @@ NOT_ALL = "the runs may not add up the same terms: not all have logged "
             (SETTINGS, SETTINGS | {"num_hidden_layers": 3}),
             "the runs weigh their terms differently: num_hidden_layers differ",
         ),
+        ((["layer_1"], ["layer_1"]), (LISTED, LISTED | {"n_layer": 3}), ""),
         ((["target_2"], ["target_2"]), (SETTINGS, SETTINGS | {"num_hidden_layers": 3}), ""),
-        ((["layer_1"], []), (SETTINGS, None), f"{NOT_ALL}layer_1, and the loss settings of some are not known"),
+        ((["layer_1"], []), (SETTINGS, None), f"{NOT_ALL}layer_1, and their settings do not say why"),
         ((["layer_1"], ["layer_1"]), (SETTINGS, None), ""),
+        (
+            (["layer_1"], []),
+            (SETTINGS | {"auxiliary_losses": None}, {"auxiliary_losses": None}),
+            f"{NOT_ALL}layer_1, and their settings do not say why",
+        ),
+        ((["layer_1"], ["layers"]), (SETTINGS | {"auxiliary_losses": None}, SETTINGS), ""),
     ],
 )
 def test_names_of_terms_count_only_where_settings_do_not_explain_them(tmp_path, terms, settings, why):

@@ -269,17 +269,22 @@ def why_losses_differ(runs: Sequence[Run]) -> str:
     """
     by_run = [term_curves(run.log) for run in runs]
     names = [name for curves in by_run for name in curves]
-    of_losses = _OF_LOSSES | (_DEPTHS if any(_place(name)[0] == 2 for name in names) else set())
+    changing = any(map(_has_schedule, runs))
+    listed = all(isinstance(_loss_settings(run).get("intermediate_layers"), list) for run in runs)
+    by_depth = any(_place(name)[0] == 2 for name in names) and (changing or not listed)
+    of_losses = _OF_LOSSES | (_DEPTHS if by_depth else set())
     differing = [name for name in differing_settings(runs) if name in of_losses]
-    if any(map(_has_schedule, runs)) and len({run.max_steps for run in runs}) > 1:
+    if changing and len({run.max_steps for run in runs}) > 1:
         differing.append("max_steps")
     if differing:
         return f"the runs weigh their terms differently: {_some(differing)} differ"
-    known = all(_OF_TERMS & run.settings.keys() for run in runs)
+    # `auxiliary_losses` is null in a Charformer, and in another model without such losses, whose other fields are absent.
+    fields = {frozenset(_OF_TERMS & {name for name in run.settings if _is_given(run, name)}) for run in runs}
+    known = len(fields) == 1 and frozenset() not in fields
     of_some = {name for name in names if names.count(name) < len(runs) and not (known and _place(name)[0])}
     if not of_some:
         return ""
-    unknown = "" if known else ", and the loss settings of some are not known"
+    unknown = "" if known else ", and their settings do not say why"
     return f"the runs may not add up the same terms: not all have logged {_some(sorted(of_some, key=_place))}{unknown}"
 
 
@@ -287,10 +292,19 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
+def _is_given(run: Run, name: str) -> bool:
+    return name != "auxiliary_losses" or run.settings[name] is not None
+
+
+def _loss_settings(run: Run) -> dict[str, Any]:
+    """The settings, with those of losses that were added to a model beside the others."""
+    added = run.settings.get("auxiliary_losses")
+    return run.settings | (added if isinstance(added, dict) else {})
+
+
 def _has_schedule(run: Run) -> bool:
     """Whether the weights of terms change during the run, at steps that depend on its length."""
-    added = run.settings.get("auxiliary_losses")
-    settings = run.settings | (added if isinstance(added, dict) else {})
+    settings = _loss_settings(run)
     changing = [name for name in _SCHEDULES if settings.get(name, "constant") not in _OF_ANY_LENGTH]
     return bool(changing) and any(_place(name)[0] in (1, 2) for name in term_curves(run.log))
 
