@@ -7,7 +7,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_charformer.drafting_charformer import as_string, continuation, write_drafts
+from modeling_charformer.gumbel_noise import GumbelNoise
 from modeling_charformer.pace_charformer import Pace, keep_pace, pace_of
+from modeling_charformer.verification_charformer import VerifiedDecoding
 
 
 def test_text_that_goes_in_circles_is_looked_up_at_full_length():
@@ -163,3 +165,12 @@ def test_a_pass_of_another_thread_does_not_disturb_drafts(make_model, drafts_in_
     settings = {"max_new_tokens": 12, "do_sample": False}
     plain = model.generate(torch.tensor([[5]]), **settings)
     assert model.generate(torch.tensor([[5]]), use_extra_targets=True, streamer=Other(), **settings).equal(plain)
+
+
+def test_a_row_that_has_finished_does_not_keep_the_noise_of_its_place():
+    decoding = object.__new__(VerifiedDecoding)
+    decoding.noise, decoding.prompt, decoding.numbers, decoding.live = GumbelNoise(), 3, [0, 1], [1]
+    for length in range(4, 200):
+        decoding.lengths = [4, length]
+        decoding._picked(torch.zeros(2, 1, 8), 0)
+    assert len(decoding.noise.drawn) <= 32
