@@ -300,7 +300,9 @@ class VerifiedDecoding:
     def _picked(self, scores: Tensor, offset: int) -> Tensor:
         """The tokens `(B, n)` that are picked by scores `(B, n, V)` of the places from `offset` after each row on."""
         if self.noise is not None:
-            places = [length - self.prompt for length in self.lengths]
+            # Finished rows go along with the others: noise is kept from the first place on that a row may still ask for.
+            first = min((self.lengths[row] for row in self.live), default=0)
+            places = [max(length, first) - self.prompt for length in self.lengths]
             scores = scores + self.noise.at(places, self.numbers, offset, scores.shape[1], scores)
         return scores.argmax(-1)
 
@@ -400,7 +402,7 @@ class VerifiedDecoding:
         for row in range(self.rows):
             if row not in self.live:
                 self.finished[self.numbers[row]] = (self.strings[row], self.ends[row])
-        live, index = self.live, torch.tensor(self.live, device=self.text.device)
+        live, index = self.live, torch.tensor(self.live)  # on the CPU, for layers lie on several devices
         spare = min(self.padding[row] for row in live)
         self.numbers, self.lengths, self.ends, self.padding = (
             [column[row] for row in live]

@@ -7,7 +7,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_charformer.drafting_charformer import as_string, continuation, write_drafts
+from modeling_charformer.gumbel_noise import GumbelNoise
 from modeling_charformer.pace_charformer import Pace, keep_pace, pace_of
+from modeling_charformer.verification_charformer import VerifiedDecoding
 
 
 def test_text_that_goes_in_circles_is_looked_up_at_full_length():
@@ -15,6 +17,19 @@ def test_text_that_goes_in_circles_is_looked_up_at_full_length():
     assert continuation(circle, 7, 8) == [5, 6, 7, 5, 6, 7, 5]
     assert continuation(circle, 2, 8) == [5, 6]
     assert continuation(as_string([*range(40)]), 7, 2) == []
+
+
+@pytest.mark.parametrize(("right", "passes"), [(True, 8), (False, 3)])
+def test_a_drafter_that_is_mostly_right_is_not_given_up_after_a_few_slow_passes(right, passes):
+    pace = Pace()
+    pace.rests()
+    pace.passed_without(1.0)
+    count = 0
+    while pace.resting < 0:
+        pace.verified([0.5], int(right))
+        pace.passed(verified=3, drafts=3, tokens=2.0, drafting=0.1, seconds=4.0)
+        count += 1
+    assert count == passes
 
 
 def test_looked_up_text_is_trusted_against_a_drafter_that_is_right_less_often():
@@ -41,6 +56,7 @@ def test_bad_drafts_cost_a_twentieth_of_the_time_at_most_however_dear_they_are(t
             used += 1.0
         else:
             first = not pace.recent
+            pace.verified([0.5], 0)
             pace.passed(
                 verified=3 * first, drafts=3 * first, tokens=1.0, drafting=0.0, seconds=seconds if first else 1.05
             )
@@ -53,6 +69,7 @@ def test_what_drafts_cost_is_measured_anew_when_rows_are_left_out_but_a_rest_goe
     assert pace.rests()
     pace.plain.append(1.0)
     for _ in range(3):
+        pace.verified([0.5], 0)
         pace.passed(verified=1, drafts=1, tokens=1.0, drafting=0.1, seconds=1.5)
     pace.begin_again()
     assert [pace.rests() for _ in range(32)] == [True] * 32
@@ -70,6 +87,7 @@ def test_drafts_are_given_up_for_a_few_passes_alone_if_it_was_a_plain_pass_that_
     assert pace.rests()
     pace.passed_without(0.5)
     for _ in range(3):
+        pace.verified([0.5], 0)
         pace.passed(verified=3, drafts=3, tokens=3.0, drafting=0.1, seconds=3.0)
     rests = 0
     while pace.rests():
@@ -107,6 +125,7 @@ def test_what_drafts_cost_and_bring_is_remembered_until_the_model_is_trained_or_
     pace.rests()
     pace.passed_without(1.0)
     for _ in range(3):
+        pace.verified([0.5], 0)
         pace.passed(verified=4, drafts=4, tokens=1.0, drafting=0.1, seconds=2.0)
     pace.resting = 400
     keep_pace(model, pace)
@@ -146,3 +165,12 @@ def test_a_pass_of_another_thread_does_not_disturb_drafts(make_model, drafts_in_
     settings = {"max_new_tokens": 12, "do_sample": False}
     plain = model.generate(torch.tensor([[5]]), **settings)
     assert model.generate(torch.tensor([[5]]), use_extra_targets=True, streamer=Other(), **settings).equal(plain)
+
+
+def test_a_row_that_has_finished_does_not_keep_the_noise_of_its_place():
+    decoding = object.__new__(VerifiedDecoding)
+    decoding.noise, decoding.prompt, decoding.numbers, decoding.live = GumbelNoise(), 3, [0, 1], [1]
+    for length in range(4, 200):
+        decoding.lengths = [4, length]
+        decoding._picked(torch.zeros(2, 1, 8), 0)
+    assert len(decoding.noise.drawn) <= 32

@@ -149,6 +149,7 @@ def test_drafts_that_are_never_right_are_given_up_and_others_are_not():
         pace.rests()
         pace.passed_without(1.0)
         for _ in range(3):
+            pace.verified([0.5], 0)
             pace.passed(verified=4, drafts=4, tokens=tokens, drafting=0.1, seconds=1.1)
         rests.append([pace.rests() for _ in range(40)])
     assert rests == [[True] * 32 + [False] * 8, [False] * 40]

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+from transformers.trainer_utils import IntervalStrategy
 
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, add_auxiliary_losses
 from charformer_training.batch_errors import reason_in_batch
@@ -76,6 +86,8 @@ def test_the_best_model_is_chosen_by_an_evaluation_set_that_there_is(tmp_path):
     trainer.args.metric_for_best_model = "eval_wiki_loss"
     trainer.train()
     trainer.args.metric_for_best_model = "eval_loss"
+    trainer.train()  # without evaluations nothing is chosen
+    trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, 100
     with pytest.raises(
         ValueError, match=r"'eval_loss'; eval_dataset has the sets \['wiki'\].* such as 'eval_wiki_loss'"
     ):
@@ -83,11 +95,43 @@ def test_the_best_model_is_chosen_by_an_evaluation_set_that_there_is(tmp_path):
 
 
 def test_other_errors_stay_as_they_are():
-    model, ids = build("gpt2"), torch.full((1, 33), 5)
-    assert reason_in_batch(RuntimeError("x"), model, {"input_ids": ids, "labels": ids}) is not None
-    for error, batch in (
+    model, ids, error = build("gpt2"), torch.full((1, 33), 5), IndexError("index out of range in self")
+    assert reason_in_batch(error, model, {"input_ids": ids, "labels": ids}) is not None
+    for error_, batch in (
         (RuntimeError("CUDA out of memory"), {"input_ids": ids}),
-        (RuntimeError("x"), {"input_ids": ids, "position_ids": ids}),  # a packed row may be longer
-        (RuntimeError("x"), {"input_ids": ids[:, :32], "labels": torch.full((1, 32), -100)}),
+        (RuntimeError("expected Float but found BFloat16"), {"input_ids": ids}),
+        (error, {"input_ids": ids, "position_ids": ids}),  # a packed row may be longer
+        (error, {"input_ids": ids[:, :32], "labels": torch.full((1, 32), -100)}),
     ):
-        assert reason_in_batch(error, model, batch) is None
+        assert reason_in_batch(error_, model, batch) is None
+    assert reason_in_batch(error, torch.nn.Linear(2, 2), {"input_ids": ids}) is None
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    config.num_labels = 3
+    resnet = ResNetForImageClassification(config)
+    assert reason_in_batch(error, resnet, {"pixel_values": torch.zeros(1), "labels": torch.tensor([2])}) is None
+    assert "num_labels=3" in str(reason_in_batch(error, resnet, {"labels": torch.tensor([3])}))
+
+
+def test_a_table_of_an_images_positions_is_not_that_of_the_tokens():
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ),
+    )
+    ids = torch.full((1, 33), 5)
+    error = IndexError("index out of range in self")
+    assert reason_in_batch(error, LlavaForConditionalGeneration(config), {"input_ids": ids, "labels": ids}) is None
+
+
+def test_a_mask_that_numbers_packed_texts_is_refused_without_a_trainer_too():
+    ids = torch.full((1, 6), 5)
+    with pytest.raises(ValueError, match="attention_mask holds 2"):
+        add_auxiliary_losses(build("gpt2"))(ids, attention_mask=torch.tensor([[1, 1, 1, 2, 2, 0]]), labels=ids)

@@ -5,9 +5,10 @@ Looked for only when a model has failed, so that it costs no step anything.
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from modeling_charformer.auxiliary_losses import IGNORE_INDEX
 from modeling_charformer.compatibility import check_mask
@@ -15,7 +16,11 @@ from modeling_charformer.compatibility import check_mask
 from .models import unwrap_peft
 
 
+# What models fail with where a table is too short, on the CPU and on a GPU.
+_OF_INDICES = re.compile(r"index|out of (bounds|range)|device-side assert|size of (the )?tensor")
 _OF_POSITIONS = re.compile(r"(^|[._])(wpe|pos|pos_emb\w*|position\w*|embed_pos\w*)$")
+# Whose labels are numbers below `num_labels`.
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
 
 
 def reason_in_batch(error: Exception, model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
@@ -23,9 +28,9 @@ def reason_in_batch(error: Exception, model: nn.Module, inputs: Mapping[str, Any
 
     On a GPU, where nothing can be read any more after an error of indices, only lengths are compared.
     """
-    if "out of memory" in str(error):
-        return None
     base = unwrap_peft(model)
+    if not isinstance(base, PreTrainedModel) or not _OF_INDICES.search(str(error)):
+        return None
     return _too_long(base, inputs) or _outside(base, inputs)
 
 
@@ -65,25 +70,34 @@ def _too_long(model: Any, inputs: Mapping[str, Any]) -> str | None:
 
 
 def _tables_of_positions(model: nn.Module) -> list[tuple[str, int]]:
-    """The names of the tables in which a model looks up positions, and how many positions each has."""
-    found = []
+    """The names of the tables in which a model looks up positions of tokens, and how many positions each has."""
+    found, embeddings = [], _embeddings_of(model)
+    # Those of an image's parts lie in another module than the embeddings of the tokens.
+    own = next((name for name, module in model.named_modules() if module is embeddings), "").rpartition(".")[0]
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and _OF_POSITIONS.search(name):
             # RoBERTa's positions begin after the padding's, OPT's after two that are not used.
             before = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
-            found.append((name, module.num_embeddings - int(before)))
+            found.append((name, int(module.num_embeddings) - int(before)))
     for name, buffer in model.named_buffers():
         if buffer.dim() == 2 and name.endswith("embed_positions"):
             found.append((name, int(buffer.shape[0])))
-    return found
+    return [(name, length) for name, length in found if embeddings is not None and name.startswith(own)]
+
+
+def _embeddings_of(model: Any) -> nn.Module | None:
+    try:
+        return cast(nn.Module | None, model.get_input_embeddings())
+    except NotImplementedError:  # a model without ids
+        return None
 
 
 def _outside(model: Any, inputs: Mapping[str, Any]) -> str | None:
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    limits = {"input_ids": ("vocab_size", getattr(embeddings, "num_embeddings", None))}
-    if head is None:
+    head = model.get_output_embeddings()
+    limits = {"input_ids": ("vocab_size", getattr(_embeddings_of(model), "num_embeddings", None))}
+    if head is None and type(model).__name__.endswith(_CLASSIFIERS):
         limits["labels"] = ("num_labels", getattr(model.config, "num_labels", None))
-    else:
+    elif head is not None:
         limits["labels"] = ("vocab_size", getattr(getattr(head, "weight", None), "shape", [None])[0])
     for field, (setting, limit) in limits.items():
         ids = inputs.get(field)

@@ -199,6 +199,13 @@ class AuxiliaryLossMixin(EvaluatesTerms):
 
     def _check_best_set(self) -> None:
         """Refuse to choose the best model by a figure of none of several evaluation sets."""
+        own = type(self).evaluate.__module__.partition(".")[0] not in (
+            "transformers",
+            "trl",
+            __name__.partition(".")[0],
+        )
+        if own or self.args.eval_strategy == "no":  # it may return a figure of its own, or is never called
+            return
         metric, sets = (self.args.metric_for_best_model or "").removeprefix("eval_"), self.eval_dataset
         if metric and isinstance(sets, dict) and not any(metric.startswith(f"{name}_") for name in sets):
             raise ValueError(
@@ -233,8 +240,9 @@ class AuxiliaryLossMixin(EvaluatesTerms):
                 self.model_accepts_loss_kwargs = False
                 num_items_in_batch = None
         settings = self.loss_terms.settings
-        if batch_samples and self._lacks_losses is None and settings is not None and settings.has_last_position:
-            check_batch(batch_samples[0])  # of the first step only: it stalls the device
+        if self._lacks_losses is None and settings is not None and settings.has_last_position:
+            for batch in batch_samples:
+                check_batch(batch)  # of the first step only: it stalls the device
         self.loss_terms.begin_step(
             batch_samples,
             self.state.global_step,
