@@ -169,8 +169,10 @@ def test_a_pass_of_another_thread_does_not_disturb_drafts(make_model, drafts_in_
 
 def test_a_row_that_has_finished_does_not_keep_the_noise_of_its_place():
     decoding = object.__new__(VerifiedDecoding)
-    decoding.noise, decoding.prompt, decoding.numbers, decoding.live = GumbelNoise(), 3, [0, 1], [1]
+    noise = decoding.noise = GumbelNoise()
+    decoding.prompt, decoding.numbers, decoding.live = 3, [0, 1], [1]
     for length in range(4, 200):
         decoding.lengths = [4, length]
         decoding._picked(torch.zeros(2, 1, 8), 0)
-    assert len(decoding.noise.drawn) <= 32
+    assert noise.drawn is not None
+    assert len(noise.drawn) <= 32
