@@ -120,8 +120,8 @@ class Pace:
 
     def _needed(self) -> int:
         """How many passes with drafts are enough to tell that they do not pay."""
-        accuracy = self.accuracy()
-        if accuracy >= MOSTLY_WRONG:
+        accuracy, is_known = self.accuracy(), any(trials for _, trials in self.right)
+        if is_known and accuracy >= MOSTLY_WRONG:
             return PATIENCE
         return 1 if self.losses and accuracy < WRONG_AGAIN else TRIAL
 
