@@ -104,8 +104,13 @@ def check_range(name: str, ids: Tensor, end: int, field: str, ignore_index: int 
         raise ValueError(f"{name} contains {high if high >= end else low}; it must be in 0..{end - 1} ({field}={end})")
 
 
-def check_mask(mask: Tensor) -> None:
-    """Raise ValueError if a mask `(B, S)` on the CPU numbers the texts of a packed row, of which models and targets know nothing."""
+def check_mask(mask: Any) -> None:
+    """Raise ValueError if a mask `(B, S)` on the CPU numbers the texts of a packed row, of which models and targets know nothing.
+
+    Other masks, and what is none, are not checked.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return
     if mask.device.type != "cpu" or torch.compiler.is_compiling() or mask.numel() == 0:
         return
     if (largest := int(mask.max())) > 1:

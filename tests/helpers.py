@@ -48,6 +48,9 @@ SMALL: dict[str, Any] = {
     "dataloader_num_workers": 0,
 }
 
+# A run of the Trainer that saves, evaluates and logs at different steps.
+SAVING = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 5}
+
 TINY: dict[str, Any] = {
     # Random weights write, and random ids are, any byte: none of them is padding or ends a text.
     "pad_token_id": None,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from charformer_training import AuxiliaryLossTrainer, Split
 from charformer_training import data as data_module
-from tests.helpers import QUICKSTART, small_command, tiny_trainer
+from tests.helpers import QUICKSTART, SAVING, small_command, tiny_trainer
 
 
 @pytest.fixture
@@ -25,6 +25,14 @@ def make_trainer(corpus: dict[str, Split], tmp_path: Path) -> Callable[..., Auxi
         return tiny_trainer(**({"output_dir": str(tmp_path / "run"), "splits": corpus, "model": model} | changes))
 
     return make
+
+
+@pytest.fixture
+def checkpoint(make_trainer: Callable[..., AuxiliaryLossTrainer]) -> Path:
+    """Of step 6 of 8, beside that of step 3."""
+    trainer = make_trainer(**SAVING)
+    trainer.train()
+    return Path(str(trainer.args.output_dir)) / "checkpoint-6"
 
 
 @pytest.fixture

@@ -24,19 +24,10 @@ from transformers import (
 from charformer_training import AuxiliaryLossTrainer, AuxiliaryLossTrainingArguments, add_auxiliary_losses
 from charformer_training.manifest import inspect, newest_good, write_manifest
 from charformer_training.stopping import StoppedBySignal
-from tests.helpers import loss_logs
+from tests.helpers import SAVING, loss_logs
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 5}
 DROPOUT = {"activation_dropout": 0.1}
-
-
-@pytest.fixture
-def checkpoint(make_trainer) -> Path:
-    """Of step 6 of 8, beside that of step 3."""
-    trainer = make_trainer(**SAVING)
-    trainer.train()
-    return Path(trainer.args.output_dir) / "checkpoint-6"
 
 
 def logs_without_times(trainer: Trainer) -> list[dict[str, float]]:

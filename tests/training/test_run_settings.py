@@ -5,18 +5,7 @@ from pathlib import Path
 import pytest
 
 from charformer_training.run_settings import check_accepted
-
-
-SAVING = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 5}
-DROPOUT = {"activation_dropout": 0.1}
-
-
-@pytest.fixture
-def checkpoint(make_trainer) -> Path:
-    """Of step 6 of 8, beside that of step 3."""
-    trainer = make_trainer(**SAVING)
-    trainer.train()
-    return Path(trainer.args.output_dir) / "checkpoint-6"
+from tests.helpers import SAVING
 
 
 class TestOtherSettings:
@@ -34,7 +23,7 @@ class TestOtherSettings:
             ({"optim": "adafactor"}, "optim: "),
             ({"max_grad_norm": 0.5}, "max_grad_norm: 1.0 there, 0.5 now"),
             ({"muon": True}, "muon: false there, true now"),
-            ({"model": DROPOUT}, "activation_dropout: 0.0 there, 0.1 now"),
+            ({"model": {"activation_dropout": 0.1}}, "activation_dropout: 0.0 there, 0.1 now"),
             ({"model": {"intermediate_weight": 0.5}}, "intermediate_weight: 1.0 there, 0.5 now"),
             ({"model": {"hidden_size": 32}}, "hidden_size: 16 there, 32 now"),
         ],

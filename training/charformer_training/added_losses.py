@@ -119,12 +119,8 @@ class ModelWithLosses(SavesHeads):
             kwargs |= dict(zip(inspect.signature(super().forward).parameters, args, strict=False))
         if kwargs.get("labels") is None:
             return super().forward(**kwargs)
-        if (
-            self.loss_settings.has_last_position
-            and isinstance(mask := kwargs.get("attention_mask"), Tensor)
-            and mask.dim() == 2
-        ):
-            check_mask(mask)
+        if self.loss_settings.has_last_position:
+            check_mask(kwargs.get("attention_mask"))
         step = LossStep(self.loss_settings, True, self.training, progress, number, seed)
         asked = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         inputs = {**self._plain_inputs(kwargs), "output_hidden_states": asked or step.runs_heads, "return_dict": True}

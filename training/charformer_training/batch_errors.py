@@ -41,8 +41,7 @@ def check_batch(batch: Any) -> None:
         ValueError: If the mask of `batch` holds more than 0 and 1.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        check_mask(mask.cpu())
+    check_mask(mask.cpu() if isinstance(mask, Tensor) else None)
 
 
 def _too_long(model: Any, inputs: Mapping[str, Any]) -> str | None:

@@ -100,6 +100,10 @@ def is_table(path: Path) -> bool:
     return _ending(path) in TABLES or _start(path).startswith(_PARQUET)
 
 
+class _NotJsonError(Exception):
+    """A row that cannot be read as JSON."""
+
+
 def documents(path: Path, text_column: str, table: bool | None = None) -> Iterator[Iterable[bytes]]:
     """The documents of a file, each in pieces: a text file is one document, a table has one in each row.
 
@@ -222,7 +226,7 @@ def _rows(path: Path, column: str) -> Iterator[bytes]:
                 yield from text_of_row(row, column, f"row {number} of {name}")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 after row {number}: {error.reason}") from error
-    except (csv.Error, RecursionError) as error:
+    except (csv.Error, _NotJsonError, RecursionError) as error:
         reason = one_line(error).replace("unexpected end of data", "a quotation mark is not closed")
         hint = f". {_JSON_HOLDS}" if ending == ".json" else ""
         raise ValueError(f"{name}: row {number + 1} cannot be read: {reason}{hint}") from error
@@ -273,7 +277,7 @@ def _decoded(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_mapping)
     except ValueError as error:  # also of a number with thousands of digits
-        raise csv.Error(str(error)) from error
+        raise _NotJsonError(str(error)) from error
 
 
 def looks_like_json_lines(text: bytes) -> bool:
